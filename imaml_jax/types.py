@@ -1,0 +1,79 @@
+"""The records that every other module speaks in."""
+
+from collections.abc import Callable
+from typing import Any, NamedTuple
+
+import jax
+
+Array = jax.Array
+PyTree = Any
+Params = Any
+
+
+class Batch(NamedTuple):
+    """Examples of a supervised problem.
+
+    Attributes:
+      inputs: `[n, ...]`.
+      targets: `[n]` integer labels, or `[n, ...]` regression targets.
+    """
+
+    inputs: Array
+    targets: Array
+
+
+class Task(NamedTuple):
+    """A few-shot task: adapt on `support`, be judged on `query`.
+
+    `sample_tasks` returns a `Task` whose arrays have a leading task axis; learners take one task.
+    """
+
+    support: Any
+    query: Any
+
+
+class LowRank(NamedTuple):
+    """The pieces of `J^T S J + diag(damping)` that a Woodbury solve needs.
+
+    Attributes:
+      jacobian: `[m, P]`, the derivative of the `m` raveled outputs in the `P` raveled parameters.
+      output_hessian: `[m, m]`, the Hessian of the loss in the raveled outputs.
+      damping: scalar or `[P]`, the diagonal added; 0 for none.
+    """
+
+    jacobian: Array
+    output_hessian: Array
+    damping: Array | float
+
+
+class LinearOperator(NamedTuple):
+    """A symmetric linear map on parameter-shaped pytrees.
+
+    Attributes:
+      matvec: `v -> A v`; input and output share their tree structure, shapes and dtypes.
+      factor: where `A` is low-rank plus diagonal, a function of no arguments that returns its
+        `LowRank` pieces. A function, so that nothing of size `m x P` exists until it is asked for.
+    """
+
+    matvec: Callable[[PyTree], PyTree]
+    factor: Callable[[], LowRank] | None = None
+
+
+class MetaLearner(NamedTuple):
+    """A meta-learning algorithm as a record of pure functions, made by a factory such as `imaml`.
+
+    Attributes:
+      init: `(key, example_inputs) -> meta_params`.
+      adapt: `(meta_params, support, key) -> (adapted, info)` with the evaluation settings. `adapted`
+        is any pytree; only `predict` looks into it.
+      predict: `(adapted, inputs) -> outputs`.
+      meta_grad: `(meta_params, task, key, step) -> (grads, info)` with the training settings, for one
+        task. `grads` has the structure of `meta_params`; feed its mean over tasks to Optax.
+
+    `info` is a NamedTuple of scalars (None where a quantity does not exist).
+    """
+
+    init: Callable[[Array, Any], PyTree]
+    adapt: Callable[[PyTree, Any, Array], tuple[PyTree, Any]]
+    predict: Callable[[PyTree, Any], Any]
+    meta_grad: Callable[[PyTree, Task, Array, Array], tuple[PyTree, Any]]
