@@ -1,0 +1,40 @@
+"""Settings and fixtures of the whole suite."""
+
+import os
+from pathlib import Path
+
+# Several test processes may share one GPU: none may take all of its memory.
+os.environ.setdefault("XLA_PYTHON_CLIENT_PREALLOCATE", "false")
+
+import jax
+import pytest
+
+jax.config.update("jax_numpy_rank_promotion", "raise")
+jax.config.update("jax_default_matmul_precision", "highest")  # GPUs would round to TF32
+jax.config.update("jax_enable_compilation_cache", False)
+
+
+@pytest.fixture
+def x64():
+    """Runs the test with float64 enabled."""
+    before = jax.config.read("jax_enable_x64")
+    jax.config.update("jax_enable_x64", True)
+    yield
+    jax.config.update("jax_enable_x64", before)
+
+
+@pytest.fixture
+def key():
+    """A fixed random key."""
+    return jax.random.key(0)
+
+
+@pytest.fixture(scope="session")
+def data_dir():
+    """The folder of the real data sets, as `--data-dir` takes it."""
+    path = os.environ.get("IMAML_DATA_DIR")
+    if not path:
+        pytest.skip("needs the real data sets: set IMAML_DATA_DIR to the folder that holds them")
+    if not Path(path).is_dir():
+        pytest.fail(f"IMAML_DATA_DIR is not a folder: {path}")
+    return Path(path)
