@@ -109,7 +109,9 @@ def house_faults(source, module, is_package=False):
 
 @pytest.mark.parametrize("path", SOURCES, ids=dotted_name)
 def test_imports_only_go_down(path):
-    faults = house_faults(path.read_text(encoding="utf-8"), dotted_name(path), path.name == "__init__.py")
+    faults = house_faults(
+        path.read_text(encoding="utf-8"), dotted_name(path), path.name == "__init__.py"
+    )
     assert not faults, "\n".join(faults)
 
 
