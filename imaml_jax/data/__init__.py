@@ -1,0 +1,1 @@
+"""Data sets and the on-device task sampler; import the modules by name."""

@@ -1,0 +1,76 @@
+"""Arrays that are slow to make and quick to store: one compressed .npz file for each recipe."""
+
+import hashlib
+import os
+import tempfile
+import warnings
+import zipfile
+import zlib
+from collections.abc import Callable, Mapping
+from pathlib import Path
+
+import numpy as np
+
+ENV_CACHE_DIR = "IMAML_CACHE_DIR"
+_UNREADABLE = (OSError, ValueError, KeyError, EOFError, zipfile.BadZipFile, zlib.error)
+
+
+def cache_root(cache_dir: str | os.PathLike | None = None) -> Path:
+    """Returns `cache_dir`, else the directory in `IMAML_CACHE_DIR`, else `~/.cache/imaml_jax`."""
+    return Path(cache_dir or os.environ.get(ENV_CACHE_DIR) or "~/.cache/imaml_jax").expanduser()
+
+
+def cached_arrays(
+    name: str,
+    recipe: Mapping[str, object],
+    build: Callable[[], dict[str, np.ndarray]],
+    *,
+    cache_dir: str | os.PathLike | None = None,
+) -> dict[str, np.ndarray]:
+    """Returns `build()`, from the cache where the same recipe was built before.
+
+    The file is written under another name and moved into place, so that a reader never sees half of
+    it. A file that cannot be read is built anew. A cache that cannot be written costs a warning,
+    not the run.
+
+    Args:
+      name: start of the file name.
+      recipe: all that the result depends on, with reprs that are stable; its hash ends the file
+        name.
+      build: makes the arrays.
+      cache_dir: directory; default as in `cache_root`.
+
+    Returns:
+      The arrays by name.
+    """
+    key = hashlib.sha256(repr(sorted(recipe.items())).encode()).hexdigest()[:16]
+    path = cache_root(cache_dir) / f"{name}-{key}.npz"
+    try:
+        with np.load(path, allow_pickle=False) as stored:
+            arrays = {array_name: stored[array_name] for array_name in stored.files}
+        if arrays:
+            return arrays
+    except _UNREADABLE:
+        pass
+    arrays = build()
+    try:
+        _write(path, arrays)
+    except OSError as error:
+        warnings.warn(
+            f"Could not write the cache file {path} ({error}); the data will be prepared again "
+            f"next time. Set {ENV_CACHE_DIR} or cache_dir to a directory that can be written.",
+            stacklevel=3,
+        )
+    return arrays
+
+
+def _write(path: Path, arrays: dict[str, np.ndarray]) -> None:
+    path.parent.mkdir(parents=True, exist_ok=True)
+    handle, temporary = tempfile.mkstemp(dir=path.parent, prefix=path.stem, suffix=".tmp")
+    try:
+        with os.fdopen(handle, "wb") as file:
+            np.savez_compressed(file, **arrays)
+        os.replace(temporary, path)
+    except BaseException:
+        Path(temporary).unlink(missing_ok=True)
+        raise

@@ -1,0 +1,258 @@
+"""Few-shot classification tasks, sampled on the device from a labelled image set."""
+
+from collections.abc import Sequence
+from typing import NamedTuple
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+
+from imaml_jax.types import Array, Batch, Task
+
+ROTATIONS = (None, "classes", "augment")
+
+
+class Dataset(NamedTuple):
+    """Images grouped by class; classes may differ in size.
+
+    Attributes:
+      images: `[N, H, W, C]`. uint8 as a rule; integer images are scaled to [0, 1] by the largest
+        value of their type when a task is sampled, floating-point images are taken as they are.
+      offsets: int32 `[num_classes + 1]`; class `c` owns `images[offsets[c]:offsets[c + 1]]`.
+    """
+
+    images: Array
+    offsets: Array
+
+
+class Splits(NamedTuple):
+    """Three sets with no class in common; `val` is None where a protocol has none."""
+
+    train: Dataset
+    val: Dataset | None
+    test: Dataset
+
+
+def num_classes(dataset: Dataset) -> int:
+    """Returns the number of classes of `dataset`, rotations not counted."""
+    return dataset.offsets.shape[0] - 1
+
+
+def from_class_arrays(class_arrays: Sequence[np.ndarray]) -> Dataset:
+    """Makes a `Dataset` of one array per class.
+
+    Args:
+      class_arrays: arrays `[n_c, H, W, C]` that share their dtype and everything but `n_c`.
+
+    Returns:
+      A `Dataset`, its arrays on the default device.
+
+    Raises:
+      ValueError: no class, a class without images, or shapes or dtypes that differ.
+    """
+    if len(class_arrays) == 0:
+        raise ValueError("class_arrays is empty: give one array [n, H, W, C] for each class.")
+    first = class_arrays[0]
+    for index, array in enumerate(class_arrays):
+        if array.ndim != 4 or array.shape[0] < 1:
+            raise ValueError(
+                f"class_arrays[{index}] has shape {array.shape}; expected [n, H, W, C] with n >= "
+                "1. Add a channel axis to grey images; leave empty classes out."
+            )
+        if array.shape[1:] != first.shape[1:] or array.dtype != first.dtype:
+            raise ValueError(
+                f"class_arrays[{index}] is {array.dtype}{array.shape}, class_arrays[0] is "
+                f"{first.dtype}{first.shape}: all classes must share dtype and [H, W, C]; resize "
+                "or convert before."
+            )
+    sizes = [array.shape[0] for array in class_arrays]
+    offsets = np.concatenate([[0], np.cumsum(sizes)]).astype(np.int32)
+    return Dataset(jnp.asarray(np.concatenate(class_arrays)), jnp.asarray(offsets))
+
+
+def check_task_shape(
+    dataset: Dataset, *, ways: int, shots: int, queries: int, rotations: str | None = None
+) -> None:
+    """Checks that tasks of this shape exist in `dataset`; call it once, before `jit`.
+
+    `sample_tasks` calls it by itself wherever `dataset.offsets` is concrete. Where the data set is
+    an argument of a jitted function the class sizes are unknown at trace time, hence this function.
+
+    Args:
+      dataset: the `Dataset`, with concrete offsets.
+      ways: classes in a task.
+      shots: support examples of each class.
+      queries: query examples of each class.
+      rotations: as in `sample_tasks`.
+
+    Raises:
+      ValueError: a value is out of range, or the smallest class has fewer than `shots + queries`
+        images.
+    """
+    _check_static(dataset, 1, ways, shots, queries, rotations)
+    sizes = np.diff(np.asarray(dataset.offsets))
+    smallest = int(sizes.argmin())
+    if shots + queries > sizes[smallest]:
+        raise ValueError(
+            f"shots + queries = {shots} + {queries} = {shots + queries}, but class {smallest} has "
+            f"only {sizes[smallest]} images (the largest class has {sizes.max()}). Lower shots or "
+            "queries, or leave the small classes out of the data set."
+        )
+
+
+def sample_tasks(
+    key: Array,
+    dataset: Dataset,
+    *,
+    num_tasks: int,
+    ways: int,
+    shots: int,
+    queries: int,
+    rotations: str | None = None,
+    invert: bool = False,
+) -> Task:
+    """Samples a meta-batch of N-way K-shot tasks.
+
+    Classes are drawn without replacement, in random order, so that a label means nothing outside
+    its task; then examples of each class without replacement, so that support and query are
+    disjoint. Both use Floyd's algorithm, whose cost depends on the numbers drawn and not on the
+    data set, and which takes class sizes as they come. Pure and jit-able: everything follows from
+    `key`.
+
+    A class that is smaller than `shots + queries` and met under `jit` with traced offsets turns the
+    inputs of its task into NaN rather than borrow images of another class; `check_task_shape` finds
+    it beforehand.
+
+    Args:
+      key: PRNG key.
+      dataset: `Dataset`.
+      num_tasks: size of the leading axis.
+      ways: classes in a task.
+      shots: support examples of each class.
+      queries: query examples of each class.
+      rotations: None; "classes", where every class turned by 0, 90, 180 and 270 degrees counts as
+        four classes; or "augment", where every selected class is turned by one random multiple of
+        90 degrees. Images are turned after they are gathered: no turned copy of the data set
+        exists.
+      invert: whether to return `1 - x`, for ink of value 1 on a ground of 0 where it is stored the
+        other way round.
+
+    Returns:
+      A `Task`: support inputs float32 `[num_tasks, ways * shots, H, W, C]` and targets int32
+      `[num_tasks, ways * shots]`, sorted by label; query likewise with `ways * queries`.
+
+    Raises:
+      ValueError: a value is out of range; raised at trace time.
+
+    References:
+      Vinyals et al., Matching Networks for One Shot Learning, https://arxiv.org/abs/1606.04080
+      Santoro et al., Meta-Learning with Memory-Augmented Neural Networks, 2016 (rotated classes)
+    """
+    _check_static(dataset, num_tasks, ways, shots, queries, rotations)
+    if not isinstance(dataset.offsets, jax.core.Tracer):
+        check_task_shape(dataset, ways=ways, shots=shots, queries=queries, rotations=rotations)
+    total, per_class = num_classes(dataset), shots + queries
+
+    def sample_indices(task_key):
+        class_key, example_key, turn_key = jax.random.split(task_key, 3)
+        if rotations == "classes":
+            classes, turns = jnp.divmod(_draw_distinct(class_key, jnp.int32(4 * total), ways), 4)
+        else:
+            classes = _draw_distinct(class_key, jnp.int32(total), ways)
+            turns = jax.random.randint(turn_key, (ways,), 0, 4, jnp.int32)
+        starts = dataset.offsets[classes]
+        sizes = dataset.offsets[classes + 1] - starts
+        examples = _draw_distinct(example_key, sizes, per_class)
+        return starts[:, None] + examples, turns, jnp.all(sizes >= per_class)
+
+    indices, turns, enough = jax.vmap(sample_indices)(jax.random.split(key, num_tasks))
+
+    def gather(indices):  # [num_tasks, ways, n] -> float32 [num_tasks, ways * n, H, W, C]
+        n = indices.shape[-1]
+        indices = indices.reshape(num_tasks, ways * n)
+        images = jnp.take(dataset.images, indices, axis=0, mode="clip")
+        if rotations is not None:
+            images = _rotate(images, jnp.repeat(turns, n, axis=1, total_repeat_length=ways * n))
+        images = _to_unit(images, invert)
+        return jnp.where(_expand(enough, images.ndim), images, jnp.float32(jnp.nan))
+
+    def batch(indices):
+        n = indices.shape[-1]
+        labels = jnp.repeat(jnp.arange(ways, dtype=jnp.int32), n, total_repeat_length=ways * n)
+        return Batch(gather(indices), jnp.broadcast_to(labels, (num_tasks, ways * n)))
+
+    return Task(support=batch(indices[..., :shots]), query=batch(indices[..., shots:]))
+
+
+def _draw_distinct(key: Array, total: Array, count: int) -> Array:
+    """Draws `count` distinct integers below `total`, in random order: `[...] -> [..., count]`.
+
+    Floyd's algorithm gives a uniform subset (Bentley and Floyd, CACM 1987), the permutation at the
+    end a uniform order. `total` may be an array and traced; only `count` is static.
+    """
+    draw_key, order_key = jax.random.split(key)
+    shape = (*total.shape, count)
+    last = (
+        total[..., None]
+        - count
+        + jnp.arange(count, dtype=jnp.int32).reshape((1,) * total.ndim + (count,))
+    )
+    draws = jax.random.randint(draw_key, shape, 0, last + 1, jnp.int32)
+
+    def step(chosen, i):
+        draw = jax.lax.dynamic_index_in_dim(draws, i, axis=-1)
+        fallback = jax.lax.dynamic_index_in_dim(last, i, axis=-1)
+        taken = jnp.any(chosen == draw, axis=-1, keepdims=True)
+        value = jnp.where(taken, fallback, draw)
+        return jax.lax.dynamic_update_index_in_dim(chosen, value, i, axis=-1), None
+
+    chosen = jnp.full(shape, -1, jnp.int32)
+    chosen, _ = jax.lax.scan(step, chosen, jnp.arange(count), unroll=min(count, 8))
+    return jax.random.permutation(order_key, chosen, axis=-1, independent=True)
+
+
+def _rotate(images: Array, turns: Array) -> Array:
+    """Turns `images [..., H, W, C]` counter-clockwise by `turns [...]` times 90 degrees."""
+    turns = _expand(turns, images.ndim)
+    axes = (images.ndim - 3, images.ndim - 2)
+    options = [jnp.rot90(images, k, axes) for k in range(4)]
+    return jnp.select([turns == k for k in range(3)], options[:3], options[3])
+
+
+def _to_unit(images: Array, invert: bool) -> Array:
+    if jnp.issubdtype(images.dtype, jnp.integer):
+        images = images.astype(jnp.float32) / jnp.float32(jnp.iinfo(images.dtype).max)
+    images = images.astype(jnp.float32)
+    return 1.0 - images if invert else images
+
+
+def _expand(x: Array, ndim: int) -> Array:
+    return x.reshape(x.shape + (1,) * (ndim - x.ndim))
+
+
+def _check_static(dataset, num_tasks, ways, shots, queries, rotations) -> None:
+    """What shapes alone can tell."""
+    if rotations not in ROTATIONS:
+        raise ValueError(f"rotations={rotations!r}; allowed: {', '.join(map(repr, ROTATIONS))}.")
+    for name, value in (("num_tasks", num_tasks), ("shots", shots), ("queries", queries)):
+        if value < 1:
+            raise ValueError(f"{name}={value}; allowed: 1 or more.")
+    total, height, width = num_classes(dataset), *dataset.images.shape[1:3]
+    if rotations is not None and height != width:
+        raise ValueError(
+            f"rotations={rotations!r} needs square images, these are {height}x{width}: crop or pad "
+            "them to a square, or use rotations=None."
+        )
+    available = 4 * total if rotations == "classes" else total
+    if not 1 <= ways <= available:
+        raise ValueError(
+            f"ways={ways}; allowed: 1 to {available}, the number of classes ({total} in the data "
+            f"set, rotations={rotations!r}). Lower ways or use a split with more classes."
+        )
+    largest = dataset.images.shape[0] - (total - 1)  # where every other class has one image
+    if shots + queries > largest:
+        raise ValueError(
+            f"shots + queries = {shots} + {queries} = {shots + queries}; allowed: up to {largest}, "
+            f"the most that any of {total} classes with {dataset.images.shape[0]} images together "
+            "can have. Lower shots or queries."
+        )
