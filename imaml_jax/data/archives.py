@@ -174,8 +174,9 @@ def _explain_damage(path: Path) -> Iterator[None]:
     except (zipfile.BadZipFile, zlib.error, EOFError, RuntimeError, OSError) as error:
         raise DataError(
             f"{path} is not a complete zip archive ({type(error).__name__}: {error}; found "
-            f"{path.stat().st_size} bytes). Delete it, then load with download=True or copy it
-        again." ) from error
+            f"{path.stat().st_size} bytes). Delete it, then load with download=True or "
+            "copy it again."
+        ) from error
 
 
 def _check_connection(url: str, by_hand: str) -> None:

@@ -142,13 +142,14 @@ def _check_counts(path: Path, alphabets: dict[str, int], counts: dict[str, int])
     expected = DRAWERS * sum(alphabets.values())
     wrong = [f"{name}: {count}" for name, count in counts.items() if count != DRAWERS]
     if wrong:
-        more = ", ..." if len(wrong) > 3 else ""
+        examples = ", ".join(wrong[:3]) + (", ..." if len(wrong) > 3 else "")
         raise DataError(
             f"{path}: expected {len(alphabets)} alphabets, {sum(alphabets.values())} characters "
             f"and {DRAWERS} drawings of each, {expected} images in all; found "
             f"{sum(counts.values())} images under {path.stem}/<alphabet>/character<NN>/, with "
-            f"another number of drawings for {len(wrong)} characters ({', '.join(wrong[:3])}{more}).
-        {_fresh(path)}" )
+            f"another number of drawings for {len(wrong)} characters ({examples}). "
+            f"{_fresh(path)}"
+        )
 
 
 def _decode(content: bytes, image_size: int, where: str) -> np.ndarray:
