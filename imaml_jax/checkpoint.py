@@ -1,0 +1,233 @@
+"""Checkpoints that a kill cannot tear and whose damage is noticed; Orbax writes the arrays.
+
+A checkpoint is a directory `step_00000040` with the arrays and a `metadata.json` that holds a
+checksum over both. It is written under another name and then moved, so a directory of that name is
+complete; what time or a disk does to it afterwards, the checksum shows.
+"""
+
+import contextlib
+import functools
+import hashlib
+import json
+import logging
+import os
+import re
+import shutil
+import warnings
+from collections.abc import Iterator, Mapping
+from pathlib import Path
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+
+from imaml_jax.types import PyTree
+
+_ARRAYS, _METADATA, _CHECKSUM = "arrays", "metadata.json", "checksum"
+_TEMPORARY = ".tmp_"
+_ABSENT = object()
+
+
+def save(
+    directory: str | os.PathLike,
+    step: int,
+    tree: PyTree,
+    metadata: Mapping[str, Any],
+    keep: int = 3,
+) -> Path:
+    """Writes a checkpoint and returns when it is complete.
+
+    Args:
+      directory: where checkpoints live; made if missing.
+      step: the number of the checkpoint; one of the same number is replaced.
+      tree: a pytree of arrays (no typed PRNG keys), fully present on this process.
+      metadata: anything that JSON can hold.
+      keep: how many checkpoints to keep, this one and those before it. Checkpoints of later steps,
+        which `restore` must have found damaged, are left alone.
+
+    Returns:
+      The path of the checkpoint.
+
+    Raises:
+      ValueError: if `step` is negative or `keep` is less than 1.
+      OSError: if the disk is full or the directory not writable; earlier checkpoints are kept.
+    """
+    if step < 0 or keep < 1:
+        raise ValueError(f"step must be at least 0 and keep at least 1; got {step} and {keep}")
+    directory = Path(directory).absolute()
+    directory.mkdir(parents=True, exist_ok=True)
+    for leftover in directory.glob(f"{_TEMPORARY}*"):
+        shutil.rmtree(leftover, ignore_errors=True)
+    final = _path(directory, step)
+    temporary = directory / f"{_TEMPORARY}{final.name}"
+    arrays = _named(jax.device_get(tree))
+    text = _canonical({**metadata, "step": step})
+    try:
+        with _quiet():
+            _checkpointer().save(temporary / _ARRAYS, arrays)
+        described = {**json.loads(text), _CHECKSUM: _checksum(arrays, text)}
+        (temporary / _METADATA).write_text(json.dumps(described, indent=1), encoding="utf-8")
+        if final.exists():
+            os.replace(final, directory / f"{_TEMPORARY}replaced")
+        os.replace(temporary, final)
+    finally:
+        shutil.rmtree(temporary, ignore_errors=True)
+    shutil.rmtree(directory / f"{_TEMPORARY}replaced", ignore_errors=True)
+    for old in [other for other in steps(directory) if other < step][: -(keep - 1) or None]:
+        shutil.rmtree(_path(directory, old), ignore_errors=True)
+    return final
+
+
+def restore(directory: str | os.PathLike, like: PyTree) -> tuple[PyTree, dict[str, Any]] | None:
+    """Reads the newest checkpoint that is whole.
+
+    Args:
+      directory: what was given to `save`; it may be missing.
+      like: a pytree of arrays with the structure, shapes and dtypes of the saved one.
+
+    Returns:
+      `(tree, metadata)` with arrays on the default device and metadata that also holds the
+      checkpoint's `step` and `path`, or None where there is no whole checkpoint. A damaged one
+      is skipped with a warning for the one before it.
+
+    Raises:
+      ValueError: if a whole checkpoint has another structure, shape or dtype than `like`.
+    """
+    directory = Path(directory).absolute()
+    expected = _named(like)
+    for step in reversed(steps(directory)):
+        path = _path(directory, step)
+        try:
+            arrays, metadata = _read(path)
+        except Exception as error:  # Whatever a damaged file makes Orbax, JSON or the system raise.
+            reason = str(error).strip().partition("\n")[0][:200]
+            warnings.warn(
+                f"skipped the damaged checkpoint {path} ({type(error).__name__}: {reason})",
+                stacklevel=2,
+            )
+            continue
+        _check_like(path, arrays, expected)
+        names = [jax.tree_util.keystr(where) for where, _ in jax.tree.leaves_with_path(like)]
+        leaves = [arrays.get(n, x) for n, x in zip(names, jax.tree.leaves(like), strict=True)]
+        tree = jax.tree.unflatten(jax.tree.structure(like), map(jnp.asarray, leaves))
+        return tree, {**metadata, "path": path}
+    return None
+
+
+def claim(workdir: str | os.PathLike, config: Mapping[str, Any]) -> None:
+    """Makes `workdir` the home of the run with this `config`, or checks that it already is.
+
+    Args:
+      workdir: made if missing; the config is kept in `config.json`.
+      config: what JSON can hold.
+
+    Raises:
+      ValueError: if a run of another config lives there; names each field with both values.
+    """
+    path = Path(workdir) / "config.json"
+    wanted = _flat(json.loads(json.dumps(config)))
+    if not path.exists():
+        path.parent.mkdir(parents=True, exist_ok=True)
+        temporary = path.with_name(f"{_TEMPORARY}{path.name}")
+        temporary.write_text(json.dumps(config, indent=1) + "\n", encoding="utf-8")
+        os.replace(temporary, path)
+        return
+    saved = _flat(json.loads(path.read_text(encoding="utf-8")))
+    differences = [
+        f"{name}: was {saved.get(name, 'absent')!r}, now {wanted.get(name, 'absent')!r}"
+        for name in {**saved, **wanted}
+        if repr(saved.get(name, _ABSENT)) != repr(wanted.get(name, _ABSENT))
+    ]
+    if differences:
+        raise ValueError(
+            f"workdir {workdir} holds a run of another config ({'; '.join(differences)}); "
+            "go on with the old values or choose another workdir"
+        )
+
+
+def steps(directory: str | os.PathLike) -> list[int]:
+    """The numbers of the checkpoints in `directory`, oldest first."""
+    names = [path.name for path in Path(directory).glob("step_*")]
+    return sorted(int(name[5:]) for name in names if re.fullmatch(r"step_\d{8,}", name))
+
+
+def _flat(config: Any, prefix: str = "") -> dict[str, Any]:
+    if not isinstance(config, dict) or not config:
+        return {prefix: config}
+    fields = [
+        _flat(value, f"{prefix}.{name}" if prefix else name) for name, value in config.items()
+    ]
+    return {name: value for part in fields for name, value in part.items()}
+
+
+def _path(directory: Path, step: int) -> Path:
+    return directory / f"step_{step:08d}"
+
+
+def _read(path: Path) -> tuple[dict[str, np.ndarray], dict[str, Any]]:
+    metadata = json.loads((path / _METADATA).read_text(encoding="utf-8"))
+    checksum = metadata.pop(_CHECKSUM)
+    with _quiet():
+        arrays = _checkpointer().restore(path / _ARRAYS)
+    arrays = {name: np.asarray(array) for name, array in arrays.items()}
+    if _checksum(arrays, _canonical(metadata)) != checksum:
+        raise ValueError("the checksum does not match")
+    return arrays, metadata
+
+
+def _check_like(path: Path, arrays: dict[str, np.ndarray], expected: dict[str, Any]) -> None:
+    saved, wanted = (
+        {name: f"{x.dtype}{list(x.shape)}" for name, x in tree.items()}
+        for tree in (arrays, expected)
+    )
+    names = [name for name in {**saved, **wanted} if saved.get(name) != wanted.get(name)]
+    if names:
+        examples = "; ".join(
+            f"{name}: saved {saved.get(name, 'nothing')}, wanted {wanted.get(name, 'nothing')}"
+            for name in names[:3]
+        )
+        raise ValueError(
+            f"the checkpoint {path} is of another model or optimiser: {len(names)} arrays differ "
+            f"({examples}); use another directory"
+        )
+
+
+def _named(tree: PyTree) -> dict[str, Any]:
+    """The leaves by path, without empty arrays, which Orbax refuses and which hold nothing."""
+    leaves = jax.tree.leaves_with_path(tree)
+    return {jax.tree_util.keystr(path): x for path, x in leaves if x.size}
+
+
+def _canonical(metadata: Mapping[str, Any]) -> str:
+    return json.dumps(json.loads(json.dumps(metadata)), sort_keys=True)
+
+
+def _checksum(arrays: Mapping[str, np.ndarray], text: str) -> str:
+    digest = hashlib.sha256(text.encode())
+    for name in sorted(arrays):
+        array = np.asarray(arrays[name])
+        digest.update(f"{name} {array.dtype} {array.shape}".encode())
+        digest.update(array.tobytes())
+    return digest.hexdigest()
+
+
+@functools.cache
+def _checkpointer() -> Any:
+    import orbax.checkpoint
+
+    return orbax.checkpoint.PyTreeCheckpointer()
+
+
+@contextlib.contextmanager
+def _quiet() -> Iterator[None]:
+    """Keeps Orbax's notes on its own workings out of the log and out of the warnings."""
+    logger = logging.getLogger("absl")
+    level = logger.level
+    logger.setLevel(logging.CRITICAL)
+    try:
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore")
+            yield
+    finally:
+        logger.setLevel(level)

@@ -1,0 +1,128 @@
+"""Few-shot evaluation: a score over many test tasks with its confidence interval."""
+
+from collections.abc import Callable, Sequence
+from typing import Any, NamedTuple
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+
+from imaml_jax import mapping, metrics
+from imaml_jax.types import Array, MetaLearner, PyTree, Task
+
+
+class Evaluation(NamedTuple):
+    """What a set of test tasks says about some meta-parameters.
+
+    Attributes:
+      mean: the mean score.
+      ci95: the half-width of its 95% confidence interval over tasks; NaN for a single task.
+      per_task: `[num_tasks]` scores.
+      info: the fields of `adapt`'s info, averaged over tasks (`min_*` and `max_*`: the extreme).
+    """
+
+    mean: float
+    ci95: float
+    per_task: np.ndarray
+    info: dict[str, float]
+
+
+def make_evaluate(
+    learner: MetaLearner,
+    sample: mapping.Sample,
+    *,
+    num_tasks: int,
+    score_fn: Callable[[Any, Any], Array] = metrics.accuracy,
+    map_tasks: mapping.MapTasks = None,
+    devices: Sequence[jax.Device] | None = None,
+) -> Callable[[PyTree, Array], Evaluation]:
+    """Makes a compiled evaluation, to be called with many meta-parameters and keys.
+
+    Each call of `sample` draws `m` tasks; as many calls are made as `num_tasks` takes, call `i`
+    with a key that depends only on the evaluation's key and `i`, and what is too many is cropped.
+    So one key and one `sample` give every learner the same tasks.
+
+    Args:
+      learner: the algorithm; its `adapt` runs with the evaluation settings.
+      sample: `key -> Task` with a leading axis of `m` tasks, the same signature as in training.
+      num_tasks: how many tasks to score.
+      score_fn: `(outputs, targets) -> scalar` for the query examples of one task.
+      map_tasks: how the `m` tasks of a call are mapped, see `mapping.map_over_tasks`.
+      devices: local devices over which those tasks are sharded; None (default) for no sharding.
+
+    Returns:
+      `(meta_params, key) -> Evaluation`, compiled at its first call.
+
+    Raises:
+      ValueError: if `num_tasks` is not a positive integer, or `map_tasks` or `devices` is invalid.
+    """
+    if not isinstance(num_tasks, int) or num_tasks < 1:
+        raise ValueError(f"num_tasks must be an integer of at least 1; got {num_tasks!r}")
+
+    def score_task(meta_params: PyTree, task: Task, key: Array) -> tuple[Array, dict[str, Array]]:
+        adapted, info = learner.adapt(meta_params, task.support, key)
+        outputs = learner.predict(adapted, task.query.inputs)
+        return score_fn(outputs, task.query.targets), metrics.info_scalars(info)
+
+    score_tasks = mapping.map_over_tasks(score_task, map_tasks, devices)
+
+    def score_all(meta_params: PyTree, key: Array) -> tuple[Array, dict[str, Array]]:
+        num_calls = -(-num_tasks // mapping.num_tasks_of(jax.eval_shape(sample, key)))
+
+        def score_call(index: Array) -> tuple[Array, dict[str, Array]]:
+            return score_tasks(meta_params, *mapping.draw_tasks(sample, key, index))
+
+        scores, infos = jax.lax.map(score_call, jnp.arange(num_calls))
+        scores, infos = jax.tree.map(lambda x: x.reshape(-1)[:num_tasks], (scores, infos))
+        return scores, metrics.reduce_scalars(infos)
+
+    score_all = mapping.jit_lifted(score_all, devices=devices)
+
+    def evaluate_params(meta_params: PyTree, key: Array) -> Evaluation:
+        if devices is not None:
+            meta_params = jax.device_put(meta_params, mapping.replicated(devices))
+        per_task, info = jax.device_get(score_all(meta_params, key))
+        mean, ci95 = metrics.mean_ci95(per_task)
+        return Evaluation(mean, ci95, per_task, {name: float(info[name]) for name in info})
+
+    return evaluate_params
+
+
+def evaluate(
+    learner: MetaLearner,
+    meta_params: PyTree,
+    sample: mapping.Sample,
+    key: Array,
+    *,
+    num_tasks: int,
+    score_fn: Callable[[Any, Any], Array] = metrics.accuracy,
+    map_tasks: mapping.MapTasks = None,
+    devices: Sequence[jax.Device] | None = None,
+) -> Evaluation:
+    """Scores `meta_params` once; `make_evaluate`, which see, compiles once for many calls.
+
+    Args:
+      learner: the algorithm.
+      meta_params: what `learner.init` or training returned.
+      sample: `key -> Task` with a leading task axis.
+      key: decides the test tasks, whatever the learner.
+      num_tasks: how many tasks to score.
+      score_fn: `(outputs, targets) -> scalar` for one task.
+      map_tasks: how tasks are mapped.
+      devices: local devices over which tasks are sharded.
+
+    Returns:
+      The scores with their mean and confidence interval.
+
+    Raises:
+      ValueError: as `make_evaluate`.
+    """
+    run = make_evaluate(
+        learner,
+        sample,
+        num_tasks=num_tasks,
+        score_fn=score_fn,
+        map_tasks=map_tasks,
+        devices=devices,
+    )
+    return run(meta_params, key)

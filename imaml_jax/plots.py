@@ -1,0 +1,80 @@
+"""What a person sees of a run: its progress and its learning curve."""
+
+import contextlib
+import os
+import sys
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from typing import Any
+
+from tqdm import tqdm
+
+
+def learning_curve(history: Sequence[Mapping[str, Any]], path: str | os.PathLike) -> None:
+    """Draws losses and accuracies over meta-steps into an image file.
+
+    No pyplot, so no global state changes.
+
+    Args:
+      history: rows with a field `step`, as `training.train` returns them. Fields that end in `loss`
+        go into one panel, those that end in `accuracy` and `validation` (with the band of
+        `validation_ci95`) into the other; missing and null values are skipped.
+      path: the image to write; its ending chooses the format.
+    """
+    from matplotlib.backends.backend_agg import FigureCanvasAgg
+    from matplotlib.figure import Figure
+
+    figure = Figure(figsize=(9, 3.5), layout="constrained")
+    FigureCanvasAgg(figure)
+    loss_axes, score_axes = figure.subplots(1, 2)
+    names = sorted({name for row in history for name in row})
+    for name in names:
+        if name.endswith("loss"):
+            loss_axes.plot(*_curve(history, name), label=name.replace("_", " "))
+        elif name.endswith("accuracy") or name == "validation":
+            steps, values = _curve(history, name)
+            score_axes.plot(steps, values, label=name.replace("_", " "))
+            if name == "validation":
+                half_widths = [row.get("validation_ci95") or 0.0 for row in history]
+                band = dict(zip((row["step"] for row in history), half_widths, strict=True))
+                low = [value - band[step] for step, value in zip(steps, values, strict=True)]
+                high = [value + band[step] for step, value in zip(steps, values, strict=True)]
+                score_axes.fill_between(steps, low, high, alpha=0.2)
+    for axes, title in ((loss_axes, "loss"), (score_axes, "score")):
+        axes.set(xlabel="meta-step", title=title)
+        if axes.lines:
+            axes.legend()
+    figure.savefig(path, dpi=120)
+
+
+def _curve(history: Sequence[Mapping[str, Any]], name: str) -> tuple[list[int], list[float]]:
+    points = [(row["step"], row[name]) for row in history if row.get(name) is not None]
+    return [step for step, _ in points], [value for _, value in points]
+
+
+@contextlib.contextmanager
+def reporter(progress: bool, step: int, num_steps: int) -> Iterator[Callable[[dict], None]]:
+    """Yields what shows a row: a progress bar on a terminal, else a line for each row."""
+    if not progress:
+        yield lambda row: None
+    elif not sys.stderr.isatty():
+        yield lambda row: print(
+            f"meta-step {row['step']}/{num_steps}  {row['seconds']:.1f} s  {_summary(row)}",
+            file=sys.stderr,
+            flush=True,
+        )
+    else:
+        with tqdm(total=num_steps, initial=step, unit="step", file=sys.stderr) as bar:
+
+            def show(row: dict[str, Any]) -> None:
+                bar.set_postfix_str(_summary(row), refresh=False)
+                bar.update(row["step"] - bar.n)
+
+            yield show
+
+
+def _summary(row: Mapping[str, Any]) -> str:
+    shown = [name for name in row if name.endswith(("loss", "accuracy")) or name == "validation"]
+    parts = [f"{name} {row[name]:.4f}" for name in shown if row[name] is not None]
+    if row.get("validation_ci95") is not None:
+        parts[-1] += f" ± {row['validation_ci95']:.4f}"
+    return "  ".join(parts)

@@ -1,0 +1,310 @@
+"""Meta-training: one meta-step as a pure function, and the thin loop that drives many of them."""
+
+import math
+import os
+import time
+from collections.abc import Callable, Mapping, Sequence
+from pathlib import Path
+from typing import Any, NamedTuple
+
+import jax
+import jax.numpy as jnp
+import optax
+
+from imaml_jax import checkpoint, mapping, metrics, plots
+from imaml_jax.evaluation import Evaluation
+from imaml_jax.types import Array, MetaLearner, PyTree, Task
+
+_INIT_INDEX = 2**32 - 1  # No meta-step has this number, so no batch shares the key of `init`.
+_CHECKPOINTS, _METRICS, _CURVE = "checkpoints", "metrics.jsonl", "learning_curve.png"
+
+
+class TrainState(NamedTuple):
+    """What a meta-step changes.
+
+    Attributes:
+      step: int32, the number of finished meta-steps.
+      meta_params: the meta-parameters.
+      opt_state: the state of the outer Optax transform.
+      failed_step: int32, the meta-step whose loss or gradient was not finite, or -1. Once set, the
+        state stays as it was before that step.
+    """
+
+    step: Array
+    meta_params: PyTree
+    opt_state: PyTree
+    failed_step: Array
+
+
+class TrainResult(NamedTuple):
+    """What `train` returns.
+
+    Attributes:
+      meta_params: the meta-parameters after the last meta-step.
+      best_meta_params: those of the highest validation score; the last where nothing was validated.
+      best_step: the number of meta-steps that made them.
+      history: one row a log point, as in `metrics.jsonl`.
+      state: the last state.
+    """
+
+    meta_params: PyTree
+    best_meta_params: PyTree
+    best_step: int
+    history: list[dict[str, Any]]
+    state: TrainState
+
+
+class NonFiniteError(FloatingPointError):
+    """A meta-step met a loss or gradient that is not finite.
+
+    Attributes:
+      step: the number of the meta-step.
+      checkpoint: the last good checkpoint, or None.
+    """
+
+    def __init__(self, step: int, key: Array, last_checkpoint: Path | None):
+        super().__init__(
+            f"non-finite loss or gradient in meta-step {step}. Its tasks are "
+            f"imaml_jax.mapping.draw_tasks(sample, key, {step}), drawn from the key "
+            f"fold_in(key, {step}) = {_key_data(jax.random.fold_in(key, step))}, where "
+            f"key = {_key_data(key)}. Last good checkpoint: {last_checkpoint}. "
+            "A lower inner or outer learning rate or gradient clipping may help."
+        )
+        self.step = step
+        self.checkpoint = last_checkpoint
+
+
+def init_state(tx: optax.GradientTransformation, meta_params: PyTree) -> TrainState:
+    """The state before the first meta-step; copies `meta_params`, so that it may be donated."""
+    state = TrainState(jnp.int32(0), meta_params, tx.init(meta_params), jnp.int32(-1))
+    # A weak type would become strong in the first step and compile the second one anew.
+    return jax.tree.map(lambda x: jnp.array(x, jnp.asarray(x).dtype, copy=True), state)
+
+
+def make_train_step(
+    learner: MetaLearner,
+    tx: optax.GradientTransformation,
+    sample: mapping.Sample,
+    *,
+    map_tasks: mapping.MapTasks = None,
+    devices: Sequence[jax.Device] | None = None,
+) -> Callable[[TrainState, Array], tuple[TrainState, dict[str, Array]]]:
+    """Makes the pure function of one meta-step.
+
+    It draws task batch number `state.step`, averages `learner.meta_grad` over the tasks and feeds
+    the mean to `tx`. If the mean gradient or a field of `info` that ends in `loss` is not finite,
+    it changes nothing but `failed_step`, then and ever after.
+
+    Args:
+      learner: the algorithm.
+      tx: the outer optimiser, with its clipping and schedules.
+      sample: `key -> Task` with a leading task axis of fixed length; keep it unjitted.
+      map_tasks: how tasks are mapped, see `mapping.map_over_tasks`.
+      devices: local devices over which the tasks are sharded; None (default) for no sharding. The
+        batch does not depend on it, and its number of tasks must be a multiple of theirs.
+
+    Returns:
+      `(state, root_key) -> (state, metrics)`. `metrics` has the fields of the learner's info, each
+      reduced over tasks by `metrics.reduce_scalars`, and `gradient_norm` of the mean gradient.
+
+    Raises:
+      ValueError: if `map_tasks` or `devices` is invalid.
+    """
+
+    def task_grad(shared: tuple[PyTree, Array], task: Task, key: Array) -> tuple[PyTree, dict]:
+        meta_params, step = shared
+        grads, info = learner.meta_grad(meta_params, task, key, step)
+        return grads, metrics.info_scalars(info)
+
+    task_grads = mapping.map_over_tasks(task_grad, map_tasks, devices)
+
+    def train_step(state: TrainState, root_key: Array) -> tuple[TrainState, dict[str, Array]]:
+        tasks, keys = mapping.draw_tasks(sample, root_key, state.step)
+        grads, infos = task_grads((state.meta_params, state.step), tasks, keys)
+        grads = jax.tree.map(lambda g: jnp.mean(g, axis=0), grads)
+        scalars = metrics.reduce_scalars(infos) | {"gradient_norm": optax.tree.norm(grads)}
+        losses = [value for name, value in scalars.items() if name.endswith("loss")]
+        finite = [jnp.all(jnp.isfinite(x)) for x in [*jax.tree.leaves(grads), *losses]]
+        good = jnp.all(jnp.stack(finite)) & (state.failed_step < 0)
+
+        updates, opt_state = tx.update(grads, state.opt_state, state.meta_params)
+        meta_params = optax.apply_updates(state.meta_params, updates)
+        new = TrainState(state.step + 1, meta_params, opt_state, state.failed_step)
+        # A frozen state meets the same batch again, so `failed_step` keeps its first value.
+        failed = state._replace(failed_step=state.step)
+        return jax.tree.map(lambda a, b: jnp.where(good, a, b), new, failed), scalars
+
+    return train_step
+
+
+def train(
+    learner: MetaLearner,
+    tx: optax.GradientTransformation,
+    sample: mapping.Sample,
+    *,
+    key: Array,
+    num_steps: int,
+    example_inputs: Any = None,
+    meta_params: PyTree = None,
+    log_every: int = 100,
+    validate: Callable[[PyTree], Evaluation] | None = None,
+    validate_every: int | None = None,
+    checkpoint_every: int | None = None,
+    workdir: str | os.PathLike | None = None,
+    map_tasks: mapping.MapTasks = None,
+    devices: Sequence[jax.Device] | None = None,
+    max_seconds: float | None = None,
+    progress: bool = True,
+    config: Mapping[str, Any] | None = None,
+) -> TrainResult:
+    """Meta-trains, or goes on where an earlier call in the same `workdir` stopped.
+
+    `log_every` meta-steps are one compiled `lax.scan`; the host hears from the device between them.
+    All randomness follows from `key` and the number of the step, so a run that was killed and
+    resumed ends with the same bits as one that was not, on the same device and versions.
+
+    Args:
+      learner: the algorithm.
+      tx: the outer optimiser; schedules belong in it, so that they resume exactly.
+      sample: `key -> Task` with a leading task axis of fixed length; keep it unjitted.
+      key: the root key.
+      num_steps: meta-steps in all, a multiple of `log_every`.
+      example_inputs: what `learner.init` takes, or else
+      meta_params: where to start; exactly one of the two.
+      log_every: meta-steps of one chunk, that is of one compiled call and one row of the log.
+      validate: `meta_params -> Evaluation`, higher is better, with keys of its own that do not
+        change from call to call. None (default) for no validation.
+      validate_every: a multiple of `log_every`, its default; the last meta-step is validated too.
+      checkpoint_every: a multiple of `log_every`, its default; the end is checkpointed too.
+      workdir: holds `config.json`, `metrics.jsonl`, `checkpoints/` and, at the end,
+        `learning_curve.png`. None (default) writes nothing.
+      map_tasks: how tasks are mapped, see `mapping.map_over_tasks`.
+      devices: local devices over which tasks are sharded.
+      max_seconds: stops after the first chunk that ends later than this many seconds of wall clock,
+        compilation, validation and the earlier parts of a resumed run included.
+      progress: whether standard error shows a progress bar, or a line a log point where it is not a
+        terminal.
+      config: what JSON can hold, kept with the run; a run resumes only with an equal one, so leave
+        out what may change.
+
+    Returns:
+      The last and the best meta-parameters, the log and the state.
+
+    Raises:
+      ValueError: if an argument is out of range, or `workdir` holds a run of another config, key or
+        model.
+      NonFiniteError: if a meta-step met a loss or gradient that is not finite.
+    """
+    validate_every = log_every if validate_every is None else validate_every
+    checkpoint_every = log_every if checkpoint_every is None else checkpoint_every
+    _check_counts(
+        log_every=log_every,
+        num_steps=num_steps,
+        validate_every=validate_every,
+        checkpoint_every=checkpoint_every,
+    )
+    if (example_inputs is None) == (meta_params is None):
+        raise ValueError("give exactly one of example_inputs and meta_params")
+    step_fn = make_train_step(learner, tx, sample, map_tasks=map_tasks, devices=devices)
+    run_chunk = _make_chunk(step_fn, log_every, devices)
+    config = {**(config or {}), "root_key": _key_data(key)}
+    if meta_params is None:
+        meta_params = learner.init(jax.random.fold_in(key, _INIT_INDEX), example_inputs)
+    state, best, history = init_state(tx, meta_params), _Best(meta_params), []
+    earlier_seconds, last_checkpoint = 0.0, None
+    started = time.perf_counter()
+    if workdir is not None:
+        workdir = Path(workdir)
+        checkpoint.claim(workdir, config)
+        found = checkpoint.restore(workdir / _CHECKPOINTS, (state, best.meta_params))
+        if found:
+            (state, best_params), notes = found
+            best = _Best(best_params, notes["best_step"], notes["best_score"])
+            earlier_seconds, last_checkpoint = notes["seconds"], notes["path"]
+        history = metrics.rewind_json_lines(workdir / _METRICS, int(state.step))
+    step = int(state.step)
+    if step % log_every:
+        raise ValueError(
+            f"log_every must divide the meta-step to resume from; got {log_every} and {step}"
+        )
+    if devices is not None:
+        state = jax.device_put(state, mapping.replicated(devices))
+
+    def seconds() -> float:
+        return earlier_seconds + time.perf_counter() - started
+
+    def stop() -> bool:
+        return step >= num_steps or (max_seconds is not None and seconds() > max_seconds)
+
+    with plots.reporter(progress, step, num_steps) as report:
+        while not stop():
+            state, scalars = run_chunk(state, key)
+            scalars, failed_step = jax.device_get((scalars, state.failed_step))
+            if failed_step >= 0:
+                raise NonFiniteError(int(failed_step), key, last_checkpoint)
+            step += log_every
+            row = {"step": step, **scalars}
+            if validate and (step % validate_every == 0 or step == num_steps):
+                evaluation = validate(state.meta_params)
+                row |= {"validation": evaluation.mean, "validation_ci95": evaluation.ci95}
+                best = best.update(state.meta_params, step, evaluation.mean)
+            history.append(metrics.json_row(row | {"seconds": seconds()}))
+            report(history[-1])
+            if workdir is None:
+                continue
+            metrics.append_json_line(workdir / _METRICS, history[-1])
+            if step % checkpoint_every == 0 or stop():
+                notes = {
+                    "best_step": best.step,
+                    "best_score": best.score,
+                    "seconds": seconds(),
+                    "config": config,
+                    "versions": {"jax": jax.__version__, "optax": optax.__version__},
+                }
+                last_checkpoint = checkpoint.save(
+                    workdir / _CHECKPOINTS, step, (state, best.meta_params), notes
+                )
+    if workdir is not None:
+        plots.learning_curve(history, workdir / _CURVE)
+    if best.step is None:
+        best = _Best(state.meta_params, step)
+    return TrainResult(state.meta_params, best.meta_params, best.step, history, state)
+
+
+class _Best(NamedTuple):
+    """The meta-parameters of the highest validation score so far; `step` is None before any."""
+
+    meta_params: PyTree
+    step: int | None = None
+    score: float | None = None
+
+    def update(self, meta_params: PyTree, step: int, score: float) -> "_Best":
+        if not score > (-math.inf if self.score is None else self.score):
+            return self
+        return _Best(jax.tree.map(jnp.copy, meta_params), step, score)  # The next chunk donates.
+
+
+def _make_chunk(train_step: Callable[..., Any], length: int, devices: Any) -> Callable[..., Any]:
+    """`length` meta-steps in one compiled call, with their metrics summarised on the device."""
+
+    def chunk(state: TrainState, root_key: Array) -> tuple[TrainState, dict[str, Array]]:
+        state, scalars = jax.lax.scan(lambda s, _: train_step(s, root_key), state, length=length)
+        return state, metrics.reduce_scalars(scalars)
+
+    return mapping.jit_lifted(chunk, donate_argnum=0, devices=devices)
+
+
+def _check_counts(**counts: Any) -> None:
+    for name, value in counts.items():
+        if not isinstance(value, int) or isinstance(value, bool) or value < 1:
+            raise ValueError(f"{name} must be an integer of at least 1; got {value!r}")
+        if value % counts["log_every"]:
+            raise ValueError(
+                f"{name} must be a multiple of log_every, {counts['log_every']}; got {value}"
+            )
+
+
+def _key_data(key: Array) -> list[int]:
+    """The words of a typed or a raw key."""
+    typed = jnp.issubdtype(key.dtype, jax.dtypes.prng_key)
+    return (jax.random.key_data(key) if typed else key).tolist()
