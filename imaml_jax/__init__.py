@@ -1,0 +1,64 @@
+"""Gradient-based meta-learning by implicit differentiation.
+
+The light modules' names; networks, data, training, evaluation and checkpoints are imported by module,
+so that the toolbox needs neither flax nor orbax.
+"""
+
+from imaml_jax.curvature import damped, gauss_newton, ggnvp, ggnvp_fn, hessian, hvp, hvp_fn
+from imaml_jax.implicit import custom_argmin, custom_root, root_jvp, root_vjp
+from imaml_jax.inner import MinimizeInfo, adaptive_gd, minimize, newton_cg, proximal_objective
+from imaml_jax.learners import (
+    cross_entropy,
+    fomaml,
+    imaml,
+    maml,
+    mean_squared_error,
+    reptile,
+)
+from imaml_jax.linear_solve import (
+    SolveInfo,
+    solve_cg,
+    solve_cg_steihaug,
+    solve_dense,
+    solve_gmres,
+    solve_woodbury,
+)
+from imaml_jax.types import Batch, LinearOperator, LowRank, MetaLearner, Task
+
+__version__ = "0.1.0"
+
+__all__ = [
+    "Batch",
+    "LinearOperator",
+    "LowRank",
+    "MetaLearner",
+    "MinimizeInfo",
+    "SolveInfo",
+    "Task",
+    "adaptive_gd",
+    "cross_entropy",
+    "custom_argmin",
+    "custom_root",
+    "damped",
+    "fomaml",
+    "gauss_newton",
+    "ggnvp",
+    "ggnvp_fn",
+    "hessian",
+    "hvp",
+    "hvp_fn",
+    "imaml",
+    "maml",
+    "mean_squared_error",
+    "minimize",
+    "newton_cg",
+    "proximal_objective",
+    "reptile",
+    "root_jvp",
+    "root_vjp",
+    "solve_cg",
+    "solve_cg_steihaug",
+    "solve_dense",
+    "solve_gmres",
+    "solve_woodbury",
+]

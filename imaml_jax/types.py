@@ -33,17 +33,17 @@ class Task(NamedTuple):
 
 
 class LowRank(NamedTuple):
-    """The pieces of `J^T S J + diag(damping)` that a Woodbury solve needs.
+    """The pieces of `J^T S J + diag(sum of dampings)` that a Woodbury solve needs.
 
     Attributes:
       jacobian: `[m, P]`, the derivative of the `m` raveled outputs in the `P` raveled parameters.
       output_hessian: `[m, m]`, the Hessian of the loss in the raveled outputs.
-      damping: scalar or `[P]`, the diagonal added; 0 for none.
+      dampings: what was added to the diagonal, each a scalar or a tree prefix of the parameters.
     """
 
     jacobian: Array
     output_hessian: Array
-    damping: Array | float
+    dampings: tuple[PyTree, ...]
 
 
 class LinearOperator(NamedTuple):

@@ -1,0 +1,208 @@
+"""What every learner shares: the supervised few-shot problem, and the fast/slow split."""
+
+from collections.abc import Callable
+from functools import partial
+from typing import Any, Literal, NamedTuple, get_args
+
+import jax
+import jax.numpy as jnp
+import optax
+
+from imaml_jax.types import Array, Batch, Params, PyTree, Task
+
+LossFn = Callable[[Any, Any], Array]
+FastPredicate = Callable[[str], bool]
+Statistics = Literal["batch", "support", "joint", "support_and_one"]
+
+
+class MetaInfo(NamedTuple):
+    """What a user must see to trust a meta-gradient; scalars, None where a quantity does not exist.
+
+    Attributes:
+      query_loss: loss on the query set after adaptation.
+      query_accuracy: accuracy there, for integer targets.
+      support_loss: inner objective at the end of adaptation.
+      inner_residual: norm of its gradient there relative to the start; an implicit gradient needs it
+        small.
+      solve_residual: relative residual of the linear solve.
+      solve_steps: its iterations.
+      min_curvature: smallest curvature it met; at or below 0 the inner point is no minimum.
+      cosine: between the meta-gradient and the plain query gradient (first-order MAML's).
+    """
+
+    query_loss: Array | None = None
+    query_accuracy: Array | None = None
+    support_loss: Array | None = None
+    inner_residual: Array | None = None
+    solve_residual: Array | None = None
+    solve_steps: Array | None = None
+    min_curvature: Array | None = None
+    cosine: Array | None = None
+
+
+class Adapted(NamedTuple):
+    """Adapted parameters, and the support inputs where batch statistics need them to predict."""
+
+    params: Params
+    support_inputs: Any
+
+
+class Problem(NamedTuple):
+    """A supervised few-shot problem as learners see it; parameters are split into fast and slow.
+
+    Attributes:
+      init: `(key, example_inputs) -> meta_params`.
+      split: `meta_params -> (fast, slow)`, each with None where the other has a leaf.
+      support_loss: `(fast, slow, batch) -> scalar`.
+      query_loss: `(fast, slow, task) -> (scalar, accuracy or None)`.
+      support_outputs: `(fast, slow, batch) -> outputs`, whose `loss_fn` is `support_loss`.
+      finish: `(fast, slow, support) -> Adapted`.
+      predict: `(adapted, inputs) -> outputs`.
+    """
+
+    init: Callable[[Array, Any], Params]
+    split: Callable[[Params], tuple[PyTree, PyTree]]
+    support_loss: Callable[[PyTree, PyTree, Batch], Array]
+    query_loss: Callable[[PyTree, PyTree, Task], tuple[Array, Array | None]]
+    support_outputs: Callable[[PyTree, PyTree, Batch], Any]
+    finish: Callable[[PyTree, PyTree, Batch], Adapted]
+    predict: Callable[[Adapted, Any], Any]
+
+
+def cross_entropy(logits: Array, labels: Array) -> Array:
+    """Mean softmax cross-entropy of `[n, classes]` logits and `[n]` integer labels."""
+    return optax.softmax_cross_entropy_with_integer_labels(logits, labels).mean()
+
+
+def mean_squared_error(outputs: Array, targets: Array) -> Array:
+    """Mean of the squared differences of equally shaped arrays."""
+    return jnp.mean(jnp.square(outputs - targets))
+
+
+def partition(params: Params, fast: FastPredicate) -> tuple[PyTree, PyTree]:
+    """Splits parameters by their path.
+
+    Args:
+      params: any pytree.
+      fast: predicate on a path such as "block_0/scale"; true for adapted parameters.
+
+    Returns:
+      `(fast, slow)`: two trees like `params`, with None where the other has the leaf.
+    """
+
+    def select(wanted: bool) -> PyTree:
+        return jax.tree_util.tree_map_with_path(
+            lambda path, x: x if bool(fast(path_string(path))) is wanted else None, params
+        )
+
+    return select(True), select(False)
+
+
+def combine(fast: PyTree, slow: PyTree) -> Params:
+    """Inverse of `partition`."""
+    return jax.tree.map(lambda f, s: s if f is None else f, fast, slow, is_leaf=lambda x: x is None)
+
+
+def path_string(path: tuple) -> str:
+    """A tree path as "block_0/scale"."""
+    return jax.tree_util.keystr(path, simple=True, separator="/")
+
+
+def supervised(
+    network: Any,
+    loss_fn: LossFn,
+    *,
+    fast: FastPredicate | None = None,
+    statistics: Statistics = "batch",
+) -> Problem:
+    """The supervised problem: a network, a loss, what is adapted, and the batch-norm mode.
+
+    Args:
+      network: `(init, apply)` pair, see `imaml_jax.networks.Network`.
+      loss_fn: `(outputs, targets) -> scalar`, a mean over examples.
+      fast: predicate on the path of a parameter, true for the adapted ones; None adapts all.
+      statistics: whose batch statistics normalise the query examples. "batch": of the query batch
+        itself (transductive, as in MAML and iMAML); "support": of the support set; "joint": of both
+        together; "support_and_one": of the support set and that one example (Reptile). Support
+        examples are always normalised by the support set's own.
+
+    Returns:
+      The `Problem`.
+
+    Raises:
+      ValueError: unknown `statistics`.
+    """
+    if statistics not in get_args(Statistics):
+        raise ValueError(f"statistics={statistics!r} must be one of {get_args(Statistics)}")
+    is_fast = fast or (lambda path: True)
+    outputs_given_support = partial(_apply_given_support, network.apply, statistics)
+
+    def init(key, example_inputs):
+        params = network.init(key, example_inputs)
+        if not jax.tree.leaves(partition(params, is_fast)[0]):
+            paths = [path_string(p) for p, _ in jax.tree_util.tree_leaves_with_path(params)]
+            raise ValueError(f"fast selects no parameter; there are {paths}")
+        return params
+
+    def support_outputs(fast, slow, batch):
+        return network.apply(combine(fast, slow), batch.inputs)
+
+    def support_loss(fast, slow, batch):
+        return loss_fn(support_outputs(fast, slow, batch), batch.targets)
+
+    def query_loss(fast, slow, task):
+        params = combine(fast, slow)
+        outputs = outputs_given_support(params, task.support.inputs, task.query.inputs)
+        targets = task.query.targets
+        accuracy = None
+        if jnp.issubdtype(targets.dtype, jnp.integer):
+            accuracy = jnp.mean(jnp.argmax(outputs, -1) == targets)
+        return loss_fn(outputs, targets), accuracy
+
+    def finish(fast, slow, support):
+        kept = None if statistics == "batch" else support.inputs
+        return Adapted(combine(fast, slow), kept)
+
+    def predict(adapted, inputs):
+        return outputs_given_support(adapted.params, adapted.support_inputs, inputs)
+
+    return Problem(
+        init,
+        lambda params: partition(params, is_fast),
+        support_loss,
+        query_loss,
+        support_outputs,
+        finish,
+        predict,
+    )
+
+
+def _apply_given_support(apply, statistics: Statistics, params, support_inputs, inputs):
+    if statistics == "batch":
+        return apply(params, inputs)
+    num_support = support_inputs.shape[0]
+    if statistics == "support_and_one":
+
+        def apply_one(example):
+            return apply(params, jnp.concatenate([support_inputs, example[None]]))[-1]
+
+        return jax.vmap(apply_one)(inputs)
+    both = jnp.concatenate([support_inputs, inputs])
+    if statistics == "joint":
+        return apply(params, both)[num_support:]
+    weights = (jnp.arange(both.shape[0]) < num_support).astype(both.dtype)
+    return apply(params, both, statistics_weights=weights)[num_support:]
+
+
+def check_positive(name: str, **values: float) -> None:
+    """Raises ValueError for the first concrete value that is not positive."""
+    for argument, value in values.items():
+        if not value > 0:
+            raise ValueError(f"{name}: {argument}={value} must be positive")
+
+
+def check_steps(name: str, **values: int | None) -> None:
+    """Raises ValueError for the first step count that is not an integer of at least 1."""
+    for argument, value in values.items():
+        if value is not None and (int(value) != value or value < 1):
+            raise ValueError(f"{name}: {argument}={value} must be an integer >= 1")

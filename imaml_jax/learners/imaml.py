@@ -1,0 +1,151 @@
+"""Implicit MAML."""
+
+from collections.abc import Callable
+from functools import partial
+from typing import Any, Literal
+
+import jax
+import jax.numpy as jnp
+import optax
+
+from imaml_jax.curvature import damped, gauss_newton, hessian
+from imaml_jax.implicit import root_vjp
+from imaml_jax.inner import minimize, proximal_objective
+from imaml_jax.learners.base import (
+    FastPredicate,
+    LossFn,
+    MetaInfo,
+    Statistics,
+    check_positive,
+    check_steps,
+    combine,
+    supervised,
+)
+from imaml_jax.linear_solve import SolveInfo, solve_cg_steihaug
+from imaml_jax.types import MetaLearner, PyTree
+
+
+def imaml(
+    network: Any,
+    loss_fn: LossFn,
+    *,
+    inner: optax.GradientTransformation,
+    num_steps: int,
+    reg_strength: PyTree = 2.0,
+    solve: Callable[..., tuple[PyTree, SolveInfo]] = partial(solve_cg_steihaug, max_steps=5),
+    curvature: Literal["hessian", "gauss_newton"] = "hessian",
+    eval_num_steps: int | None = None,
+    eval_reg_strength: PyTree | None = None,
+    fast: FastPredicate | None = None,
+    statistics: Statistics = "batch",
+) -> MetaLearner:
+    """MAML whose meta-gradient comes from the implicit function theorem, not from unrolling.
+
+    The inner problem is `phi*(theta) = argmin_phi L^support(phi) + lambda/2 ||phi - theta||^2`, and
+    `dF/dtheta = lambda (lambda I + H)^-1 grad L^query(phi*)` with `H` the Hessian of the support loss
+    at `phi*`. Memory does not grow with the number of inner steps, and how `phi*` was found does not
+    matter; it must be found, though: watch `inner_residual`, `solve_residual` and `min_curvature`.
+
+    Parameters that are not adapted get `dF/dpsi - (d2L/dphi dpsi)^T u` with `u` the solution of the
+    linear system.
+
+    Args:
+      network: `(init, apply)` pair, see `imaml_jax.networks.Network`.
+      loss_fn: `(outputs, targets) -> scalar`, a mean over examples.
+      inner: any Optax transform for the inner problem: `optax.sgd(rate)` with a rate below
+        `2 / (largest curvature + lambda)`, `adaptive_gd`, `newton_cg()` (Hessian-free), ...
+      num_steps: inner steps in training.
+      reg_strength: lambda, positive: a scalar or a tree prefix of the adapted parameters.
+      solve: a solver of `imaml_jax.linear_solve`; `partial(solve_cg, max_steps=5)` is the original
+        description's, `solve_woodbury` is exact for the Gauss-Newton matrix.
+      curvature: "hessian" (exact), or "gauss_newton": positive semi-definite whatever batch norm does,
+        but the meta-gradient is biased where the residual curvature matters.
+      eval_num_steps: inner steps in `adapt`; default `num_steps`.
+      eval_reg_strength: lambda in `adapt`, 0 turns the proximal term off; default `reg_strength`.
+      fast: which parameters are adapted, by path; default all.
+      statistics: batch-norm mode of the query examples, see `learners.base.supervised`.
+
+    Returns:
+      The `MetaLearner`.
+
+    Raises:
+      ValueError: a setting out of its range.
+
+    References:
+      Rajeswaran, Finn, Kakade, Levine, "Meta-Learning with Implicit Gradients", NeurIPS 2019,
+      Algorithms 1 and 2, Eq. 6.
+    """
+    check_steps("imaml", num_steps=num_steps, eval_num_steps=eval_num_steps)
+    for leaf in jax.tree.leaves(reg_strength):
+        if not bool(jnp.all(leaf > 0)):
+            raise ValueError(f"imaml: reg_strength={leaf} must be positive")
+    for leaf in jax.tree.leaves(eval_reg_strength):
+        if not bool(jnp.all(leaf >= 0)):
+            raise ValueError(f"imaml: eval_reg_strength={leaf} must be at least 0")
+    if curvature not in ("hessian", "gauss_newton"):
+        raise ValueError(f"imaml: curvature={curvature!r} must be 'hessian' or 'gauss_newton'")
+    problem = supervised(network, loss_fn, fast=fast, statistics=statistics)
+    objective = proximal_objective(problem.support_loss)
+    eval_strength = reg_strength if eval_reg_strength is None else eval_reg_strength
+
+    def run(fast_params, slow_params, support, strength, steps):
+        return minimize(
+            objective,
+            fast_params,
+            fast_params,
+            strength,
+            slow_params,
+            support,
+            tx=inner,
+            num_steps=steps,
+        )
+
+    def adapt(meta_params, support, key):
+        del key
+        fast_params, slow_params = problem.split(meta_params)
+        steps = eval_num_steps or num_steps
+        adapted, info = run(fast_params, slow_params, support, eval_strength, steps)
+        return problem.finish(adapted, slow_params, support), MetaInfo(
+            support_loss=info.loss, inner_residual=info.relative_residual
+        )
+
+    def support_curvature(adapted, slow_params, support):
+        if curvature == "hessian":
+            return hessian(lambda p: problem.support_loss(p, slow_params, support), adapted)
+        return gauss_newton(
+            lambda p: problem.support_outputs(p, slow_params, support),
+            lambda outputs: loss_fn(outputs, support.targets),
+            adapted,
+        )
+
+    def meta_grad(meta_params, task, key, step):
+        del step
+        anchor, slow_params = problem.split(meta_params)
+        adapted, inner_info = run(anchor, slow_params, task.support, reg_strength, num_steps)
+        (loss, accuracy), (query_grad, direct) = jax.value_and_grad(
+            problem.query_loss, argnums=(0, 1), has_aux=True
+        )(adapted, slow_params, task)
+        operator = damped(support_curvature(adapted, slow_params, task.support), reg_strength)
+        (grads, through_adaptation), solve_info = root_vjp(
+            lambda p, theta, psi: jax.grad(objective)(p, theta, reg_strength, psi, task.support),
+            adapted,
+            (anchor, slow_params),
+            query_grad,
+            operator,
+            solve,
+            key=key,
+        )
+        tiny = jnp.finfo(loss.dtype).tiny
+        norms = optax.tree.norm(grads) * optax.tree.norm(query_grad)
+        return combine(grads, optax.tree.add(direct, through_adaptation)), MetaInfo(
+            query_loss=loss,
+            query_accuracy=accuracy,
+            support_loss=inner_info.loss,
+            inner_residual=inner_info.relative_residual,
+            solve_residual=solve_info.relative_residual,
+            solve_steps=solve_info.num_steps,
+            min_curvature=solve_info.min_curvature,
+            cosine=optax.tree.vdot(grads, query_grad) / jnp.maximum(norms, tiny),
+        )
+
+    return MetaLearner(problem.init, adapt, problem.predict, meta_grad)

@@ -1,0 +1,110 @@
+"""MAML and first-order MAML."""
+
+from functools import partial
+from typing import Any
+
+import jax
+import optax
+
+from imaml_jax.inner import minimize
+from imaml_jax.learners.base import (
+    FastPredicate,
+    LossFn,
+    MetaInfo,
+    Statistics,
+    check_steps,
+    combine,
+    supervised,
+)
+from imaml_jax.types import MetaLearner
+
+
+def maml(
+    network: Any,
+    loss_fn: LossFn,
+    *,
+    inner: optax.GradientTransformation,
+    num_steps: int,
+    eval_num_steps: int | None = None,
+    first_order: bool = False,
+    fast: FastPredicate | None = None,
+    statistics: Statistics = "batch",
+    remat: bool = True,
+) -> MetaLearner:
+    """Model-agnostic meta-learning: the query loss after adaptation, differentiated by unrolling.
+
+    `theta <- argmin E_i L_i^query(U(theta, support_i))`, with `U` some steps of the inner transform.
+
+    Args:
+      network: `(init, apply)` pair, see `imaml_jax.networks.Network`.
+      loss_fn: `(outputs, targets) -> scalar`, a mean over examples.
+      inner: Optax transform of the inner loop, such as `optax.sgd(0.4)`.
+      num_steps: inner steps in training.
+      eval_num_steps: inner steps in `adapt`; default `num_steps`.
+      first_order: take the derivative of the adaptation as the identity (first-order MAML).
+      fast: which parameters are adapted, by path; default all. The others are meta-learned only, as
+        norm scales are in MAML's own code and all but the head in ANIL.
+      statistics: batch-norm mode of the query examples, see `learners.base.supervised`.
+      remat: recompute each inner step in the backward pass instead of storing its activations.
+
+    Returns:
+      The `MetaLearner`.
+
+    Raises:
+      ValueError: a setting out of its range.
+
+    References:
+      Finn, Abbeel, Levine, "Model-Agnostic Meta-Learning", ICML 2017, Algorithm 1 and section 5.2.
+    """
+    check_steps("maml", num_steps=num_steps, eval_num_steps=eval_num_steps)
+    problem = supervised(network, loss_fn, fast=fast, statistics=statistics)
+
+    def run(fast_params, slow_params, support, steps):
+        return minimize(
+            problem.support_loss,
+            fast_params,
+            slow_params,
+            support,
+            tx=inner,
+            num_steps=steps,
+            remat=remat,
+        )
+
+    def adapt(meta_params, support, key):
+        del key
+        fast_params, slow_params = problem.split(meta_params)
+        adapted, info = run(fast_params, slow_params, support, eval_num_steps or num_steps)
+        return problem.finish(adapted, slow_params, support), MetaInfo(
+            support_loss=info.loss, inner_residual=info.relative_residual
+        )
+
+    def meta_grad(meta_params, task, key, step):
+        del key, step
+
+        def query_loss(adapted, slow_params, info):
+            loss, accuracy = problem.query_loss(adapted, slow_params, task)
+            return loss, (accuracy, info)
+
+        def unrolled_loss(fast_params, slow_params):
+            adapted, info = run(fast_params, slow_params, task.support, num_steps)
+            return query_loss(adapted, slow_params, info)
+
+        fast_params, slow_params = problem.split(meta_params)
+        grad = partial(jax.value_and_grad, argnums=(0, 1), has_aux=True)
+        if first_order:
+            adapted, info = run(fast_params, slow_params, task.support, num_steps)
+            (loss, (accuracy, info)), grads = grad(query_loss)(adapted, slow_params, info)
+        else:
+            (loss, (accuracy, info)), grads = grad(unrolled_loss)(fast_params, slow_params)
+        return combine(*grads), MetaInfo(
+            query_loss=loss,
+            query_accuracy=accuracy,
+            support_loss=info.loss,
+            inner_residual=info.relative_residual,
+        )
+
+    return MetaLearner(problem.init, adapt, problem.predict, meta_grad)
+
+
+fomaml = partial(maml, first_order=True)
+"""First-order MAML: `maml` with `first_order=True`."""

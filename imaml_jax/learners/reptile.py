@@ -1,0 +1,136 @@
+"""Reptile."""
+
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import optax
+
+from imaml_jax.inner import minimize
+from imaml_jax.learners.base import (
+    FastPredicate,
+    LossFn,
+    MetaInfo,
+    Statistics,
+    check_steps,
+    combine,
+    supervised,
+)
+from imaml_jax.types import MetaLearner
+
+
+def reptile(
+    network: Any,
+    loss_fn: LossFn,
+    *,
+    inner: optax.GradientTransformation,
+    num_steps: int,
+    batch_size: int | None = None,
+    eval_num_steps: int | None = None,
+    eval_batch_size: int | None = None,
+    fast: FastPredicate | None = None,
+    statistics: Statistics = "support_and_one",
+) -> MetaLearner:
+    """Reptile: moves the initialisation towards where several inner steps end.
+
+    The gradient is `theta - U(theta, support)`; with `optax.sgd(epsilon)` outside this is Reptile's
+    `theta <- theta + epsilon (U(theta) - theta)`. Query examples take no part in training, so
+    give it more shots there (10 in the paper) and one query a class. As published, the inner
+    transform is `optax.adam(1e-3, b1=0)`; its state starts afresh for each task here, whereas the
+    official code carries Adam's second moments from task to task.
+
+    Args:
+      network: `(init, apply)` pair, see `imaml_jax.networks.Network`.
+      loss_fn: `(outputs, targets) -> scalar`, a mean over examples.
+      inner: Optax transform of the inner loop.
+      num_steps: inner steps in training.
+      batch_size: support examples a step, drawn by passing through shuffles; default all.
+      eval_num_steps: inner steps in `adapt`; default `num_steps`.
+      eval_batch_size: the same in `adapt`; default `batch_size`.
+      fast: which parameters are adapted, by path; default all. The others stay as initialised.
+      statistics: batch-norm mode of the query examples: "support_and_one" as published, "batch" for
+        Reptile with transduction.
+
+    Returns:
+      The `MetaLearner`.
+
+    Raises:
+      ValueError: a setting out of its range.
+
+    References:
+      Nichol, Achiam, Schulman, "On First-Order Meta-Learning Algorithms", 2018, Algorithm 1.
+    """
+    check_steps(
+        "reptile",
+        num_steps=num_steps,
+        batch_size=batch_size,
+        eval_num_steps=eval_num_steps,
+        eval_batch_size=eval_batch_size,
+    )
+    problem = supervised(network, loss_fn, fast=fast, statistics=statistics)
+
+    def run(fast_params, slow_params, support, key, steps, size):
+        def loss(params, slow, batch):
+            return problem.support_loss(params, slow, batch)
+
+        if size is None:
+            return minimize(loss, fast_params, slow_params, support, tx=inner, num_steps=steps)
+        return minimize(
+            loss,
+            fast_params,
+            slow_params,
+            tx=inner,
+            num_steps=steps,
+            batches=mini_batches(key, support, steps, size),
+        )
+
+    def adapt(meta_params, support, key):
+        fast_params, slow_params = problem.split(meta_params)
+        adapted, info = run(
+            fast_params,
+            slow_params,
+            support,
+            key,
+            eval_num_steps or num_steps,
+            eval_batch_size or batch_size,
+        )
+        return problem.finish(adapted, slow_params, support), MetaInfo(
+            support_loss=info.loss, inner_residual=info.relative_residual
+        )
+
+    def meta_grad(meta_params, task, key, step):
+        del step
+        fast_params, slow_params = problem.split(meta_params)
+        adapted, info = run(fast_params, slow_params, task.support, key, num_steps, batch_size)
+        grads = combine(
+            optax.tree.sub(fast_params, adapted), jax.tree.map(jnp.zeros_like, slow_params)
+        )
+        loss, accuracy = problem.query_loss(adapted, slow_params, task)
+        return grads, MetaInfo(
+            query_loss=loss,
+            query_accuracy=accuracy,
+            support_loss=info.loss,
+            inner_residual=info.relative_residual,
+        )
+
+    return MetaLearner(problem.init, adapt, problem.predict, meta_grad)
+
+
+def mini_batches(key: jax.Array, examples: Any, num_batches: int, batch_size: int) -> Any:
+    """Mini-batches drawn by passing through one shuffle of the examples after another.
+
+    Args:
+      key: random key.
+      examples: tree of arrays `[n, ...]`.
+      num_batches: batches.
+      batch_size: examples a batch; a batch may reach into the next shuffle.
+
+    Returns:
+      Tree of arrays `[num_batches, batch_size, ...]`.
+    """
+    num_examples = jax.tree.leaves(examples)[0].shape[0]
+    passes = -(-num_batches * batch_size // num_examples)
+    keys = jax.random.split(key, passes)
+    order = jax.vmap(lambda k: jax.random.permutation(k, num_examples))(keys).reshape(-1)
+    order = order[: num_batches * batch_size].reshape(num_batches, batch_size)
+    return jax.tree.map(lambda x: x[order], examples)

@@ -1,0 +1,271 @@
+"""Linear solvers of one signature: `solve_*(operator, b, *, key=None, ...) -> (x, SolveInfo)`.
+
+Each solves `A x = b` for pytrees `b` shaped like the parameters and reports what it met. Settings are
+bound with `functools.partial`. Arrays are raveled first: `jax.scipy.sparse.linalg.cg` on a tree fails
+under `vmap(grad(...))` of convolutions, and one long vector means few kernels.
+
+Which to use for a meta-gradient: `solve_cg_steihaug` in general (it stops where the curvature turns
+negative and says so); `solve_woodbury` with the Gauss-Newton matrix when the support set has few
+outputs; `solve_cg` is the plain path of the original description.
+"""
+
+from collections.abc import Callable
+from typing import NamedTuple
+
+import jax
+import jax.numpy as jnp
+from jax import lax
+from jax.flatten_util import ravel_pytree
+from jax.scipy.sparse.linalg import cg, gmres
+
+from imaml_jax.types import Array, LinearOperator, PyTree
+
+
+class SolveInfo(NamedTuple):
+    """What a solver met.
+
+    Attributes:
+      relative_residual: `||b - A x|| / ||b||`, 0 where `b` is 0.
+      num_steps: iterations taken; None where the solver does not tell, or has none.
+      min_curvature: smallest `p^T A p / p^T p` met; an upper bound of the smallest eigenvalue. None
+        where the solver does not tell.
+      converged: whether the relative residual is within the tolerance.
+    """
+
+    relative_residual: Array
+    num_steps: Array | None
+    min_curvature: Array | None
+    converged: Array
+
+
+class _CGState(NamedTuple):
+    x: Array
+    residual: Array
+    direction: Array
+    squared_residual: Array
+    num_steps: Array
+    min_curvature: Array
+    positive: Array
+
+
+def solve_cg(
+    operator: LinearOperator,
+    b: PyTree,
+    *,
+    key: Array | None = None,
+    tol: float = 1e-5,
+    max_steps: int | None = None,
+) -> tuple[PyTree, SolveInfo]:
+    """Conjugate gradient of `jax.scipy.sparse.linalg.cg`; A symmetric positive definite.
+
+    That function reports neither its steps nor the curvature it meets, so the residual is computed
+    afterwards, at the price of one product.
+
+    Args:
+      operator: `A`.
+      b: right-hand side.
+      key: unused.
+      tol: relative tolerance on the residual.
+      max_steps: most iterations; None for ten times the number of unknowns.
+
+    Returns:
+      `(x, SolveInfo)`, with `num_steps` and `min_curvature` None.
+    """
+    del key
+    return _solve_with(cg, operator, b, tol=tol, maxiter=max_steps)
+
+
+def solve_gmres(
+    operator: LinearOperator,
+    b: PyTree,
+    *,
+    key: Array | None = None,
+    tol: float = 1e-5,
+    restart: int = 20,
+    max_restarts: int | None = None,
+) -> tuple[PyTree, SolveInfo]:
+    """GMRES of `jax.scipy.sparse.linalg.gmres`, for non-symmetric `A`.
+
+    Args:
+      operator: `A`.
+      b: right-hand side.
+      key: unused.
+      tol: relative tolerance on the residual.
+      restart: size of the Krylov space.
+      max_restarts: most restarts; None for ten times the number of unknowns.
+
+    Returns:
+      `(x, SolveInfo)`, with `num_steps` and `min_curvature` None.
+    """
+    del key
+    return _solve_with(gmres, operator, b, tol=tol, restart=restart, maxiter=max_restarts)
+
+
+def solve_cg_steihaug(
+    operator: LinearOperator,
+    b: PyTree,
+    *,
+    key: Array | None = None,
+    tol: float = 1e-5,
+    max_steps: int = 100,
+) -> tuple[PyTree, SolveInfo]:
+    """Conjugate gradient that counts its steps, reports curvature and stops where `p^T A p <= 0`.
+
+    Where the first direction already has no positive curvature, `x = 0`. Starts at zero without
+    spending a product on it. The residual reported is the one of the recurrence.
+
+    Args:
+      operator: symmetric `A`.
+      b: right-hand side.
+      key: unused.
+      tol: relative tolerance on the residual.
+      max_steps: most iterations, one product each.
+
+    Returns:
+      `(x, SolveInfo)`; `converged` is False after a stop at non-positive curvature.
+
+    References:
+      Steihaug, "The conjugate gradient method and trust regions in large scale optimization", 1983.
+    """
+    del key
+    flat_b, matvec, unravel = _ravel(operator, b)
+    squared_b = flat_b @ flat_b
+    threshold = tol**2 * squared_b
+
+    def keep_going(state: _CGState) -> Array:
+        unfinished = (state.squared_residual > threshold) & (state.num_steps < max_steps)
+        return unfinished & state.positive
+
+    def step(state: _CGState) -> _CGState:
+        product = matvec(state.direction)
+        curvature = state.direction @ product
+        positive = curvature > 0
+        length = jnp.where(positive, state.squared_residual / curvature, 0.0)
+        residual = state.residual - length * product
+        squared_residual = residual @ residual
+        direction = residual + squared_residual / state.squared_residual * state.direction
+        rayleigh = curvature / (state.direction @ state.direction)
+        return _CGState(
+            x=state.x + length * state.direction,
+            residual=residual,
+            direction=direction,
+            squared_residual=squared_residual,
+            num_steps=state.num_steps + 1,
+            min_curvature=jnp.minimum(state.min_curvature, rayleigh),
+            positive=positive,
+        )
+
+    state = lax.while_loop(
+        keep_going,
+        step,
+        _CGState(
+            x=jnp.zeros_like(flat_b),
+            residual=flat_b,
+            direction=flat_b,
+            squared_residual=squared_b,
+            num_steps=jnp.zeros((), jnp.int32),
+            min_curvature=jnp.full((), jnp.inf, flat_b.dtype),
+            positive=jnp.array(True),
+        ),
+    )
+    relative = jnp.sqrt(_safe_ratio(state.squared_residual, squared_b))
+    info = SolveInfo(relative, state.num_steps, state.min_curvature, relative <= tol)
+    return unravel(state.x), info
+
+
+def solve_dense(
+    operator: LinearOperator, b: PyTree, *, key: Array | None = None, tol: float = 1e-5
+) -> tuple[PyTree, SolveInfo]:
+    """LU on the assembled matrix, for small problems and as the reference of the others.
+
+    Args:
+      operator: any invertible `A`; `P` products and `[P, P]` of memory.
+      b: right-hand side.
+      key: unused.
+      tol: relative residual up to which the solve counts as converged.
+
+    Returns:
+      `(x, SolveInfo)`; `min_curvature` is the smallest eigenvalue of the symmetric part of `A`.
+    """
+    del key
+    flat_b, matvec, unravel = _ravel(operator, b)
+    matrix = jax.vmap(matvec, out_axes=1)(jnp.eye(flat_b.size, dtype=flat_b.dtype))
+    x = jnp.linalg.solve(matrix, flat_b)
+    relative = _relative_residual(flat_b - matrix @ x, flat_b)
+    min_curvature = jnp.linalg.eigvalsh((matrix + matrix.T) / 2)[0]
+    return unravel(x), SolveInfo(relative, None, min_curvature, relative <= tol)
+
+
+def solve_woodbury(
+    operator: LinearOperator, b: PyTree, *, key: Array | None = None, tol: float = 1e-5
+) -> tuple[PyTree, SolveInfo]:
+    """Exact solve with a damped Gauss-Newton matrix `J^T S J + D` by an `m x m` system.
+
+    `x = D^-1 (b - J^T (I + S J D^-1 J^T)^-1 S J D^-1 b)`, with `m` the number of outputs: the rank is
+    `N K (N-1)` for N-way K-shot classification, so it is small for small support sets. Needs
+    positive damping; `S` may be singular.
+
+    Args:
+      operator: `damped(gauss_newton(...), damping)`.
+      b: right-hand side.
+      key: unused.
+      tol: relative residual up to which the solve counts as converged.
+
+    Returns:
+      `(x, SolveInfo)` with `num_steps` and `min_curvature` None.
+
+    Raises:
+      ValueError: the operator carries no low-rank factor, or no damping.
+
+    References:
+      Ren and Goldfarb, "Efficient subsampled Gauss-Newton and natural gradient methods", 2019.
+    """
+    del key
+    if operator.factor is None:
+        raise ValueError(
+            "solve_woodbury needs an operator with a low-rank factor, such as "
+            "damped(gauss_newton(...), damping); for a Hessian use solve_cg_steihaug"
+        )
+    jacobian, output_hessian, dampings = operator.factor()
+    if not dampings:
+        raise ValueError("solve_woodbury needs damping > 0; wrap the operator in damped(...)")
+    diagonal = sum(ravel_pytree(_broadcast_to_leaves(d, b))[0] for d in dampings)
+    flat_b, unravel = ravel_pytree(b)
+    small_matrix = jnp.eye(jacobian.shape[0], dtype=flat_b.dtype) + output_hessian @ (
+        (jacobian / diagonal) @ jacobian.T
+    )
+    right = output_hessian @ (jacobian @ (flat_b / diagonal))
+    x = (flat_b - jnp.linalg.solve(small_matrix, right) @ jacobian) / diagonal
+    product = diagonal * x + (output_hessian @ (jacobian @ x)) @ jacobian
+    relative = _relative_residual(flat_b - product, flat_b)
+    return unravel(x), SolveInfo(relative, None, None, relative <= tol)
+
+
+def _broadcast_to_leaves(prefix: PyTree, tree: PyTree) -> PyTree:
+    return jax.tree.map(
+        lambda d, x: jnp.broadcast_to(d, x.shape).astype(x.dtype),
+        jax.tree.broadcast(prefix, tree),
+        tree,
+    )
+
+
+def _ravel(
+    operator: LinearOperator, b: PyTree
+) -> tuple[Array, Callable[[Array], Array], Callable[[Array], PyTree]]:
+    flat_b, unravel = ravel_pytree(b)
+    return flat_b, lambda flat: ravel_pytree(operator.matvec(unravel(flat)))[0], unravel
+
+
+def _solve_with(solver, operator: LinearOperator, b: PyTree, *, tol: float, **settings):
+    flat_b, matvec, unravel = _ravel(operator, b)
+    x, _ = solver(matvec, flat_b, tol=tol, **settings)
+    relative = _relative_residual(flat_b - matvec(x), flat_b)
+    return unravel(x), SolveInfo(relative, None, None, relative <= tol)
+
+
+def _relative_residual(residual: Array, b: Array) -> Array:
+    return jnp.sqrt(_safe_ratio(residual @ residual, b @ b))
+
+
+def _safe_ratio(numerator: Array, denominator: Array) -> Array:
+    return jnp.where(denominator > 0, numerator / jnp.where(denominator > 0, denominator, 1), 0.0)

@@ -1,0 +1,226 @@
+"""Networks of the field as `(init, apply)` pairs of pure functions. The only file that imports flax.
+
+Any other pair of such functions serves the learners as well.
+
+Convolutions are strided slices, a concatenation and one matrix product: with weights of one's own for
+each task, `lax.conv` becomes a grouped convolution, which is slow on CPUs and a weak path on GPUs.
+"""
+
+from collections.abc import Callable, Sequence
+from typing import Any, Literal, NamedTuple
+
+import flax.linen as nn
+import jax
+import jax.numpy as jnp
+from jax import lax
+
+from imaml_jax.types import Array, Params
+
+Initializer = Any
+zeros = nn.initializers.zeros
+
+
+class Network(NamedTuple):
+    """A network as pure functions.
+
+    Attributes:
+      init: `(key, inputs [n, ...]) -> params`.
+      apply: `(params, inputs [n, ...]) -> outputs [n, ...]`. Networks with batch norm also take
+        `statistics_weights [n]`: the weight of each example in the batch statistics (default equal).
+    """
+
+    init: Callable[[Array, Array], Params]
+    apply: Callable[..., Array]
+
+
+def mlp(
+    features: Sequence[int],
+    *,
+    activation: Callable[[Array], Array] = nn.relu,
+    kernel_init: Initializer = nn.initializers.truncated_normal(0.01),
+) -> Network:
+    """Fully connected network; `mlp([40, 40, 1])` is the sinusoid regressor of MAML.
+
+    Args:
+      features: widths of the layers, the last being the outputs, which have no activation.
+      activation: between layers.
+      kernel_init: of all layers; MAML's official code draws normal(0.01).
+
+    Returns:
+      A `Network`; inputs `[n, d]`, outputs `[n, features[-1]]`.
+
+    Raises:
+      ValueError: no layer, or a width below 1.
+    """
+    _check_widths("mlp", features)
+
+    class MLP(nn.Module):
+        @nn.compact
+        def __call__(self, x):
+            for width in features[:-1]:
+                x = activation(_dense(width, kernel_init)(x))
+            return _dense(features[-1], kernel_init, name="head")(x)
+
+    return _as_network(MLP())
+
+
+def conv4(
+    ways: int,
+    *,
+    filters: int = 64,
+    num_blocks: int = 4,
+    downsample: Literal["stride", "max_pool"] = "stride",
+    readout: Literal["flatten", "mean"] = "flatten",
+    pool_before_norm: bool = False,
+    conv_bias: bool = False,
+    epsilon: float = 1e-3,
+    activation: Callable[[Array], Array] = nn.relu,
+    kernel_init: Initializer = nn.initializers.xavier_uniform(),
+    head_init: Initializer = nn.initializers.zeros,
+) -> Network:
+    """The four-block convolutional network of few-shot classification.
+
+    Each block is a 3x3 convolution, batch norm with the statistics of the batch at hand, and the
+    activation; it halves the image by a stride of 2 (Omniglot) or by 2x2 max-pooling
+    (mini-ImageNet, with 32 filters). Parameters are named `block_0/kernel`, `block_0/scale`,
+    `block_0/offset`, ..., `head/kernel`, `head/bias`.
+
+    Args:
+      ways: classes, the width of the head.
+      filters: channels of each block.
+      num_blocks: number of blocks.
+      downsample: "stride" or "max_pool".
+      readout: "flatten", or "mean" over positions before the head.
+      pool_before_norm: with max-pooling, pool before the norm (Reptile) instead of at the end.
+      conv_bias: a bias before the norm; off, since it is an exactly flat direction of the loss.
+      epsilon: added to the variance.
+      activation: after the norm.
+      kernel_init: of the convolutions.
+      head_init: of the head's kernel; zero keeps a fresh head indifferent to the order of labels
+        (Ye and Chao, UNICORN-MAML, 2022).
+
+    Returns:
+      A `Network`; inputs `[n, height, width, channels]`, outputs `[n, ways]`.
+
+    Raises:
+      ValueError: a setting out of its range.
+    """
+    _check_widths("conv4", [ways, filters, num_blocks])
+    _check_choice("downsample", downsample, ("stride", "max_pool"))
+    _check_choice("readout", readout, ("flatten", "mean"))
+    if not epsilon > 0:
+        raise ValueError(f"conv4: epsilon={epsilon} must be positive")
+    stride = 2 if downsample == "stride" else 1
+    pools = downsample == "max_pool"
+
+    class Block(nn.Module):
+        @nn.compact
+        def __call__(self, x, statistics_weights):
+            shape = (3, 3, x.shape[-1], filters)
+            x = conv3x3(x, self.param("kernel", kernel_init, shape, x.dtype), stride)
+            if conv_bias:
+                x = x + _per_channel(self.param("bias", nn.initializers.zeros, (filters,), x.dtype))
+            if pools and pool_before_norm:
+                x = max_pool2x2(x)
+            scale = self.param("scale", nn.initializers.ones, (filters,), x.dtype)
+            offset = self.param("offset", nn.initializers.zeros, (filters,), x.dtype)
+            x = activation(batch_norm(x, scale, offset, epsilon, statistics_weights))
+            return max_pool2x2(x) if pools and not pool_before_norm else x
+
+    class Conv4(nn.Module):
+        @nn.compact
+        def __call__(self, x, statistics_weights=None):
+            for i in range(num_blocks):
+                x = Block(name=f"block_{i}")(x, statistics_weights)
+            x = x.mean((1, 2)) if readout == "mean" else x.reshape(x.shape[0], -1)
+            return _dense(ways, head_init, name="head")(x)
+
+    return _as_network(Conv4())
+
+
+def conv3x3(x: Array, kernel: Array, stride: int = 1) -> Array:
+    """3x3 convolution with SAME padding as slices, a concatenation and one matrix product.
+
+    Args:
+      x: `[n, height, width, in]`.
+      kernel: `[3, 3, in, out]`.
+      stride: in both directions.
+
+    Returns:
+      `[n, ceil(height / stride), ceil(width / stride), out]`; equal to `lax.conv` with "SAME".
+    """
+    size, channels = kernel.shape[0], x.shape[-1]
+    pads = lax.padtype_to_pads(x.shape[1:3], (size, size), (stride, stride), "SAME")
+    height, width = (-(-n // stride) for n in x.shape[1:3])
+    x = jnp.pad(x, ((0, 0), *pads, (0, 0)))
+    patches = [
+        x[:, i : i + stride * (height - 1) + 1 : stride, j : j + stride * (width - 1) + 1 : stride]
+        for i in range(size)
+        for j in range(size)
+    ]
+    matrix = kernel.reshape(size * size * channels, -1)
+    return jnp.matmul(jnp.concatenate(patches, -1), matrix, precision=lax.Precision.HIGHEST)
+
+
+def max_pool2x2(x: Array) -> Array:
+    """2x2 max-pooling with stride 2; an odd last row or column is dropped."""
+    n, height, width, channels = x.shape
+    x = x[:, : height // 2 * 2, : width // 2 * 2]
+    return x.reshape(n, height // 2, 2, width // 2, 2, channels).max((2, 4))
+
+
+def batch_norm(
+    x: Array,
+    scale: Array,
+    offset: Array,
+    epsilon: float,
+    statistics_weights: Array | None = None,
+) -> Array:
+    """Batch norm with the statistics of the batch at hand, as one multiply-add.
+
+    Args:
+      x: `[n, height, width, channels]`.
+      scale: `[channels]`.
+      offset: `[channels]`.
+      epsilon: added to the (biased) variance.
+      statistics_weights: `[n]`, weight of each example in the statistics; None for equal ones.
+
+    Returns:
+      Shaped like `x`.
+    """
+    if statistics_weights is None:
+        mean = x.mean((0, 1, 2))
+        variance = jnp.square(x - _per_channel(mean)).mean((0, 1, 2))
+    else:
+        positions = x.shape[1] * x.shape[2]
+        weights = statistics_weights / (positions * statistics_weights.sum())
+        mean = jnp.einsum("n,nhwc->c", weights, x, precision=lax.Precision.HIGHEST)
+        deviations = jnp.square(x - _per_channel(mean))
+        variance = jnp.einsum("n,nhwc->c", weights, deviations, precision=lax.Precision.HIGHEST)
+    factor = scale * lax.rsqrt(variance + epsilon)
+    return x * _per_channel(factor) + _per_channel(offset - mean * factor)
+
+
+def _per_channel(x: Array) -> Array:
+    return x[None, None, None, :]
+
+
+def _dense(width: int, kernel_init: Initializer, name: str | None = None) -> nn.Dense:
+    return nn.Dense(width, kernel_init=kernel_init, precision=lax.Precision.HIGHEST, name=name)
+
+
+def _as_network(module: nn.Module) -> Network:
+    def apply(params, inputs, **statistics):
+        return module.apply({"params": params}, inputs, **statistics)
+
+    return Network(lambda key, inputs: module.init(key, inputs)["params"], apply)
+
+
+def _check_widths(name: str, widths: Sequence[int]) -> None:
+    if not widths or any(width < 1 for width in widths):
+        raise ValueError(f"{name}: sizes {list(widths)} must be a non-empty list of integers >= 1")
+
+
+def _check_choice(name: str, value: str, choices: tuple[str, ...]) -> None:
+    if value not in choices:
+        raise ValueError(f"conv4: {name}={value!r} must be one of {choices}")
