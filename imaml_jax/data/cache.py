@@ -12,7 +12,9 @@ from pathlib import Path
 import numpy as np
 
 ENV_CACHE_DIR = "IMAML_CACHE_DIR"
-_UNREADABLE = (OSError, ValueError, KeyError, EOFError, zipfile.BadZipFile, zlib.error)
+# What NumPy raises for files that are missing, cut, or something else altogether.
+_NUMPY_ERRORS = (OSError, ValueError, KeyError, TypeError, EOFError, RuntimeError)
+_UNREADABLE = (*_NUMPY_ERRORS, zipfile.BadZipFile, zlib.error)
 
 
 def cache_root(cache_dir: str | os.PathLike | None = None) -> Path:
@@ -25,19 +27,21 @@ def cached_arrays(
     recipe: Mapping[str, object],
     build: Callable[[], dict[str, np.ndarray]],
     *,
+    is_valid: Callable[[dict[str, np.ndarray]], bool],
     cache_dir: str | os.PathLike | None = None,
 ) -> dict[str, np.ndarray]:
     """Returns `build()`, from the cache where the same recipe was built before.
 
     The file is written under another name and moved into place, so that a reader never sees half of
-    it. A file that cannot be read is built anew. A cache that cannot be written costs a warning,
-    not the run.
+    it. A file that cannot be read or is not valid is built anew. A cache that cannot be written
+    costs a warning, not the run.
 
     Args:
       name: start of the file name.
       recipe: all that the result depends on, with reprs that are stable; its hash ends the file
         name.
       build: makes the arrays.
+      is_valid: whether what was read has the names, shapes and dtypes that `build` gives.
       cache_dir: directory; default as in `cache_root`.
 
     Returns:
@@ -46,9 +50,9 @@ def cached_arrays(
     key = hashlib.sha256(repr(sorted(recipe.items())).encode()).hexdigest()[:16]
     path = cache_root(cache_dir) / f"{name}-{key}.npz"
     try:
-        with np.load(path, allow_pickle=False) as stored:
+        with open(path, "rb") as file, np.load(file, allow_pickle=False) as stored:
             arrays = {array_name: stored[array_name] for array_name in stored.files}
-        if arrays:
+        if is_valid(arrays):
             return arrays
     except _UNREADABLE:
         pass

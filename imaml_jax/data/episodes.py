@@ -153,19 +153,22 @@ def sample_tasks(
         check_task_shape(dataset, ways=ways, shots=shots, queries=queries, rotations=rotations)
     total, per_class = num_classes(dataset), shots + queries
 
-    def sample_indices(task_key):
-        class_key, example_key, turn_key = jax.random.split(task_key, 3)
-        if rotations == "classes":
-            classes, turns = jnp.divmod(_draw_distinct(class_key, jnp.int32(4 * total), ways), 4)
-        else:
-            classes = _draw_distinct(class_key, jnp.int32(total), ways)
-            turns = jax.random.randint(turn_key, (ways,), 0, 4, jnp.int32)
-        starts = dataset.offsets[classes]
-        sizes = dataset.offsets[classes + 1] - starts
-        examples = _draw_distinct(example_key, sizes, per_class)
-        return starts[:, None] + examples, turns, jnp.all(sizes >= per_class)
+    # One call of the generator for everything: it is most of what there is to compile.
+    bits = jax.random.bits(key, (num_tasks, ways * (3 + 2 * per_class)), jnp.uint32)
+    turn_bits, class_bits, example_bits = jnp.split(bits, [ways, 3 * ways], axis=1)
+    class_bits = class_bits.reshape(num_tasks, 2, ways)
+    example_bits = example_bits.reshape(num_tasks, 2, ways, per_class)
 
-    indices, turns, enough = jax.vmap(sample_indices)(jax.random.split(key, num_tasks))
+    if rotations == "classes":
+        chosen = _draw_distinct(class_bits, jnp.full((num_tasks,), 4 * total, jnp.int32))
+        classes, turns = chosen // 4, chosen % 4
+    else:
+        classes = _draw_distinct(class_bits, jnp.full((num_tasks,), total, jnp.int32))
+        turns = (turn_bits % 4).astype(jnp.int32)
+    starts = dataset.offsets[classes]
+    sizes = dataset.offsets[classes + 1] - starts  # [num_tasks, ways]
+    indices = starts[..., None] + _draw_distinct(example_bits, sizes)
+    enough = jnp.all(sizes >= per_class, axis=1)
 
     def gather(indices):  # [num_tasks, ways, n] -> float32 [num_tasks, ways * n, H, W, C]
         n = indices.shape[-1]
@@ -184,20 +187,21 @@ def sample_tasks(
     return Task(support=batch(indices[..., :shots]), query=batch(indices[..., shots:]))
 
 
-def _draw_distinct(key: Array, total: Array, count: int) -> Array:
-    """Draws `count` distinct integers below `total`, in random order: `[...] -> [..., count]`.
+def _draw_distinct(bits: Array, total: Array) -> Array:
+    """Turns random bits `[t, 2, ..., n]` into `n` distinct integers below `total [t, ...]`.
 
-    Floyd's algorithm gives a uniform subset (Bentley and Floyd, CACM 1987), the permutation at the
-    end a uniform order. `total` may be an array and traced; only `count` is static.
+    Floyd's algorithm gives a uniform subset (Bentley and Floyd, CACM 1987), sorting by the other
+    half of the bits a uniform order. `total` may be traced; only `n` is static. Reducing 32 bits
+    modulo `total` leaves a bias below `total / 2**32`.
+
+    Returns:
+      int32 `[t, ..., n]`.
     """
-    draw_key, order_key = jax.random.split(key)
-    shape = (*total.shape, count)
-    last = (
-        total[..., None]
-        - count
-        + jnp.arange(count, dtype=jnp.int32).reshape((1,) * total.ndim + (count,))
-    )
-    draws = jax.random.randint(draw_key, shape, 0, last + 1, jnp.int32)
+    count = bits.shape[-1]
+    bits, order_bits = bits[:, 0], bits[:, 1]
+    places = jnp.arange(count, dtype=jnp.int32).reshape((1,) * total.ndim + (count,))
+    last = total[..., None] - count + places
+    draws = (bits % jnp.maximum(last + 1, 1).astype(jnp.uint32)).astype(jnp.int32)
 
     def step(chosen, i):
         draw = jax.lax.dynamic_index_in_dim(draws, i, axis=-1)
@@ -206,9 +210,9 @@ def _draw_distinct(key: Array, total: Array, count: int) -> Array:
         value = jnp.where(taken, fallback, draw)
         return jax.lax.dynamic_update_index_in_dim(chosen, value, i, axis=-1), None
 
-    chosen = jnp.full(shape, -1, jnp.int32)
-    chosen, _ = jax.lax.scan(step, chosen, jnp.arange(count), unroll=min(count, 8))
-    return jax.random.permutation(order_key, chosen, axis=-1, independent=True)
+    chosen = jnp.full(draws.shape, -1, jnp.int32)
+    chosen, _ = jax.lax.scan(step, chosen, jnp.arange(count))
+    return jnp.take_along_axis(chosen, jnp.argsort(order_bits, axis=-1), axis=-1)
 
 
 def _rotate(images: Array, turns: Array) -> Array:

@@ -120,7 +120,14 @@ def _arrays(cache_dir) -> dict[str, np.ndarray]:
         "pillow": PIL.__version__,
         "freetype": features.version("freetype2"),
     }
-    return cached_arrays("glyphs", recipe, _render_all, cache_dir=cache_dir)
+    return cached_arrays("glyphs", recipe, _render_all, is_valid=_is_valid, cache_dir=cache_dir)
+
+
+def _is_valid(arrays: dict[str, np.ndarray]) -> bool:
+    images, codes = arrays.get("images"), arrays.get("codes")
+    if images is None or codes is None:
+        return False
+    return images.dtype == np.uint8 and images.shape == (len(codes), EXAMPLES, SIDE, SIDE, 1)
 
 
 def _split_of(code: int) -> int:

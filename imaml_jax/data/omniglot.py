@@ -82,10 +82,15 @@ def load(
         "filter": "lanczos",
         "version": 1,
     }
+    shape = (len(class_names()), DRAWERS, image_size, image_size, 1)
     arrays = cached_arrays(
-        "omniglot", recipe, lambda: {"images": _read(paths, image_size)}, cache_dir=cache_dir
+        "omniglot",
+        recipe,
+        lambda: {"images": _read(paths, image_size)},
+        is_valid=lambda stored: _is_uint8(stored.get("images"), shape),
+        cache_dir=cache_dir,
     )
-    images = arrays["images"]  # [1623, 20, image_size, image_size, 1]
+    images = arrays["images"]
 
     def subset(indices: np.ndarray) -> Dataset:
         return from_class_arrays(images[indices])
@@ -106,6 +111,10 @@ def _archives(data_dir, cache_dir, download) -> list[Path]:
         checksums_of="omniglot",
     )
     return archives.find_archives(ARCHIVES, help_text=_HELP, **options)
+
+
+def _is_uint8(array: np.ndarray | None, shape: tuple[int, ...]) -> bool:
+    return array is not None and array.shape == shape and array.dtype == np.uint8
 
 
 def _sha256(path: Path) -> str:
