@@ -66,7 +66,7 @@ def save(
     try:
         with _quiet():
             _checkpointer().save(temporary / _ARRAYS, arrays)
-        described = {**json.loads(text), _CHECKSUM: _checksum(arrays, text)}
+        described = {**json.loads(text), _CHECKSUM: _checksum(temporary / _ARRAYS, text)}
         (temporary / _METADATA).write_text(json.dumps(described, indent=1), encoding="utf-8")
         if final.exists():
             os.replace(final, directory / f"{_TEMPORARY}replaced")
@@ -168,12 +168,11 @@ def _path(directory: Path, step: int) -> Path:
 def _read(path: Path) -> tuple[dict[str, np.ndarray], dict[str, Any]]:
     metadata = json.loads((path / _METADATA).read_text(encoding="utf-8"))
     checksum = metadata.pop(_CHECKSUM)
+    if _checksum(path / _ARRAYS, _canonical(metadata)) != checksum:
+        raise ValueError("the checksum does not match")
     with _quiet():
         arrays = _checkpointer().restore(path / _ARRAYS)
-    arrays = {name: np.asarray(array) for name, array in arrays.items()}
-    if _checksum(arrays, _canonical(metadata)) != checksum:
-        raise ValueError("the checksum does not match")
-    return arrays, metadata
+    return {name: np.asarray(array) for name, array in arrays.items()}, metadata
 
 
 def _check_like(path: Path, arrays: dict[str, np.ndarray], expected: dict[str, Any]) -> None:
@@ -203,12 +202,13 @@ def _canonical(metadata: Mapping[str, Any]) -> str:
     return json.dumps(json.loads(json.dumps(metadata)), sort_keys=True)
 
 
-def _checksum(arrays: Mapping[str, np.ndarray], text: str) -> str:
+def _checksum(folder: Path, text: str) -> str:
+    """Of the files below `folder`, so that damage is found before Orbax meets it."""
     digest = hashlib.sha256(text.encode())
-    for name in sorted(arrays):
-        array = np.asarray(arrays[name])
-        digest.update(f"{name} {array.dtype} {array.shape}".encode())
-        digest.update(array.tobytes())
+    for path in sorted(path for path in folder.rglob("*") if path.is_file()):
+        with path.open("rb") as file:
+            content = hashlib.file_digest(file, "sha256").hexdigest()
+        digest.update(f"{path.relative_to(folder).as_posix()} {content}\n".encode())
     return digest.hexdigest()
 
 

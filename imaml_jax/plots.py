@@ -3,6 +3,7 @@
 import contextlib
 import os
 import sys
+import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from typing import Any
 
@@ -53,23 +54,36 @@ def _curve(history: Sequence[Mapping[str, Any]], name: str) -> tuple[list[int], 
 
 @contextlib.contextmanager
 def reporter(progress: bool, step: int, num_steps: int) -> Iterator[Callable[[dict], None]]:
-    """Yields what shows a row: a progress bar on a terminal, else a line for each row."""
+    """Yields what shows a row: a progress bar on a terminal, else a line for each row.
+
+    Args:
+      progress: whether to show anything.
+      step: the meta-steps already done.
+      num_steps: the meta-steps in all.
+    """
     if not progress:
         yield lambda row: None
-    elif not sys.stderr.isatty():
-        yield lambda row: print(
-            f"meta-step {row['step']}/{num_steps}  {row['seconds']:.1f} s  {_summary(row)}",
-            file=sys.stderr,
-            flush=True,
-        )
-    else:
-        with tqdm(total=num_steps, initial=step, unit="step", file=sys.stderr) as bar:
+        return
+    is_terminal = sys.stderr.isatty()
+    bar = tqdm(total=num_steps, initial=step, unit="step", file=sys.stderr, disable=not is_terminal)
+    last_step, last_time = step, time.perf_counter()
 
-            def show(row: dict[str, Any]) -> None:
-                bar.set_postfix_str(_summary(row), refresh=False)
-                bar.update(row["step"] - bar.n)
+    def show(row: dict[str, Any]) -> None:
+        nonlocal last_step, last_time
+        now = time.perf_counter()
+        if is_terminal:
+            bar.set_postfix_str(_summary(row), refresh=False)
+            bar.update(row["step"] - last_step)
+        else:
+            rate = (row["step"] - last_step) / (now - last_time)
+            head = (
+                f"meta-step {row['step']}/{num_steps}  {row['seconds']:.1f} s  {rate:.3g} steps/s"
+            )
+            print(f"{head}  {_summary(row)}", file=sys.stderr, flush=True)
+        last_step, last_time = row["step"], now
 
-            yield show
+    with bar:
+        yield show
 
 
 def _summary(row: Mapping[str, Any]) -> str:

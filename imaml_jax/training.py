@@ -195,6 +195,7 @@ def train(
         model.
       NonFiniteError: if a meta-step met a loss or gradient that is not finite.
     """
+    started = time.perf_counter()
     validate_every = log_every if validate_every is None else validate_every
     checkpoint_every = log_every if checkpoint_every is None else checkpoint_every
     _check_counts(
@@ -203,6 +204,8 @@ def train(
         validate_every=validate_every,
         checkpoint_every=checkpoint_every,
     )
+    if max_seconds is not None and not max_seconds > 0:
+        raise ValueError(f"max_seconds must be None or positive; got {max_seconds!r}")
     if (example_inputs is None) == (meta_params is None):
         raise ValueError("give exactly one of example_inputs and meta_params")
     step_fn = make_train_step(learner, tx, sample, map_tasks=map_tasks, devices=devices)
@@ -210,9 +213,9 @@ def train(
     config = {**(config or {}), "root_key": _key_data(key)}
     if meta_params is None:
         meta_params = learner.init(jax.random.fold_in(key, _INIT_INDEX), example_inputs)
-    state, best, history = init_state(tx, meta_params), _Best(meta_params), []
+    state, history = init_state(tx, meta_params), []
+    best = _Best(jax.tree.map(jnp.copy, state.meta_params))
     earlier_seconds, last_checkpoint = 0.0, None
-    started = time.perf_counter()
     if workdir is not None:
         workdir = Path(workdir)
         checkpoint.claim(workdir, config)
@@ -261,8 +264,9 @@ def train(
                     "config": config,
                     "versions": {"jax": jax.__version__, "optax": optax.__version__},
                 }
+                best_params = state.meta_params if best.step is None else best.meta_params
                 last_checkpoint = checkpoint.save(
-                    workdir / _CHECKPOINTS, step, (state, best.meta_params), notes
+                    workdir / _CHECKPOINTS, step, (state, best_params), notes
                 )
     if workdir is not None:
         plots.learning_curve(history, workdir / _CURVE)
