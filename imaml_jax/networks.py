@@ -1,9 +1,6 @@
 """Networks of the field as `(init, apply)` pairs of pure functions. The only file that imports flax.
 
 Any other pair of such functions serves the learners as well.
-
-Convolutions are strided slices, a concatenation and one matrix product: with weights of one's own for
-each task, `lax.conv` becomes a grouped convolution, which is slow on CPUs and a weak path on GPUs.
 """
 
 from collections.abc import Callable, Sequence
@@ -14,6 +11,7 @@ import jax
 import jax.numpy as jnp
 from jax import lax
 
+from imaml_jax.convolution import convolve
 from imaml_jax.types import Array, Params
 
 Initializer = Any
@@ -58,8 +56,8 @@ def mlp(
         @nn.compact
         def __call__(self, x):
             for width in features[:-1]:
-                x = activation(_dense(width, kernel_init)(x))
-            return _dense(features[-1], kernel_init, name="head")(x)
+                x = activation(_dense(x, width, kernel_init))
+            return _dense(x, features[-1], kernel_init, name="head")
 
     return _as_network(MLP())
 
@@ -117,7 +115,7 @@ def conv4(
         @nn.compact
         def __call__(self, x, statistics_weights):
             shape = (3, 3, x.shape[-1], filters)
-            x = conv3x3(x, self.param("kernel", kernel_init, shape, x.dtype), stride)
+            x = convolve(x, self.param("kernel", kernel_init, shape, x.dtype), stride)
             if conv_bias:
                 x = x + _per_channel(self.param("bias", nn.initializers.zeros, (filters,), x.dtype))
             if pools and pool_before_norm:
@@ -133,33 +131,9 @@ def conv4(
             for i in range(num_blocks):
                 x = Block(name=f"block_{i}")(x, statistics_weights)
             x = x.mean((1, 2)) if readout == "mean" else x.reshape(x.shape[0], -1)
-            return _dense(ways, head_init, name="head")(x)
+            return _dense(x, ways, head_init, name="head")
 
     return _as_network(Conv4())
-
-
-def conv3x3(x: Array, kernel: Array, stride: int = 1) -> Array:
-    """3x3 convolution with SAME padding as slices, a concatenation and one matrix product.
-
-    Args:
-      x: `[n, height, width, in]`.
-      kernel: `[3, 3, in, out]`.
-      stride: in both directions.
-
-    Returns:
-      `[n, ceil(height / stride), ceil(width / stride), out]`; equal to `lax.conv` with "SAME".
-    """
-    size, channels = kernel.shape[0], x.shape[-1]
-    pads = lax.padtype_to_pads(x.shape[1:3], (size, size), (stride, stride), "SAME")
-    height, width = (-(-n // stride) for n in x.shape[1:3])
-    x = jnp.pad(x, ((0, 0), *pads, (0, 0)))
-    patches = [
-        x[:, i : i + stride * (height - 1) + 1 : stride, j : j + stride * (width - 1) + 1 : stride]
-        for i in range(size)
-        for j in range(size)
-    ]
-    matrix = kernel.reshape(size * size * channels, -1)
-    return jnp.matmul(jnp.concatenate(patches, -1), matrix, precision=lax.Precision.HIGHEST)
 
 
 def max_pool2x2(x: Array) -> Array:
@@ -205,8 +179,14 @@ def _per_channel(x: Array) -> Array:
     return x[None, None, None, :]
 
 
-def _dense(width: int, kernel_init: Initializer, name: str | None = None) -> nn.Dense:
-    return nn.Dense(width, kernel_init=kernel_init, precision=lax.Precision.HIGHEST, name=name)
+def _dense(x: Array, width: int, kernel_init: Initializer, name: str | None = None) -> Array:
+    return nn.Dense(
+        width,
+        param_dtype=x.dtype,  # flax would keep float32 parameters in a float64 network
+        precision=lax.Precision.HIGHEST,
+        kernel_init=kernel_init,
+        name=name,
+    )(x)
 
 
 def _as_network(module: nn.Module) -> Network:
