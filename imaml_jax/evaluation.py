@@ -1,6 +1,6 @@
 """Few-shot evaluation: a score over many test tasks with its confidence interval."""
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable
 from typing import Any, NamedTuple
 
 import jax
@@ -34,7 +34,7 @@ def make_evaluate(
     num_tasks: int,
     score_fn: Callable[[Any, Any], Array] = metrics.accuracy,
     map_tasks: mapping.MapTasks = None,
-    devices: Sequence[jax.Device] | None = None,
+    devices: mapping.Devices = None,
 ) -> Callable[[PyTree, Array], Evaluation]:
     """Makes a compiled evaluation, to be called with many meta-parameters and keys.
 
@@ -97,7 +97,7 @@ def evaluate(
     num_tasks: int,
     score_fn: Callable[[Any, Any], Array] = metrics.accuracy,
     map_tasks: mapping.MapTasks = None,
-    devices: Sequence[jax.Device] | None = None,
+    devices: mapping.Devices = None,
 ) -> Evaluation:
     """Scores `meta_params` once; `make_evaluate`, which see, compiles once for many calls.
 

@@ -4,6 +4,7 @@ from collections.abc import Callable, Sequence
 from typing import Any
 
 import jax
+import jax.core
 import numpy as np
 from jax.sharding import Mesh, NamedSharding, PartitionSpec
 
@@ -11,6 +12,7 @@ from imaml_jax.types import Array, PyTree, Task
 
 Sample = Callable[[Array], Task]
 MapTasks = str | int | None
+Devices = Sequence[Any] | None  # of jax.Device
 
 _AXIS = "tasks"
 
@@ -34,15 +36,15 @@ def draw_tasks(sample: Sample, root_key: Array, index: Array | int) -> tuple[Tas
     return tasks, jax.random.split(task_key, num_tasks_of(tasks))
 
 
-def num_tasks_of(tasks: Task) -> int:
+def num_tasks_of(tasks: PyTree) -> int:
     """The length of the leading task axis of `tasks` (arrays or their shapes).
 
     Raises:
       ValueError: if the leaves have no common leading axis.
     """
     shapes = [leaf.shape for leaf in jax.tree.leaves(tasks)]
-    lengths = {shape[0] if shape else None for shape in shapes}
-    if len(lengths) != 1 or None in lengths or 0 in lengths:
+    lengths = {shape[0] if shape else 0 for shape in shapes}
+    if len(lengths) != 1 or 0 in lengths:
         raise ValueError(
             f"sample must return a Task whose arrays share a leading task axis of at least 1; "
             f"got the shapes {shapes}"
@@ -50,7 +52,7 @@ def num_tasks_of(tasks: Task) -> int:
     return lengths.pop()
 
 
-def replicated(devices: Sequence[jax.Device]) -> NamedSharding:
+def replicated(devices: Sequence[Any]) -> NamedSharding:
     """The sharding that keeps a full copy of an array on each of `devices`."""
     return NamedSharding(Mesh(np.asarray(devices), (_AXIS,)), PartitionSpec())
 
@@ -58,7 +60,7 @@ def replicated(devices: Sequence[jax.Device]) -> NamedSharding:
 def map_over_tasks(
     fn: Callable[..., Any],
     map_tasks: MapTasks = None,
-    devices: Sequence[jax.Device] | None = None,
+    devices: Devices = None,
 ) -> Callable[..., Any]:
     """Maps `fn(shared, *per_task)` over the leading axis of its arguments after the first.
 
@@ -123,7 +125,7 @@ def jit_lifted(
     fn: Callable[..., Any],
     *,
     donate_argnum: int | None = None,
-    devices: Sequence[jax.Device] | None = None,
+    devices: Devices = None,
 ) -> Callable[..., Any]:
     """`jax.jit` that takes the arrays that `fn` closes over as arguments of the program.
 

@@ -3,7 +3,7 @@
 import math
 import os
 import time
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -87,7 +87,7 @@ def make_train_step(
     sample: mapping.Sample,
     *,
     map_tasks: mapping.MapTasks = None,
-    devices: Sequence[jax.Device] | None = None,
+    devices: mapping.Devices = None,
 ) -> Callable[[TrainState, Array], tuple[TrainState, dict[str, Array]]]:
     """Makes the pure function of one meta-step.
 
@@ -152,7 +152,7 @@ def train(
     checkpoint_every: int | None = None,
     workdir: str | os.PathLike | None = None,
     map_tasks: mapping.MapTasks = None,
-    devices: Sequence[jax.Device] | None = None,
+    devices: mapping.Devices = None,
     max_seconds: float | None = None,
     progress: bool = True,
     config: Mapping[str, Any] | None = None,
@@ -271,7 +271,7 @@ def train(
     if workdir is not None:
         plots.learning_curve(history, workdir / _CURVE)
     if best.step is None:
-        best = _Best(state.meta_params, step)
+        return TrainResult(state.meta_params, state.meta_params, step, history, state)
     return TrainResult(state.meta_params, best.meta_params, best.step, history, state)
 
 
