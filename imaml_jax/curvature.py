@@ -123,7 +123,10 @@ def damped(operator: LinearOperator, damping: PyTree) -> LinearOperator:
 
     def matvec(v: PyTree) -> PyTree:
         return jax.tree.map(
-            lambda av, d, x: av + d * x, operator.matvec(v), jax.tree.broadcast(damping, v), v
+            lambda av, d, x: av + jnp.asarray(d, x.dtype) * x,
+            operator.matvec(v),
+            jax.tree.broadcast(damping, v),
+            v,
         )
 
     if operator.factor is None:
