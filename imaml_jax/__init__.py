@@ -1,7 +1,7 @@
 """Gradient-based meta-learning by implicit differentiation.
 
-The light modules' names; networks, data, training, evaluation and checkpoints are imported by module,
-so that the toolbox needs neither flax nor orbax.
+The light modules' names; networks, data, training, evaluation and checkpoints are imported by
+module, so that the toolbox needs neither flax nor orbax.
 """
 
 from imaml_jax.curvature import damped, gauss_newton, ggnvp, ggnvp_fn, hessian, hvp, hvp_fn

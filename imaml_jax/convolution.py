@@ -19,6 +19,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 from jax import lax
+from jax.core import ShapedArray
 from jax.extend.core import Primitive
 from jax.interpreters import ad, batching, mlir
 
@@ -108,7 +109,7 @@ def _bilinear(name, fun, *params):
 
     def abstract_eval(a, b, **params):
         shape = jax.eval_shape(partial(fun, **params), a, b)
-        return jax.core.ShapedArray(shape.shape, shape.dtype)
+        return ShapedArray(shape.shape, shape.dtype)
 
     def batch(operands, axes, **params):
         ranks = [x.ndim - (axis is not None) for x, axis in zip(operands, axes, strict=True)]

@@ -1,8 +1,8 @@
 """Derivatives of solutions: the implicit function theorem as JAX transformations.
 
-If `F(x*, *args) = 0` and `A = dF/dx` is invertible there, then `A dx* = -dF/dargs dargs`. A solver of
-any kind becomes differentiable in every argument by solving that linear system; its iterations are
-never differentiated. The derivative is that of the exact root: it is as accurate as the root is.
+If `F(x*, *args) = 0` and `A = dF/dx` is invertible there, then `A dx* = -dF/dargs dargs`. A solver
+of any kind becomes differentiable in every argument by solving that linear system; its iterations
+are never differentiated. The derivative is as accurate as the root.
 
 References:
   Rajeswaran et al., "Meta-Learning with Implicit Gradients", NeurIPS 2019, Lemma 1.

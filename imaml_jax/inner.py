@@ -148,8 +148,9 @@ def adaptive_gd(learning_rate: float, *, max_rate: float = jnp.inf) -> optax.Gra
             previous_grads=jax.tree.map(jnp.zeros_like, params),
         )
 
-    def update(grads, state, params=None):
+    def update(updates, state, params=None):
         del params
+        grads = updates
         moved = state.rate * optax.tree.norm(state.previous_grads)
         changed = optax.tree.norm(optax.tree.sub(grads, state.previous_grads))
         tiny = jnp.finfo(changed.dtype).tiny
@@ -158,9 +159,9 @@ def adaptive_gd(learning_rate: float, *, max_rate: float = jnp.inf) -> optax.Gra
         candidate = jnp.minimum(candidate, max_rate)
         is_first = moved == 0
         rate = jnp.where(is_first, state.rate, candidate)
-        updates = jax.tree.map(lambda g: -rate.astype(g.dtype) * g, grads)
+        steps = jax.tree.map(lambda g: -rate.astype(g.dtype) * g, grads)
         growth = jnp.where(is_first, state.growth, rate / state.rate)
-        return updates, AdaptiveGDState(rate, growth, grads)
+        return steps, AdaptiveGDState(rate, growth, grads)
 
     return optax.GradientTransformation(init, update)
 
@@ -208,16 +209,17 @@ def newton_cg(
             f"sufficient_decrease={sufficient_decrease} in (0, 0.5)"
         )
 
-    def update(grads, state, params=None, *, value, value_fn, **unused):
+    def update(updates, state, params=None, *, value, value_fn, **unused):
         del unused
+        grads = updates
         steepest = jax.tree.map(jnp.negative, grads)
         newton, _ = solve_cg_steihaug(
             hessian(value_fn, params), steepest, tol=cg_tol, max_steps=max_cg_steps
         )
-        slope = optax.tree.vdot(newton, grads)
+        slope = jnp.asarray(optax.tree.vdot(newton, grads))
         descends = slope < 0
         direction = jax.tree.map(lambda n, s: jnp.where(descends, n, s), newton, steepest)
-        slope = jnp.where(descends, slope, -optax.tree.vdot(grads, grads))
+        slope = jnp.where(descends, slope, jnp.asarray(optax.tree.vdot(steepest, grads)))
         rounding = 4 * jnp.finfo(value.dtype).eps * jnp.abs(value)
 
         def accepted(length, trial):
@@ -238,4 +240,7 @@ def newton_cg(
         length = jnp.where(accepted(length, trial), length, 0)
         return optax.tree.scale(length, direction), state
 
-    return optax.GradientTransformationExtraArgs(lambda params: optax.EmptyState(), update)
+    return optax.GradientTransformationExtraArgs(
+        lambda params: optax.EmptyState(),
+        update,  # pyright: ignore[reportArgumentType]
+    )

@@ -1,8 +1,8 @@
 """Linear solvers of one signature: `solve_*(operator, b, *, key=None, ...) -> (x, SolveInfo)`.
 
-Each solves `A x = b` for pytrees `b` shaped like the parameters and reports what it met. Settings are
-bound with `functools.partial`. Arrays are raveled first: `jax.scipy.sparse.linalg.cg` on a tree fails
-under `vmap(grad(...))` of convolutions, and one long vector means few kernels.
+Each solves `A x = b` for pytrees `b` shaped like the parameters and reports what it met. Settings
+are bound with `functools.partial`. Arrays are raveled first: `jax.scipy.sparse.linalg.cg` on a tree
+fails under `vmap(grad(...))` of convolutions, and one long vector means few kernels.
 
 Which to use for a meta-gradient: `solve_cg_steihaug` in general (it stops where the curvature turns
 negative and says so); `solve_woodbury` with the Gauss-Newton matrix when the support set has few
@@ -201,8 +201,8 @@ def solve_woodbury(
 ) -> tuple[PyTree, SolveInfo]:
     """Exact solve with a damped Gauss-Newton matrix `J^T S J + D` by an `m x m` system.
 
-    `x = D^-1 (b - J^T (I + S J D^-1 J^T)^-1 S J D^-1 b)`, with `m` the number of outputs: the rank is
-    `N K (N-1)` for N-way K-shot classification, so it is small for small support sets. Needs
+    `x = D^-1 (b - J^T (I + S J D^-1 J^T)^-1 S J D^-1 b)`, with `m` the number of outputs: `N^2 K`
+    for N-way K-shot classification, so it is small for small support sets. Needs
     positive damping; `S` may be singular.
 
     Args:

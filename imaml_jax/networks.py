@@ -1,4 +1,4 @@
-"""Networks of the field as `(init, apply)` pairs of pure functions. The only file that imports flax.
+"""Networks of the field as `(init, apply)` pairs of pure functions; only this file imports flax.
 
 Any other pair of such functions serves the learners as well.
 """
@@ -7,7 +7,6 @@ from collections.abc import Callable, Sequence
 from typing import Any, Literal, NamedTuple
 
 import flax.linen as nn
-import jax
 import jax.numpy as jnp
 from jax import lax
 
@@ -15,7 +14,8 @@ from imaml_jax.convolution import convolve
 from imaml_jax.types import Array, Params
 
 Initializer = Any
-zeros = nn.initializers.zeros
+_SMALL_NORMAL = nn.initializers.truncated_normal(0.01)
+_XAVIER = nn.initializers.xavier_uniform()
 
 
 class Network(NamedTuple):
@@ -24,7 +24,7 @@ class Network(NamedTuple):
     Attributes:
       init: `(key, inputs [n, ...]) -> params`.
       apply: `(params, inputs [n, ...]) -> outputs [n, ...]`. Networks with batch norm also take
-        `statistics_weights [n]`: the weight of each example in the batch statistics (default equal).
+        `statistics_weights [n]`: the weight of each example in the batch statistics; default equal.
     """
 
     init: Callable[[Array, Array], Params]
@@ -35,7 +35,7 @@ def mlp(
     features: Sequence[int],
     *,
     activation: Callable[[Array], Array] = nn.relu,
-    kernel_init: Initializer = nn.initializers.truncated_normal(0.01),
+    kernel_init: Initializer = _SMALL_NORMAL,
 ) -> Network:
     """Fully connected network; `mlp([40, 40, 1])` is the sinusoid regressor of MAML.
 
@@ -73,7 +73,7 @@ def conv4(
     conv_bias: bool = False,
     epsilon: float = 1e-3,
     activation: Callable[[Array], Array] = nn.relu,
-    kernel_init: Initializer = nn.initializers.xavier_uniform(),
+    kernel_init: Initializer = _XAVIER,
     head_init: Initializer = nn.initializers.zeros,
 ) -> Network:
     """The four-block convolutional network of few-shot classification.
@@ -190,7 +190,7 @@ def _dense(x: Array, width: int, kernel_init: Initializer, name: str | None = No
 
 
 def _as_network(module: nn.Module) -> Network:
-    def apply(params, inputs, **statistics):
+    def apply(params: Params, inputs: Array, **statistics: Any) -> Any:
         return module.apply({"params": params}, inputs, **statistics)
 
     return Network(lambda key, inputs: module.init(key, inputs)["params"], apply)

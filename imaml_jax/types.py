@@ -64,11 +64,11 @@ class MetaLearner(NamedTuple):
 
     Attributes:
       init: `(key, example_inputs) -> meta_params`.
-      adapt: `(meta_params, support, key) -> (adapted, info)` with the evaluation settings. `adapted`
-        is any pytree; only `predict` looks into it.
+      adapt: `(meta_params, support, key) -> (adapted, info)` with the evaluation settings.
+        `adapted` is any pytree; only `predict` looks into it.
       predict: `(adapted, inputs) -> outputs`.
-      meta_grad: `(meta_params, task, key, step) -> (grads, info)` with the training settings, for one
-        task. `grads` has the structure of `meta_params`; feed its mean over tasks to Optax.
+      meta_grad: `(meta_params, task, key, step) -> (grads, info)` with the training settings, for
+        one task. `grads` has the structure of `meta_params`; feed its mean over tasks to Optax.
 
     `info` is a NamedTuple of scalars (None where a quantity does not exist).
     """

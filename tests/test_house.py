@@ -28,6 +28,7 @@ FLOORS = (
     ("linear_solve",),
     ("implicit",),
     ("inner",),
+    ("convolution",),
     ("networks",),
     ("learners",),
     ("data",),

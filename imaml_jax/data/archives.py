@@ -11,6 +11,7 @@ import zipfile
 import zlib
 from collections.abc import Iterator, Sequence
 from pathlib import Path
+from typing import Any
 
 from imaml_jax.data.cache import cache_root
 
@@ -131,7 +132,7 @@ def download(
         manager = tfds.download.DownloadManager(
             download_dir=partial, url_infos=url_infos, force_checksums_validation=True
         )
-        fetched = manager.download(list(urls))
+        fetched: Any = manager.download(list(urls))
         targets = [destination / Path(urllib.parse.urlparse(url).path).name for url in urls]
         for source, target in zip(fetched, targets, strict=True):
             os.replace(source, target)

@@ -73,7 +73,7 @@ def _write(path: Path, arrays: dict[str, np.ndarray]) -> None:
     handle, temporary = tempfile.mkstemp(dir=path.parent, prefix=path.stem, suffix=".tmp")
     try:
         with os.fdopen(handle, "wb") as file:
-            np.savez_compressed(file, **arrays)
+            np.savez_compressed(file, **arrays)  # pyright: ignore[reportArgumentType]
         os.replace(temporary, path)
     except BaseException:
         Path(temporary).unlink(missing_ok=True)

@@ -6,6 +6,7 @@ from typing import NamedTuple
 import jax
 import jax.numpy as jnp
 import numpy as np
+from jax.core import Tracer
 
 from imaml_jax.types import Array, Batch, Task
 
@@ -38,7 +39,7 @@ def num_classes(dataset: Dataset) -> int:
     return dataset.offsets.shape[0] - 1
 
 
-def from_class_arrays(class_arrays: Sequence[np.ndarray]) -> Dataset:
+def from_class_arrays(class_arrays: Sequence[np.ndarray] | np.ndarray) -> Dataset:
     """Makes a `Dataset` of one array per class.
 
     Args:
@@ -149,7 +150,7 @@ def sample_tasks(
       Santoro et al., Meta-Learning with Memory-Augmented Neural Networks, 2016 (rotated classes)
     """
     _check_static(dataset, num_tasks, ways, shots, queries, rotations)
-    if not isinstance(dataset.offsets, jax.core.Tracer):
+    if not isinstance(dataset.offsets, Tracer):
         check_task_shape(dataset, ways=ways, shots=shots, queries=queries, rotations=rotations)
     total, per_class = num_classes(dataset), shots + queries
 

@@ -7,7 +7,7 @@ no publication.
 import hashlib
 import os
 import unicodedata
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import numpy as np
 
@@ -67,7 +67,7 @@ _LATIN_FACES = ("cmr10", "cmb10", "cmti10", "cmss10", "cmtt10")  # letters only:
 
 
 class _Face(NamedTuple):
-    font: object  # PIL.ImageFont.FreeTypeFont
+    font: Any  # PIL.ImageFont.FreeTypeFont
     codes: frozenset[int]
 
 
@@ -103,10 +103,10 @@ def load(*, cache_dir: str | os.PathLike | None = None) -> Splits:
 def characters(*, cache_dir: str | os.PathLike | None = None) -> tuple[str, str, str]:
     """Returns the characters of the three splits, in the order of their classes in `load`."""
     codes = _arrays(cache_dir)["codes"]
-    groups = ["", "", ""]
-    for code in codes:
-        groups[_split_of(int(code))] += chr(code)
-    return tuple(groups)
+    train, val, test = (
+        "".join(chr(code) for code in codes if _split_of(int(code)) == part) for part in range(3)
+    )
+    return train, val, test
 
 
 def _arrays(cache_dir) -> dict[str, np.ndarray]:

@@ -22,8 +22,8 @@ class MetaInfo(NamedTuple):
       query_loss: loss on the query set after adaptation.
       query_accuracy: accuracy there, for integer targets.
       support_loss: inner objective at the end of adaptation.
-      inner_residual: norm of its gradient there relative to the start; an implicit gradient needs it
-        small.
+      inner_residual: norm of its gradient there relative to the start; an implicit gradient needs
+        it small.
       solve_residual: relative residual of the linear solve.
       solve_steps: its iterations.
       min_curvature: smallest curvature it met; at or below 0 the inner point is no minimum.

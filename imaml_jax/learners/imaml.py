@@ -16,13 +16,15 @@ from imaml_jax.learners.base import (
     LossFn,
     MetaInfo,
     Statistics,
-    check_positive,
     check_steps,
     combine,
     supervised,
 )
 from imaml_jax.linear_solve import SolveInfo, solve_cg_steihaug
 from imaml_jax.types import MetaLearner, PyTree
+
+Curvature = Literal["hessian", "gauss_newton"]
+_FIVE_CG_STEPS = partial(solve_cg_steihaug, max_steps=5)
 
 
 def imaml(
@@ -32,8 +34,8 @@ def imaml(
     inner: optax.GradientTransformation,
     num_steps: int,
     reg_strength: PyTree = 2.0,
-    solve: Callable[..., tuple[PyTree, SolveInfo]] = partial(solve_cg_steihaug, max_steps=5),
-    curvature: Literal["hessian", "gauss_newton"] = "hessian",
+    solve: Callable[..., tuple[PyTree, SolveInfo]] = _FIVE_CG_STEPS,
+    curvature: Curvature = "hessian",
     eval_num_steps: int | None = None,
     eval_reg_strength: PyTree | None = None,
     fast: FastPredicate | None = None,
@@ -42,9 +44,9 @@ def imaml(
     """MAML whose meta-gradient comes from the implicit function theorem, not from unrolling.
 
     The inner problem is `phi*(theta) = argmin_phi L^support(phi) + lambda/2 ||phi - theta||^2`, and
-    `dF/dtheta = lambda (lambda I + H)^-1 grad L^query(phi*)` with `H` the Hessian of the support loss
-    at `phi*`. Memory does not grow with the number of inner steps, and how `phi*` was found does not
-    matter; it must be found, though: watch `inner_residual`, `solve_residual` and `min_curvature`.
+    `dF/dtheta = lambda (lambda I + H)^-1 grad L^query(phi*)` with `H` the Hessian of the support
+    loss at `phi*`. Memory does not grow with the number of inner steps, and how `phi*` was found does
+    not matter; found it must be: watch `inner_residual`, `solve_residual` and `min_curvature`.
 
     Parameters that are not adapted get `dF/dpsi - (d2L/dphi dpsi)^T u` with `u` the solution of the
     linear system.
@@ -58,8 +60,8 @@ def imaml(
       reg_strength: lambda, positive: a scalar or a tree prefix of the adapted parameters.
       solve: a solver of `imaml_jax.linear_solve`; `partial(solve_cg, max_steps=5)` is the original
         description's, `solve_woodbury` is exact for the Gauss-Newton matrix.
-      curvature: "hessian" (exact), or "gauss_newton": positive semi-definite whatever batch norm does,
-        but the meta-gradient is biased where the residual curvature matters.
+      curvature: "hessian" (exact), or "gauss_newton": positive semi-definite whatever batch norm
+        does, but the meta-gradient is biased where the residual curvature matters.
       eval_num_steps: inner steps in `adapt`; default `num_steps`.
       eval_reg_strength: lambda in `adapt`, 0 turns the proximal term off; default `reg_strength`.
       fast: which parameters are adapted, by path; default all.
@@ -145,7 +147,7 @@ def imaml(
             solve_residual=solve_info.relative_residual,
             solve_steps=solve_info.num_steps,
             min_curvature=solve_info.min_curvature,
-            cosine=optax.tree.vdot(grads, query_grad) / jnp.maximum(norms, tiny),
+            cosine=jnp.asarray(optax.tree.vdot(grads, query_grad)) / jnp.maximum(norms, tiny),
         )
 
     return MetaLearner(problem.init, adapt, problem.predict, meta_grad)

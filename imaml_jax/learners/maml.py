@@ -33,7 +33,7 @@ def maml(
 ) -> MetaLearner:
     """Model-agnostic meta-learning: the query loss after adaptation, differentiated by unrolling.
 
-    `theta <- argmin E_i L_i^query(U(theta, support_i))`, with `U` some steps of the inner transform.
+    `min_theta E_i L_i^query(U(theta, support_i))`, with `U` some steps of the inner transform.
 
     Args:
       network: `(init, apply)` pair, see `imaml_jax.networks.Network`.

@@ -1,0 +1,54 @@
+"""The main job on the embedded data, in a few minutes: `make demo`.
+
+Meta-trains first-order MAML and implicit MAML on glyphs and prints their accuracy on unseen ones
+beside that of the untrained initialisation. Exits with 1 unless implicit MAML's 95% interval lies
+above the untrained one's.
+"""
+
+import json
+import sys
+from pathlib import Path
+
+from experiments import few_shot, glyphs
+
+WORKDIR = Path("runs/demo")
+META_STEPS: dict[few_shot.Algorithm, int] = {"fomaml": 400, "imaml": 400}
+
+
+def main(workdir: Path = WORKDIR, meta_steps: dict[few_shot.Algorithm, int] = META_STEPS) -> bool:
+    """Runs the demo.
+
+    Args:
+      workdir: where runs are kept; a finished one is not repeated.
+      meta_steps: budget of each algorithm.
+
+    Returns:
+      Whether implicit MAML's interval lies above the untrained one's.
+    """
+    config = glyphs.Config(algorithm="imaml")
+    base = few_shot.untrained(config, glyphs.resolve(config), glyphs.glyphs.load())
+    rows = [("untrained initialisation", base.mean, base.ci95, 0.0)]
+    for algorithm, steps in meta_steps.items():
+        results = glyphs.main(
+            glyphs.Config(
+                algorithm=algorithm,
+                meta_steps=steps,
+                validate_every=min(200, steps),
+                workdir=workdir / algorithm,
+            )
+        )
+        rows.append((algorithm, results["test_accuracy"], results["test_ci95"], results["seconds"]))
+    print(f"\n{'5-way 1-shot, unseen glyphs':28} {'test accuracy, 95% CI':>22} {'training':>9}")
+    for name, mean, half_width, seconds in rows:
+        accuracy = f"{100 * mean:.2f} ± {100 * half_width:.2f}%"
+        print(f"{name:28} {accuracy:>22} {seconds:7.0f} s")
+    summary = workdir / "results.json"
+    fields = ("name", "test_accuracy", "test_ci95", "seconds")
+    summary.write_text(json.dumps([dict(zip(fields, row, strict=True)) for row in rows], indent=1))
+    print(f"\nlearning curve: {workdir / 'imaml' / 'learning_curve.png'}\nresults: {summary}")
+    _, mean, half_width, _ = rows[-1]
+    return mean - half_width > base.mean + base.ci95
+
+
+if __name__ == "__main__":
+    sys.exit(not main())

@@ -1,0 +1,360 @@
+"""Few-shot image classification, as the experiments on Omniglot and on glyphs share it."""
+
+import dataclasses
+import datetime
+import json
+import os
+import platform
+import sys
+import time
+from collections.abc import Callable
+from functools import partial
+from pathlib import Path
+from typing import Any, Literal
+
+import flax.linen as nn
+import jax
+import jax.numpy as jnp
+import optax
+
+import imaml_jax
+from imaml_jax import protocols
+from imaml_jax.data import cache, episodes
+from imaml_jax.evaluation import Evaluation, make_evaluate
+from imaml_jax.networks import conv4
+from imaml_jax.protocols import Protocol
+from imaml_jax.training import train
+from imaml_jax.types import MetaLearner
+
+Algorithm = Literal["fomaml", "imaml", "imaml_hf", "maml", "reptile", "reptile_transductive"]
+ProtocolName = Literal["finn", "imaml", "recommended", "reptile"]
+_TASKS_A_CALL = 20
+_TEST_STREAM, _VALIDATION_STREAM = 1, 2
+_HEADS = {
+    "zero": nn.initializers.zeros,
+    "normal": nn.initializers.normal(1.0),
+    "xavier": nn.initializers.xavier_uniform(),
+}
+_SOLVERS = {
+    "cg": lambda steps: partial(imaml_jax.solve_cg, max_steps=steps),
+    "cg_steihaug": lambda steps: partial(imaml_jax.solve_cg_steihaug, max_steps=steps),
+    "woodbury": lambda steps: imaml_jax.solve_woodbury,
+}
+
+
+@dataclasses.dataclass(frozen=True)
+class Config:
+    """What a run is; fields that are None take the protocol's value."""
+
+    algorithm: Algorithm = "imaml"
+    """Meta-learning algorithm; imaml_hf has the Hessian-free inner solver."""
+    protocol: ProtocolName = "recommended"
+    """Published protocol, or the one chosen by measurement on validation classes."""
+    ways: int = 5
+    """Classes a task, at least 2."""
+    shots: int = 1
+    """Support examples a class, at least 1."""
+    meta_steps: int | None = None
+    """Meta-steps in all; the schedule of the outer rate ends there."""
+    max_seconds: float | None = None
+    """Stop after the first log point past this many seconds of wall clock."""
+    seed: int = 0
+    """Seed of the initialisation and of the training tasks; validation and test tasks stay."""
+    workdir: Path | None = None
+    """Where checkpoints, metrics, learning curve and results go; an earlier run there goes on."""
+    log_every: int = 100
+    """Meta-steps between two log points, one compiled call."""
+    validate_every: int = 500
+    """Meta-steps between two validations; a multiple of log_every."""
+    validation_tasks: int = 300
+    """Validation tasks, the same each time."""
+    test_tasks: int | None = None
+    """Test tasks."""
+    map_tasks: Literal["map", "vmap"] | int | None = None
+    """How tasks are mapped on a device: vmap, map or a chunk size; default by platform."""
+    devices: int | None = None
+    """Devices over which tasks are sharded; default all."""
+    meta_batch: int | None = None
+    """Tasks a meta-step; a multiple of devices."""
+    inner_rate: float | None = None
+    """Learning rate of the inner loop."""
+    num_steps: int | None = None
+    """Inner steps in training."""
+    eval_num_steps: int | None = None
+    """Inner steps at validation and test."""
+    outer_rate: float | None = None
+    """Learning rate of the outer optimiser at the start."""
+    reg_strength: float | None = None
+    """Lambda, the strength of iMAML's proximal term."""
+    curvature: Literal["hessian", "gauss_newton"] | None = None
+    """Curvature matrix of iMAML's linear system."""
+    solve: Literal["cg", "cg_steihaug", "woodbury"] | None = None
+    """Solver of iMAML's linear system; woodbury needs gauss_newton."""
+    cg_steps: int | None = None
+    """CG steps of that solver, and of a Hessian-free direction."""
+    inner: Literal["adam", "adaptive_gd", "nesterov", "newton_cg", "sgd"] | None = None
+    """Inner optimiser; nesterov is SGD with momentum 0.8."""
+
+
+def run(
+    config: Config, protocol: Protocol, splits: episodes.Splits, dataset: str
+) -> dict[str, Any]:
+    """Meta-trains on the training classes and tests the best checkpoint on the test classes.
+
+    Args:
+      config: the run.
+      protocol: what `resolve(config)` gives, changed where the data ask for it.
+      splits: train, validation (or None) and test classes.
+      dataset: its name, for the report.
+
+    Returns:
+      What `results.json` in the workdir holds: settings, accuracies with 95% confidence intervals
+      over test tasks, seconds, versions.
+
+    Raises:
+      ValueError: a setting out of its range, before anything is compiled.
+    """
+    _cache_compilations()
+    meta_steps = config.meta_steps or protocol.meta_steps
+    learner = build_learner(protocol, config.ways)
+    devices = jax.local_devices()[: config.devices]
+    devices = devices if len(devices) > 1 else None
+    _check(config, protocol, splits, devices)
+
+    def sample_train(key):
+        return episodes.sample_tasks(
+            key,
+            splits.train,
+            num_tasks=protocol.meta_batch,
+            ways=config.ways,
+            shots=protocol.train_shots,
+            queries=protocol.train_queries,
+            rotations=protocol.train_rotations,
+            invert=protocol.invert,
+        )
+
+    scorer = partial(
+        _make_scorer, learner, protocol, config, map_tasks=config.map_tasks, devices=devices
+    )
+    validate = None
+    if splits.val is not None:
+        validate = scorer(splits.val, config.validation_tasks, _VALIDATION_STREAM)
+    example = jnp.zeros((1, *splits.train.images.shape[1:]))
+    settings = {"dataset": dataset} | _recorded(config) | {"settings": protocol._asdict()}
+    print(describe(config, protocol, dataset), flush=True)
+    started = time.perf_counter()
+    result = train(
+        learner,
+        make_outer(protocol, meta_steps),
+        sample_train,
+        key=jax.random.key(config.seed),
+        num_steps=meta_steps,
+        example_inputs=example,
+        log_every=config.log_every,
+        validate=validate,
+        validate_every=config.validate_every,
+        workdir=config.workdir,
+        map_tasks=config.map_tasks,
+        devices=devices,
+        max_seconds=config.max_seconds,
+        config=settings,
+    )
+    test = scorer(splits.test, protocol.test_tasks, _TEST_STREAM)(result.best_meta_params)
+    results = settings | {
+        "trained_meta_steps": int(result.state.step),
+        "best_step": result.best_step,
+        "seconds": round(result.history[-1]["seconds"] if result.history else 0.0, 1),
+        "seconds_of_this_call": round(time.perf_counter() - started, 1),
+        "validation_accuracy": _best_validation(result.history),
+        "test_accuracy": test.mean,
+        "test_ci95": test.ci95,
+        "test_info": test.info,
+        "device": str(jax.devices()[0].device_kind),
+        "cores": os.cpu_count(),
+        "machine": platform.processor() or platform.machine(),
+        "versions": {"imaml_jax": imaml_jax.__version__, "jax": jax.__version__},
+        "date": datetime.date.today().isoformat(),
+        "command": " ".join(["python -m", *_module_and_arguments()]),
+    }
+    if config.workdir is not None:
+        path = Path(config.workdir) / "results.json"
+        path.write_text(json.dumps(results, indent=1, default=str) + "\n", encoding="utf-8")
+    print(report(results), flush=True)
+    return results
+
+
+def resolve(config: Config) -> Protocol:
+    """The protocol with the config's overrides in place."""
+    protocol = protocols.get(
+        config.protocol, algorithm=config.algorithm, ways=config.ways, shots=config.shots
+    )
+    overrides = {
+        name: getattr(config, name)
+        for name in Protocol._fields
+        if getattr(config, name, None) is not None and name != "name"
+    }
+    return protocol._replace(**overrides)
+
+
+def build_learner(protocol: Protocol, ways: int) -> MetaLearner:
+    """The learner of a protocol, on `conv4`."""
+    settings = dict(protocol.network)
+    network = conv4(ways, head_init=_HEADS[settings.pop("head", "zero")], **settings)
+    shared = {
+        "inner": _make_inner(protocol),
+        "num_steps": protocol.num_steps,
+        "eval_num_steps": protocol.eval_num_steps,
+        "fast": None if protocol.adapts_norm else _is_not_norm,
+        "statistics": protocol.statistics,
+    }
+    loss_fn = imaml_jax.cross_entropy
+    if protocol.algorithm == "maml":
+        return imaml_jax.maml(network, loss_fn, **shared)
+    if protocol.algorithm == "fomaml":
+        return imaml_jax.fomaml(network, loss_fn, **shared)
+    if protocol.algorithm.startswith("reptile"):
+        return imaml_jax.reptile(
+            network,
+            loss_fn,
+            **shared,
+            batch_size=protocol.batch_size,
+            eval_batch_size=protocol.eval_batch_size,
+        )
+    return imaml_jax.imaml(
+        network,
+        loss_fn,
+        **shared,
+        reg_strength=protocol.reg_strength,
+        curvature=protocol.curvature,
+        solve=_SOLVERS[protocol.solve](protocol.cg_steps),
+    )
+
+
+def make_outer(protocol: Protocol, meta_steps: int) -> optax.GradientTransformation:
+    """The outer optimiser of a protocol, with its schedule over `meta_steps`."""
+    rate = {
+        "constant": lambda: protocol.outer_rate,
+        "linear": lambda: optax.linear_schedule(protocol.outer_rate, 0.0, meta_steps),
+        "cosine": lambda: optax.cosine_decay_schedule(protocol.outer_rate, meta_steps),
+    }[protocol.schedule]()
+    if protocol.outer == "sgd":
+        return optax.sgd(rate)
+    return optax.adam(rate, eps=protocol.outer_epsilon)
+
+
+def describe(config: Config, protocol: Protocol, dataset: str) -> str:
+    """The protocol in words, printed beside every number."""
+    return (
+        f"{dataset} {config.ways}-way {config.shots}-shot, {config.algorithm}, protocol "
+        f"{protocol.name} ({protocol.source}): split {protocol.split}, rotations "
+        f"{protocol.train_rotations} in training and {protocol.test_rotations} at test, "
+        f"{protocol.test_queries} queries a class at test, batch norm by {protocol.statistics}, "
+        f"inner {protocol.inner} rate {protocol.inner_rate:g}, {protocol.num_steps} steps in "
+        f"training and {protocol.eval_num_steps} at test, {protocol.meta_batch} tasks a meta-step"
+    )
+
+
+def report(results: dict[str, Any]) -> str:
+    """The outcome in words."""
+    return (
+        f"test accuracy {100 * results['test_accuracy']:.2f} ± {100 * results['test_ci95']:.2f}% "
+        f"(95% CI over {results['settings']['test_tasks']} tasks of unseen classes; best "
+        f"checkpoint, step {results['best_step']} of {results['trained_meta_steps']}; "
+        f"{results['seconds']:.0f} s)"
+    )
+
+
+def untrained(config: Config, protocol: Protocol, splits: episodes.Splits) -> Evaluation:
+    """Test accuracy of the initialisation before any meta-training, on the test tasks of `run`."""
+    _cache_compilations()
+    learner = build_learner(protocol, config.ways)
+    meta_params = learner.init(
+        jax.random.key(config.seed), jnp.zeros((1, *splits.train.images.shape[1:]))
+    )
+    score = _make_scorer(learner, protocol, config, splits.test, protocol.test_tasks, _TEST_STREAM)
+    return score(meta_params)
+
+
+def _make_scorer(
+    learner: MetaLearner,
+    protocol: Protocol,
+    config: Config,
+    dataset: episodes.Dataset,
+    num_tasks: int,
+    stream: int,
+    *,
+    map_tasks: str | int | None = None,
+    devices: list[jax.Device] | None = None,
+) -> Callable[[Any], Evaluation]:
+    """Accuracy on `num_tasks` tasks that only the stream and the data decide."""
+
+    def sample(key):
+        return episodes.sample_tasks(
+            key,
+            dataset,
+            num_tasks=_TASKS_A_CALL * (len(devices) if devices else 1),
+            ways=config.ways,
+            shots=config.shots,
+            queries=protocol.test_queries,
+            rotations=protocol.test_rotations,
+            invert=protocol.invert,
+        )
+
+    score = make_evaluate(
+        learner, sample, num_tasks=num_tasks, map_tasks=map_tasks, devices=devices
+    )
+    return lambda meta_params: score(meta_params, jax.random.key(stream))
+
+
+def _make_inner(protocol: Protocol) -> optax.GradientTransformation:
+    return {
+        "sgd": lambda: optax.sgd(protocol.inner_rate),
+        "nesterov": lambda: optax.sgd(protocol.inner_rate, momentum=0.8, nesterov=True),
+        "adam": lambda: optax.adam(protocol.inner_rate, b1=0.0),
+        "adaptive_gd": lambda: imaml_jax.adaptive_gd(protocol.inner_rate),
+        "newton_cg": lambda: imaml_jax.newton_cg(max_cg_steps=protocol.cg_steps),
+    }[protocol.inner]()
+
+
+def _is_not_norm(path: str) -> bool:
+    return not path.endswith(("/scale", "/offset"))
+
+
+def _check(config, protocol, splits, devices) -> None:
+    if config.ways < 2 or config.shots < 1:
+        raise ValueError(f"ways={config.ways} must be at least 2, shots={config.shots} at least 1")
+    for name in ("inner_rate", "outer_rate"):
+        if not getattr(protocol, name) > 0:
+            raise ValueError(f"{name}={getattr(protocol, name)} must be positive")
+    if devices and protocol.meta_batch % len(devices):
+        raise ValueError(
+            f"meta_batch={protocol.meta_batch} must be a multiple of the {len(devices)} devices; "
+            "change it or set --devices 1"
+        )
+    for dataset, shots, queries in (
+        (splits.train, protocol.train_shots, protocol.train_queries),
+        (splits.val, config.shots, protocol.test_queries),
+        (splits.test, config.shots, protocol.test_queries),
+    ):
+        if dataset is not None:
+            episodes.check_task_shape(dataset, ways=config.ways, shots=shots, queries=queries)
+
+
+def _recorded(config: Config) -> dict[str, Any]:
+    """What a resumed run must share with the one it continues."""
+    changeable = {"workdir", "max_seconds", "devices", "data_dir", "download"}
+    return {k: v for k, v in dataclasses.asdict(config).items() if k not in changeable}
+
+
+def _best_validation(history) -> float | None:
+    scores = [row["validation"] for row in history if row.get("validation") is not None]
+    return max(scores, default=None)
+
+
+def _cache_compilations() -> None:
+    jax.config.update("jax_compilation_cache_dir", str(cache.cache_root() / "xla"))
+
+
+def _module_and_arguments() -> list[str]:
+    spec = getattr(sys.modules["__main__"], "__spec__", None)
+    return [spec.name if spec else Path(sys.argv[0]).name, *sys.argv[1:]]

@@ -1,0 +1,37 @@
+"""Few-shot accuracy on characters never seen in training, on the complete Omniglot set.
+
+python -m experiments.omniglot --algorithm imaml --data-dir DIR
+python -m experiments.omniglot --algorithm maml --protocol finn --ways 20 --download
+"""
+
+import dataclasses
+from pathlib import Path
+from typing import Any, Literal
+
+from experiments import few_shot
+from imaml_jax.data import omniglot
+
+
+@dataclasses.dataclass(frozen=True)
+class Config(few_shot.Config):
+    """Omniglot few-shot classification."""
+
+    data_dir: Path | None = None
+    """Directory of the public zips; default the environment variable IMAML_DATA_DIR."""
+    download: bool = False
+    """Fetch the zips through tensorflow-datasets where they are absent."""
+    split: Literal["finn", "lake", "reptile", "vinyals"] | None = None
+    """Character split."""
+
+
+def main(config: Config) -> dict[str, Any]:
+    """Runs the experiment; see `few_shot.run`."""
+    protocol = few_shot.resolve(config)
+    splits = omniglot.load(config.data_dir, split=protocol.split, download=config.download)
+    return few_shot.run(config, protocol, splits, "Omniglot")
+
+
+if __name__ == "__main__":
+    import tyro
+
+    main(tyro.cli(Config, description=__doc__))
