@@ -24,19 +24,6 @@ def accuracy(outputs: Array, targets: Array) -> Array:
     return jnp.mean(jnp.argmax(outputs, axis=-1) == targets, dtype=jnp.float32)
 
 
-def squared_error(outputs: Array, targets: Array) -> Array:
-    """The mean squared difference of two arrays of one shape.
-
-    Raises:
-      ValueError: if the shapes differ.
-    """
-    if outputs.shape != targets.shape:
-        raise ValueError(
-            f"outputs and targets must have one shape; got {outputs.shape} and {targets.shape}"
-        )
-    return jnp.mean((outputs - targets) ** 2)
-
-
 def mean_ci95(values: Any) -> tuple[float, float]:
     """The mean of `values` and the half-width of its 95% confidence interval.
 

@@ -8,7 +8,7 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from imaml_jax import evaluation, mapping, metrics
+from imaml_jax import evaluation, mapping, mean_squared_error, metrics
 from imaml_jax.types import Batch, MetaLearner, Task
 
 
@@ -54,7 +54,7 @@ def test_scores_of_the_tasks_that_the_key_names(key, num_tasks, map_tasks):
         sample,
         key,
         num_tasks=num_tasks,
-        score_fn=metrics.squared_error,
+        score_fn=mean_squared_error,
         map_tasks=map_tasks,
     )
     tasks = expected_tasks(key, math.ceil(num_tasks / 4))
@@ -72,7 +72,7 @@ def test_scores_of_the_tasks_that_the_key_names(key, num_tasks, map_tasks):
 
 def test_fewer_tasks_are_the_first_of_more(key):
     run = [
-        evaluation.make_evaluate(MEAN_LEARNER, sample, num_tasks=n, score_fn=metrics.squared_error)
+        evaluation.make_evaluate(MEAN_LEARNER, sample, num_tasks=n, score_fn=mean_squared_error)
         for n in (6, 9)
     ]
     few, many = (evaluate({"w": jnp.float32(1)}, key) for evaluate in run)
@@ -84,7 +84,7 @@ def test_compiles_once(key):
     learner = MEAN_LEARNER._replace(
         adapt=lambda *args: traces.append(1) or MEAN_LEARNER.adapt(*args)
     )
-    run = evaluation.make_evaluate(learner, sample, num_tasks=8, score_fn=metrics.squared_error)
+    run = evaluation.make_evaluate(learner, sample, num_tasks=8, score_fn=mean_squared_error)
     first = run({"w": jnp.float32(1)}, key)
     num_traces = len(traces)
     second = run({"w": jnp.float32(2)}, jax.random.key(1))
@@ -92,7 +92,7 @@ def test_compiles_once(key):
 
 
 def test_devices_do_not_change_the_result(key):
-    arguments = dict(num_tasks=8, score_fn=metrics.squared_error)
+    arguments = dict(num_tasks=8, score_fn=mean_squared_error)
     params = MEAN_LEARNER.init(key, None)
     plain = evaluation.make_evaluate(MEAN_LEARNER, sample, **arguments)(params, key)
     sharded = evaluation.make_evaluate(

@@ -15,12 +15,6 @@ def test_accuracy_counts_the_largest_logit():
     assert metrics.accuracy(logits, jnp.array([0, 2, 1, 1])) == 0.75
 
 
-def test_squared_error_refuses_to_broadcast():
-    assert metrics.squared_error(jnp.array([[1.0], [3.0]]), jnp.zeros((2, 1))) == 5.0
-    with pytest.raises(ValueError, match="one shape"):
-        metrics.squared_error(jnp.ones((2, 1)), jnp.ones(2))
-
-
 def test_mean_ci95():
     values = np.array([0.2, 0.4, 0.9])
     mean, half_width = metrics.mean_ci95(values)

@@ -75,7 +75,15 @@ def cross_entropy(logits: Array, labels: Array) -> Array:
 
 
 def mean_squared_error(outputs: Array, targets: Array) -> Array:
-    """Mean of the squared differences of equally shaped arrays."""
+    """Mean of the squared differences of two arrays of one shape.
+
+    Raises:
+      ValueError: the shapes differ; broadcast, the mean would be that of all pairs.
+    """
+    if outputs.shape != targets.shape:
+        raise ValueError(
+            f"outputs and targets must have one shape; got {outputs.shape} and {targets.shape}"
+        )
     return jnp.mean(jnp.square(outputs - targets))
 
 
