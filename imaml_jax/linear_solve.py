@@ -232,7 +232,7 @@ def solve_woodbury(
     diagonal = sum(ravel_pytree(_broadcast_to_leaves(d, b))[0] for d in dampings)
     flat_b, unravel = ravel_pytree(b)
     small_matrix = jnp.eye(jacobian.shape[0], dtype=flat_b.dtype) + output_hessian @ (
-        (jacobian / diagonal) @ jacobian.T
+        (jacobian / diagonal[None, :]) @ jacobian.T
     )
     right = output_hessian @ (jacobian @ (flat_b / diagonal))
     x = (flat_b - jnp.linalg.solve(small_matrix, right) @ jacobian) / diagonal

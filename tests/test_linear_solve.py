@@ -1,0 +1,389 @@
+"""Linear solvers against dense solves in numpy, and the truth of what they report."""
+
+import itertools
+from functools import partial
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+from jax.flatten_util import ravel_pytree
+
+from imaml_jax.curvature import damped, gauss_newton, ggnvp_fn, hessian
+from imaml_jax.linear_solve import (
+    solve_cg,
+    solve_cg_steihaug,
+    solve_dense,
+    solve_gmres,
+    solve_woodbury,
+)
+from imaml_jax.networks import conv4
+from imaml_jax.types import LinearOperator
+
+pytestmark = pytest.mark.usefixtures("x64")
+
+SOLVERS = {
+    "cg": solve_cg,
+    "cg_steihaug": solve_cg_steihaug,
+    "gmres": solve_gmres,
+    "dense": solve_dense,
+    "woodbury": solve_woodbury,
+}
+# Every solver with every kind of operator that it is for. A new solver is one more row or two.
+CASES = [
+    ("cg", "spd"),
+    ("cg", "low_rank"),
+    ("cg_steihaug", "spd"),
+    ("cg_steihaug", "low_rank"),
+    ("gmres", "spd"),
+    ("gmres", "nonsymmetric"),
+    ("dense", "spd"),
+    ("dense", "indefinite"),
+    ("dense", "nonsymmetric"),
+    ("dense", "low_rank"),
+    ("woodbury", "low_rank"),
+]
+cases = pytest.mark.parametrize("name, kind", CASES, ids=[f"{n}-{k}" for n, k in CASES])
+both_dtypes = pytest.mark.parametrize("dtype", [np.float64, np.float32], ids=["f64", "f32"])
+SIZE = 9
+WAYS = 3
+
+
+def as_tree(vector):
+    """A vector of nine numbers as a tree with a matrix, a vector, a scalar and a None."""
+    return {"a": vector[:6].reshape(3, 2), "b": (vector[6:8], None), "c": vector[8]}
+
+
+def flatten(tree):
+    return np.concatenate([np.ravel(leaf) for leaf in jax.tree.leaves(tree)])
+
+
+def matrix_operator(matrix):
+    return LinearOperator(lambda v: as_tree(matrix @ ravel_pytree(v)[0]))
+
+
+def spectrum_matrix(rng, eigenvalues):
+    """A symmetric matrix with these eigenvalues in a random basis."""
+    basis = np.linalg.qr(rng.normal(size=(len(eigenvalues), len(eigenvalues))))[0]
+    return (basis * eigenvalues) @ basis.T
+
+
+def make_system(kind, rng, dtype=np.float64):
+    """`(pieces, dense matrix)`; `make_operator(kind, pieces)` gives the operator."""
+    if kind == "low_rank":
+        jacobian = rng.normal(size=(2 * WAYS, SIZE))
+        point, damping = rng.normal(size=SIZE), rng.uniform(0.5, 2, size=SIZE)
+        logits = (jacobian @ point).reshape(2, WAYS)
+        p = np.exp(logits) / np.exp(logits).sum(1, keepdims=True)
+        output_hessian = np.zeros((2 * WAYS, 2 * WAYS))
+        for i, q in enumerate(p):
+            block = slice(WAYS * i, WAYS * (i + 1))
+            output_hessian[block, block] = np.diag(q) - np.outer(q, q)
+        matrix = jacobian.T @ output_hessian @ jacobian + np.diag(damping)
+        pieces = (jacobian, point, damping)
+    elif kind == "spd":
+        matrix = spectrum_matrix(rng, np.linspace(1, 10, SIZE))
+        pieces = (matrix,)
+    elif kind == "indefinite":
+        matrix = spectrum_matrix(rng, np.linspace(-3, 5.5, SIZE))
+        pieces = (matrix,)
+    elif kind == "nonsymmetric":
+        matrix = 4 * np.eye(SIZE) + rng.normal(size=(SIZE, SIZE))
+        pieces = (matrix,)
+    return tuple(np.asarray(piece, dtype) for piece in pieces), matrix
+
+
+def make_operator(kind, pieces):
+    if kind != "low_rank":
+        return matrix_operator(*pieces)
+    jacobian, point, damping = pieces
+
+    def apply_fn(params):
+        return {"logits": (jacobian @ ravel_pytree(params)[0]).reshape(2, WAYS)}
+
+    def loss_fn(outputs):  # the Hessian of the log-partition function is singular in each row
+        return jax.nn.logsumexp(outputs["logits"], axis=1).sum()
+
+    return damped(gauss_newton(apply_fn, loss_fn, as_tree(point)), as_tree(damping))
+
+
+def solve_many(name, kind, dtype, tol, count=3):
+    """`count` systems solved by one compiled, vmapped call: matrices, right-hand sides, results."""
+    rng = np.random.default_rng(0)
+    systems = [make_system(kind, rng, dtype) for _ in range(count)]
+    pieces = jax.tree.map(lambda *leaves: jnp.stack(leaves), *(pieces for pieces, _ in systems))
+    right = jnp.asarray(rng.normal(size=(count, SIZE)), dtype)
+
+    def solve_one(pieces, b):
+        key = jax.random.key(0)
+        return SOLVERS[name](make_operator(kind, pieces), as_tree(b), key=key, tol=tol)
+
+    found, info = jax.jit(jax.vmap(solve_one))(pieces, right)
+    return [matrix for _, matrix in systems], right, found, info
+
+
+@both_dtypes
+@cases
+def test_solvers_equal_dense_solves(name, kind, dtype):
+    tol = 1e-12 if dtype == np.float64 else 1e-5
+    matrices, right, found, info = solve_many(name, kind, dtype, tol)
+    assert all(leaf.dtype == dtype for leaf in jax.tree.leaves(found))
+    for lane, (matrix, b) in enumerate(zip(matrices, right, strict=True)):
+        x = flatten({"a": found["a"][lane], "b": found["b"][0][lane], "c": found["c"][lane]})
+        np.testing.assert_allclose(x, np.linalg.solve(matrix, b), rtol=0, atol=20 * tol)
+        report = jax.tree.map(lambda leaf, lane=lane: leaf[lane], info)
+        residual = np.linalg.norm(b - matrix @ x) / np.linalg.norm(b)
+        np.testing.assert_allclose(report.relative_residual, residual, rtol=0, atol=tol)
+        assert report.converged
+        if name == "cg_steihaug":
+            assert 0 < report.num_steps <= SIZE + 1
+        else:
+            assert report.num_steps is None
+        if name in ("cg_steihaug", "dense"):
+            symmetric = np.linalg.eigvalsh((matrix + matrix.T) / 2)
+            assert symmetric[0] - 10 * tol <= report.min_curvature <= symmetric[-1]
+        else:
+            assert report.min_curvature is None
+
+
+@pytest.mark.parametrize(
+    "name, settings",
+    [
+        ("cg", {"max_steps": 2}),
+        ("cg_steihaug", {"max_steps": 2}),
+        ("gmres", {"restart": 2, "max_restarts": 1}),
+    ],
+)
+def test_a_truncated_solve_reports_its_own_residual(name, settings):
+    rng = np.random.default_rng(1)
+    matrix, b = spectrum_matrix(rng, np.geomspace(1, 100, SIZE)), rng.normal(size=SIZE)
+    solve = jax.jit(
+        lambda m, b, tol: SOLVERS[name](matrix_operator(m), as_tree(b), tol=tol, **settings)
+    )
+    x, info = solve(matrix, b, 1e-6)
+    residual = np.linalg.norm(b - matrix @ flatten(x)) / np.linalg.norm(b)
+    assert residual > 1e-2
+    np.testing.assert_allclose(info.relative_residual, residual, rtol=1e-10)
+    assert not info.converged
+    if name == "cg_steihaug":
+        assert info.num_steps == 2
+    _, info = solve(matrix, b, float(residual) * 1.01)
+    assert info.converged
+
+
+@pytest.mark.parametrize("name", SOLVERS)
+def test_a_zero_right_hand_side_gives_zero(name):
+    kind = "low_rank" if name == "woodbury" else "spd"
+    pieces, _ = make_system(kind, np.random.default_rng(0))
+    solve = jax.jit(lambda pieces, b: SOLVERS[name](make_operator(kind, pieces), as_tree(b)))
+    x, info = solve(pieces, np.zeros(SIZE))
+    np.testing.assert_array_equal(flatten(x), 0)
+    assert info.relative_residual == 0
+    assert info.converged
+    if name == "cg_steihaug":  # no direction was met, so that nothing bounds the curvature
+        assert info.num_steps == 0
+        assert info.min_curvature == np.inf
+    if name == "dense":
+        np.testing.assert_allclose(info.min_curvature, 1)
+
+
+@both_dtypes
+def test_steihaug_stops_and_says_so_where_the_curvature_is_negative(dtype):
+    rng = np.random.default_rng(2)
+    smallest = np.concatenate([np.linspace(-5, -0.1, 8), np.zeros(8)])
+    matrices = np.stack(
+        [spectrum_matrix(rng, np.append(s, rng.uniform(0.5, 5, SIZE - 1))) for s in smallest]
+    )
+    right = rng.normal(size=(len(smallest), SIZE))
+    right[8:] = 0  # the last eight: singular, with b in the null space, where p^T A p = 0
+    for i in range(8, 16):
+        matrices[i] = np.diag(np.append(0.0, np.ones(SIZE - 1)))
+        right[i, 0] = 1 + i
+    solve = jax.vmap(lambda m, b: solve_cg_steihaug(matrix_operator(m), as_tree(b), tol=1e-6))
+    matrices, right = matrices.astype(dtype), right.astype(dtype)
+    x, info = jax.jit(solve)(matrices, right)
+    assert all(np.isfinite(leaf).all() for leaf in jax.tree.leaves((x, info)))
+    assert not info.converged.any()
+    assert (info.num_steps <= SIZE).all()
+    lowest = np.linalg.eigvalsh(matrices.astype(np.float64))[:, 0]
+    assert (info.min_curvature <= 0).all()
+    assert (info.min_curvature >= lowest - 1e-5).all()
+    flat = np.stack([flatten(jax.tree.map(lambda leaf, i=i: leaf[i], x)) for i in range(16)])
+    residuals = np.linalg.norm(right - np.einsum("nij,nj->ni", matrices, flat), axis=1)
+    norms = np.linalg.norm(right, axis=1)
+    np.testing.assert_allclose(info.relative_residual, residuals / norms, rtol=1e-4)
+    # Up to the stop the quadratic model only falls, so that -x still descends.
+    assert (np.einsum("ni,ni->n", flat, right) >= 0).all()
+
+
+def test_steihaug_returns_zero_where_the_first_direction_curves_down():
+    x, info = solve_cg_steihaug(LinearOperator(lambda v: -2 * v), jnp.ones(3))
+    np.testing.assert_array_equal(x, 0)
+    assert (info.num_steps, info.min_curvature, info.relative_residual) == (1, -2, 1)
+    assert not info.converged
+
+
+def test_steihaug_does_not_hide_a_product_that_is_not_finite():
+    _, info = solve_cg_steihaug(LinearOperator(lambda v: v * jnp.nan), jnp.ones(3))
+    assert not info.converged
+    assert not np.isfinite(info.relative_residual)
+
+
+@pytest.mark.parametrize("max_steps", [0, 3, 100])
+def test_steihaug_spends_one_product_a_step_and_none_on_the_start(max_steps):
+    counter = []
+
+    def matvec(v):
+        jax.debug.callback(lambda: counter.append(1))
+        return jnp.linspace(1, 10, SIZE) * v
+
+    @jax.jit
+    def solve(b):
+        return solve_cg_steihaug(LinearOperator(matvec), b, tol=1e-10, max_steps=max_steps)
+
+    _, info = solve(jnp.ones(SIZE))
+    jax.effects_barrier()
+    assert len(counter) == info.num_steps
+    assert info.num_steps == min(max_steps, SIZE)
+
+
+@pytest.mark.parametrize("name", ["cg", "cg_steihaug"])
+def test_the_error_after_k_steps_is_below_the_bound(name):
+    """`2 ((sqrt(kappa) - 1) / (sqrt(kappa) + 1))^K` in the norm of `A`."""
+    kappa, size = 100.0, 40
+    rng = np.random.default_rng(3)
+    matrix = spectrum_matrix(rng, np.linspace(1, kappa, size))
+    b = rng.normal(size=size)
+    exact = np.linalg.solve(matrix, b)
+    rate = (np.sqrt(kappa) - 1) / (np.sqrt(kappa) + 1)
+    solve = jax.jit(
+        lambda m, b, k: SOLVERS[name](LinearOperator(lambda v: m @ v), b, tol=1e-14, max_steps=k)[0]
+    )
+    errors = []
+    for k in range(13):
+        error = exact - solve(matrix, b, k)
+        errors.append(np.sqrt(error @ matrix @ error / (exact @ matrix @ exact)))
+        assert errors[-1] <= 2 * rate**k
+    assert errors[0] == pytest.approx(1)
+    assert all(later < earlier for earlier, later in itertools.pairwise(errors))
+
+
+def test_both_kinds_of_conjugate_gradient_take_the_same_steps():
+    rng = np.random.default_rng(4)
+    matrix, b = spectrum_matrix(rng, np.geomspace(1, 100, SIZE)), rng.normal(size=SIZE)
+    for steps in (1, 4):
+        one, two = (
+            SOLVERS[name](matrix_operator(matrix), as_tree(b), max_steps=steps)[0]
+            for name in ("cg", "cg_steihaug")
+        )
+        np.testing.assert_allclose(flatten(one), flatten(two), rtol=1e-10)
+
+
+def test_woodbury_wants_a_factor_and_damping():
+    params = jnp.ones(3)
+    with pytest.raises(ValueError, match="low-rank factor"):
+        solve_woodbury(damped(hessian(jnp.sum, params), 1.0), params)
+    with pytest.raises(ValueError, match="damping > 0"):
+        solve_woodbury(gauss_newton(jnp.sin, jnp.sum, params), params)
+
+
+@pytest.mark.parametrize(
+    "dampings",
+    [
+        (2,),
+        (0.5, {"a": 1.0, "b": 0.1, "c": 0.0}),
+        ({"a": np.array([[1.0, 2.0]]), "b": (0.5, None), "c": 3.0}, 0.25),
+    ],
+    ids=["integer", "nested, a number for each part", "nested, broadcast in a leaf"],
+)
+def test_woodbury_takes_every_kind_of_damping(dampings):
+    """Where `S` is rank-deficient, and where there are more outputs than parameters."""
+    rng = np.random.default_rng(5)
+    jacobian, b = rng.normal(size=(2 * SIZE, SIZE)), rng.normal(size=SIZE)
+
+    def loss_fn(outputs):
+        return 0.5 * jnp.sum(outputs[:4]) ** 2
+
+    operator = gauss_newton(
+        lambda p: jacobian @ ravel_pytree(p)[0], loss_fn, as_tree(jnp.ones(SIZE))
+    )
+    for damping in dampings:
+        operator = damped(operator, damping)
+    (x, info), (dense, _) = jax.jit(
+        lambda b: (solve_woodbury(operator, b), solve_dense(operator, b))
+    )(as_tree(b))
+    np.testing.assert_allclose(flatten(x), flatten(dense), rtol=1e-10)
+    assert info.converged
+
+
+def conv_problem():
+    """Two tasks with weights of their own on a smooth conv net: `(apply_fn, fun, points)`."""
+    network = conv4(3, filters=4, num_blocks=2, activation=jnp.tanh)
+    rng = np.random.default_rng(6)
+    inputs = jnp.asarray(rng.normal(size=(4, 8, 8, 1)))
+    shapes = jax.eval_shape(network.init, jax.random.key(0), inputs)
+    points = jax.tree.map(lambda s: jnp.asarray(rng.normal(0, 0.5, (2, *s.shape))), shapes)
+
+    def loss_fn(logits):
+        return -jax.nn.log_softmax(logits)[jnp.arange(4), jnp.array([0, 1, 2, 0])].mean()
+
+    def apply_fn(params):
+        return network.apply(params, inputs)
+
+    return apply_fn, loss_fn, lambda params: loss_fn(apply_fn(params)), points
+
+
+def test_solvers_on_a_conv_net_with_weights_of_its_own_for_each_task():
+    apply_fn, loss_fn, fun, points = conv_problem()
+    strength = 0.3
+
+    @jax.jit
+    @jax.vmap
+    def solve_all(params):
+        operator = damped(gauss_newton(apply_fn, loss_fn, params), strength)
+        b = jax.grad(fun)(params)
+        found = [
+            solve(operator, b)
+            for solve in (
+                partial(solve_cg, tol=1e-12),
+                partial(solve_cg_steihaug, tol=1e-12),
+                solve_woodbury,
+            )
+        ]
+        residuals = [operator.matvec(x) for x, _ in found]
+        return b, found, residuals
+
+    b, found, products = solve_all(points)
+    for (_, info), product in zip(found, products, strict=True):
+        jax.tree.map(lambda p, e: np.testing.assert_allclose(p, e, atol=1e-10), product, b)
+        assert info.converged.all()
+
+
+def test_cg_is_differentiable_under_vmap_on_a_conv_net():
+    """`vmap(grad(...))` through a solve with the Hessian, in the weights and in the damping.
+
+    On trees, `jax.scipy.sparse.linalg.cg` fails here; `solve_cg` ravels.
+    """
+    apply_fn, loss_fn, fun, points = conv_problem()
+    rng = np.random.default_rng(7)
+    direction = jax.tree.map(lambda p: jnp.asarray(rng.normal(size=p.shape)), points)
+
+    def squared_solution(params, strength):
+        curvature = ggnvp_fn(apply_fn, loss_fn, params)
+        operator = damped(LinearOperator(curvature), strength)
+        x, _ = solve_cg(operator, jax.grad(fun)(params), tol=1e-13)
+        return ravel_pytree(x)[0] @ ravel_pytree(x)[0]
+
+    evaluate = jax.jit(jax.vmap(jax.value_and_grad(squared_solution, (0, 1)), (0, None)))
+    step, strength = 1e-5, 0.3
+
+    def at(size):
+        return evaluate(jax.tree.map(lambda p, d: p + size * d, points, direction), strength + size)
+
+    _, (in_weights, in_strength) = at(0.0)
+    slopes = sum(
+        (g * d).sum(tuple(range(1, g.ndim)))
+        for g, d in zip(jax.tree.leaves(in_weights), jax.tree.leaves(direction), strict=True)
+    )
+    expected = (at(step)[0] - at(-step)[0]) / (2 * step)
+    np.testing.assert_allclose(slopes + in_strength, expected, rtol=1e-6)
