@@ -8,6 +8,7 @@ above the untrained one's.
 import json
 import sys
 from pathlib import Path
+from typing import Any
 
 from experiments import few_shot, glyphs
 
@@ -15,17 +16,22 @@ WORKDIR = Path("runs/demo")
 META_STEPS: dict[few_shot.Algorithm, int] = {"fomaml": 400, "imaml": 400}
 
 
-def main(workdir: Path = WORKDIR, meta_steps: dict[few_shot.Algorithm, int] = META_STEPS) -> bool:
+def main(
+    workdir: Path = WORKDIR,
+    meta_steps: dict[few_shot.Algorithm, int] = META_STEPS,
+    **settings: Any,
+) -> bool:
     """Runs the demo.
 
     Args:
       workdir: where runs are kept; a finished one is not repeated.
       meta_steps: budget of each algorithm.
+      **settings: other fields of `glyphs.Config`.
 
     Returns:
       Whether implicit MAML's interval lies above the untrained one's.
     """
-    config = glyphs.Config(algorithm="imaml")
+    config = glyphs.Config(algorithm="imaml", **settings)
     base = few_shot.untrained(config, glyphs.resolve(config), glyphs.glyphs.load())
     rows = [("untrained initialisation", base.mean, base.ci95, 0.0)]
     for algorithm, steps in meta_steps.items():
@@ -33,8 +39,8 @@ def main(workdir: Path = WORKDIR, meta_steps: dict[few_shot.Algorithm, int] = ME
             glyphs.Config(
                 algorithm=algorithm,
                 meta_steps=steps,
-                validate_every=min(200, steps),
                 workdir=workdir / algorithm,
+                **{"validate_every": 200, **settings},
             )
         )
         rows.append((algorithm, results["test_accuracy"], results["test_ci95"], results["seconds"]))

@@ -1,11 +1,6 @@
 """Few-shot image classification, as the experiments on Omniglot and on glyphs share it."""
 
 import dataclasses
-import datetime
-import json
-import os
-import platform
-import sys
 import time
 from collections.abc import Callable
 from functools import partial
@@ -18,8 +13,9 @@ import jax.numpy as jnp
 import optax
 
 import imaml_jax
+from experiments import common
 from imaml_jax import protocols
-from imaml_jax.data import cache, episodes
+from imaml_jax.data import episodes
 from imaml_jax.evaluation import Evaluation, make_evaluate
 from imaml_jax.networks import conv4
 from imaml_jax.protocols import Protocol
@@ -28,8 +24,12 @@ from imaml_jax.types import MetaLearner
 
 Algorithm = Literal["fomaml", "imaml", "imaml_hf", "maml", "reptile", "reptile_transductive"]
 ProtocolName = Literal["finn", "imaml", "recommended", "reptile"]
-_TASKS_A_CALL = 20
+_TASKS_A_CALL = 40  # whatever the number of devices, so that all runs meet the same tasks
 _TEST_STREAM, _VALIDATION_STREAM = 1, 2
+_POSITIVE = (
+    *("shots", "log_every", "validate_every", "validation_tasks", "meta_steps", "test_tasks"),
+    *("meta_batch", "num_steps", "eval_num_steps", "inner_rate", "outer_rate"),
+)
 _HEADS = {
     "zero": nn.initializers.zeros,
     "normal": nn.initializers.normal(1.0),
@@ -73,9 +73,9 @@ class Config:
     map_tasks: Literal["map", "vmap"] | int | None = None
     """How tasks are mapped on a device: vmap, map or a chunk size; default by platform."""
     devices: int | None = None
-    """Devices over which tasks are sharded; default all."""
+    """At most so many devices share the tasks of a batch, as many as divide it; default all."""
     meta_batch: int | None = None
-    """Tasks a meta-step; a multiple of devices."""
+    """Tasks a meta-step."""
     inner_rate: float | None = None
     """Learning rate of the inner loop."""
     num_steps: int | None = None
@@ -114,12 +114,11 @@ def run(
     Raises:
       ValueError: a setting out of its range, before anything is compiled.
     """
-    _cache_compilations()
-    meta_steps = config.meta_steps or protocol.meta_steps
+    common.cache_compilations()
+    meta_steps = protocol.meta_steps
     learner = build_learner(protocol, config.ways)
-    devices = jax.local_devices()[: config.devices]
-    devices = devices if len(devices) > 1 else None
-    _check(config, protocol, splits, devices)
+    devices = common.task_devices(config.devices, protocol.meta_batch)
+    _check_data(config, protocol, splits)
 
     def sample_train(key):
         return episodes.sample_tasks(
@@ -133,14 +132,13 @@ def run(
             invert=protocol.invert,
         )
 
-    scorer = partial(
-        _make_scorer, learner, protocol, config, map_tasks=config.map_tasks, devices=devices
-    )
+    scorer = partial(_make_scorer, learner, protocol, config)
+    on_test = scorer(splits.test, protocol.test_tasks, _TEST_STREAM)
     validate = None
     if splits.val is not None:
         validate = scorer(splits.val, config.validation_tasks, _VALIDATION_STREAM)
     example = jnp.zeros((1, *splits.train.images.shape[1:]))
-    settings = {"dataset": dataset} | _recorded(config) | {"settings": protocol._asdict()}
+    settings = {"dataset": dataset} | common.recorded(config) | {"settings": protocol._asdict()}
     print(describe(config, protocol, dataset), flush=True)
     started = time.perf_counter()
     result = train(
@@ -159,8 +157,9 @@ def run(
         max_seconds=config.max_seconds,
         config=settings,
     )
-    test = scorer(splits.test, protocol.test_tasks, _TEST_STREAM)(result.best_meta_params)
-    results = settings | {
+    test = on_test(result.best_meta_params)
+    results = settings | common.provenance()
+    results |= {
         "trained_meta_steps": int(result.state.step),
         "best_step": result.best_step,
         "seconds": round(result.history[-1]["seconds"] if result.history else 0.0, 1),
@@ -169,22 +168,18 @@ def run(
         "test_accuracy": test.mean,
         "test_ci95": test.ci95,
         "test_info": test.info,
-        "device": str(jax.devices()[0].device_kind),
-        "cores": os.cpu_count(),
-        "machine": platform.processor() or platform.machine(),
-        "versions": {"imaml_jax": imaml_jax.__version__, "jax": jax.__version__},
-        "date": datetime.date.today().isoformat(),
-        "command": " ".join(["python -m", *_module_and_arguments()]),
     }
-    if config.workdir is not None:
-        path = Path(config.workdir) / "results.json"
-        path.write_text(json.dumps(results, indent=1, default=str) + "\n", encoding="utf-8")
+    common.write_results(config.workdir, results)
     print(report(results), flush=True)
     return results
 
 
 def resolve(config: Config) -> Protocol:
-    """The protocol with the config's overrides in place."""
+    """The protocol with the config's overrides in place.
+
+    Raises:
+      ValueError: a setting out of its range, or a protocol that does not cover the algorithm.
+    """
     protocol = protocols.get(
         config.protocol, algorithm=config.algorithm, ways=config.ways, shots=config.shots
     )
@@ -193,7 +188,9 @@ def resolve(config: Config) -> Protocol:
         for name in Protocol._fields
         if getattr(config, name, None) is not None and name != "name"
     }
-    return protocol._replace(**overrides)
+    protocol = protocol._replace(**overrides)
+    _check_settings(config, protocol)
+    return protocol
 
 
 def build_learner(protocol: Protocol, ways: int) -> MetaLearner:
@@ -266,7 +263,7 @@ def report(results: dict[str, Any]) -> str:
 
 def untrained(config: Config, protocol: Protocol, splits: episodes.Splits) -> Evaluation:
     """Test accuracy of the initialisation before any meta-training, on the test tasks of `run`."""
-    _cache_compilations()
+    common.cache_compilations()
     learner = build_learner(protocol, config.ways)
     meta_params = learner.init(
         jax.random.key(config.seed), jnp.zeros((1, *splits.train.images.shape[1:]))
@@ -282,17 +279,15 @@ def _make_scorer(
     dataset: episodes.Dataset,
     num_tasks: int,
     stream: int,
-    *,
-    map_tasks: str | int | None = None,
-    devices: list[jax.Device] | None = None,
 ) -> Callable[[Any], Evaluation]:
     """Accuracy on `num_tasks` tasks that only the stream and the data decide."""
+    tasks_a_call = min(num_tasks, _TASKS_A_CALL)
 
     def sample(key):
         return episodes.sample_tasks(
             key,
             dataset,
-            num_tasks=_TASKS_A_CALL * (len(devices) if devices else 1),
+            num_tasks=tasks_a_call,
             ways=config.ways,
             shots=config.shots,
             queries=protocol.test_queries,
@@ -301,7 +296,11 @@ def _make_scorer(
         )
 
     score = make_evaluate(
-        learner, sample, num_tasks=num_tasks, map_tasks=map_tasks, devices=devices
+        learner,
+        sample,
+        num_tasks=num_tasks,
+        map_tasks=config.map_tasks,
+        devices=common.task_devices(config.devices, tasks_a_call),
     )
     return lambda meta_params: score(meta_params, jax.random.key(stream))
 
@@ -320,41 +319,44 @@ def _is_not_norm(path: str) -> bool:
     return not path.endswith(("/scale", "/offset"))
 
 
-def _check(config, protocol, splits, devices) -> None:
-    if config.ways < 2 or config.shots < 1:
-        raise ValueError(f"ways={config.ways} must be at least 2, shots={config.shots} at least 1")
-    for name in ("inner_rate", "outer_rate"):
-        if not getattr(protocol, name) > 0:
-            raise ValueError(f"{name}={getattr(protocol, name)} must be positive")
-    if devices and protocol.meta_batch % len(devices):
+def _check_settings(config: Config, protocol: Protocol) -> None:
+    """What can be refused before any data are read."""
+    values = dataclasses.asdict(config) | protocol._asdict()
+    positive = list(_POSITIVE)
+    if protocol.algorithm.startswith("imaml"):
+        positive += ["cg_steps", "reg_strength"]
+    if config.max_seconds is not None:
+        positive.append("max_seconds")
+    for name in positive:
+        if not values[name] > 0:
+            raise ValueError(f"{name}={values[name]} must be positive")
+    if config.ways < 2:
+        raise ValueError(f"ways={config.ways} must be at least 2")
+    for name in ("meta_steps", "validate_every"):
+        if values[name] % config.log_every:
+            raise ValueError(
+                f"{name}={values[name]} must be a multiple of log_every={config.log_every}; "
+                "change either"
+            )
+    if (protocol.solve, protocol.curvature) == ("woodbury", "hessian"):
         raise ValueError(
-            f"meta_batch={protocol.meta_batch} must be a multiple of the {len(devices)} devices; "
-            "change it or set --devices 1"
+            "solve=woodbury needs the low rank of curvature=gauss_newton, not curvature=hessian; "
+            "change either, for example to solve=cg_steihaug"
         )
-    for dataset, shots, queries in (
-        (splits.train, protocol.train_shots, protocol.train_queries),
-        (splits.val, config.shots, protocol.test_queries),
-        (splits.test, config.shots, protocol.test_queries),
+
+
+def _check_data(config: Config, protocol: Protocol, splits: episodes.Splits) -> None:
+    for dataset, shots, queries, rotations in (
+        (splits.train, protocol.train_shots, protocol.train_queries, protocol.train_rotations),
+        (splits.val, config.shots, protocol.test_queries, protocol.test_rotations),
+        (splits.test, config.shots, protocol.test_queries, protocol.test_rotations),
     ):
         if dataset is not None:
-            episodes.check_task_shape(dataset, ways=config.ways, shots=shots, queries=queries)
-
-
-def _recorded(config: Config) -> dict[str, Any]:
-    """What a resumed run must share with the one it continues."""
-    changeable = {"workdir", "max_seconds", "devices", "data_dir", "download"}
-    return {k: v for k, v in dataclasses.asdict(config).items() if k not in changeable}
+            episodes.check_task_shape(
+                dataset, ways=config.ways, shots=shots, queries=queries, rotations=rotations
+            )
 
 
 def _best_validation(history) -> float | None:
     scores = [row["validation"] for row in history if row.get("validation") is not None]
     return max(scores, default=None)
-
-
-def _cache_compilations() -> None:
-    jax.config.update("jax_compilation_cache_dir", str(cache.cache_root() / "xla"))
-
-
-def _module_and_arguments() -> list[str]:
-    spec = getattr(sys.modules["__main__"], "__spec__", None)
-    return [spec.name if spec else Path(sys.argv[0]).name, *sys.argv[1:]]

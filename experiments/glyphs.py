@@ -8,7 +8,7 @@ Needs no download. Rotations are off: many glyphs are quarter turns of one anoth
 import dataclasses
 from typing import Any
 
-from experiments import few_shot
+from experiments import common, few_shot
 from imaml_jax.data import glyphs
 from imaml_jax.protocols import Protocol
 
@@ -33,6 +33,4 @@ def main(config: Config) -> dict[str, Any]:
 
 
 if __name__ == "__main__":
-    import tyro
-
-    main(tyro.cli(Config, description=__doc__))
+    common.run_cli(main, Config, __doc__)

@@ -8,7 +8,7 @@ import dataclasses
 from pathlib import Path
 from typing import Any, Literal
 
-from experiments import few_shot
+from experiments import common, few_shot
 from imaml_jax.data import omniglot
 
 
@@ -32,6 +32,4 @@ def main(config: Config) -> dict[str, Any]:
 
 
 if __name__ == "__main__":
-    import tyro
-
-    main(tyro.cli(Config, description=__doc__))
+    common.run_cli(main, Config, __doc__)

@@ -45,7 +45,7 @@ def imaml(
 
     The inner problem is `phi*(theta) = argmin_phi L^support(phi) + lambda/2 ||phi - theta||^2`, and
     `dF/dtheta = lambda (lambda I + H)^-1 grad L^query(phi*)` with `H` the Hessian of the support
-    loss at `phi*`. Memory does not grow with the number of inner steps, and how `phi*` was found does
+    loss at `phi*`. Memory does not grow with the inner steps, and how `phi*` was found does
     not matter; found it must be: watch `inner_residual`, `solve_residual` and `min_curvature`.
 
     Parameters that are not adapted get `dF/dpsi - (d2L/dphi dpsi)^T u` with `u` the solution of the

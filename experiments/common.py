@@ -1,0 +1,124 @@
+"""What every experiment shares: its command line, its devices, and the record of what it ran on."""
+
+import dataclasses
+import datetime
+import json
+import os
+import platform
+import sys
+import traceback
+from collections.abc import Callable, Sequence
+from pathlib import Path
+from typing import Any, NoReturn
+
+import jax
+import tyro
+
+import imaml_jax
+from imaml_jax.data import cache
+from imaml_jax.training import NonFiniteError
+
+# What may change between the parts of a run that was stopped and resumed.
+_CHANGEABLE = {"workdir", "max_seconds", "devices", "data_dir", "download"}
+
+
+def run_cli(
+    main: Callable[[Any], Any],
+    config: type,
+    description: str | None,
+    args: Sequence[str] | None = None,
+) -> Any:
+    """Reads a config from the command line and runs `main` on it.
+
+    What the user can mend (a setting that is refused, a file that is missing or cannot be written)
+    ends the process with status 2 and what stopped the training with status 1, both with one
+    message and no traceback. Any other error is a bug and keeps its traceback.
+
+    Args:
+      main: `config -> result`.
+      config: dataclass of the settings; the docstrings of its fields are the help.
+      description: what `--help` prints above them.
+      args: the command line; None (default) for the one of the process.
+
+    Returns:
+      What `main` returned.
+    """
+    settings = tyro.cli(config, description=description, args=args)
+    try:
+        return main(settings)
+    except NonFiniteError as error:
+        _exit(1, error)
+    except (ValueError, OSError) as error:
+        if isinstance(error, ValueError) and not _is_ours(error):
+            raise
+        _exit(2, error)
+
+
+def task_devices(limit: int | None, num_tasks: int) -> list[jax.Device] | None:
+    """The devices that share a batch of tasks.
+
+    Args:
+      limit: at most so many; None for all there are.
+      num_tasks: tasks a batch.
+
+    Returns:
+      As many devices as divide `num_tasks`, or None where that is one.
+
+    Raises:
+      ValueError: more devices than there are, or fewer than one.
+    """
+    devices = jax.local_devices()
+    if limit is not None and not 1 <= limit <= len(devices):
+        raise ValueError(
+            f"devices={limit}; allowed: 1 to {len(devices)}, the number of "
+            f"{jax.default_backend()} devices of this process. Leave it out to use them all."
+        )
+    devices = devices[:limit]
+    number = max(n for n in range(1, len(devices) + 1) if num_tasks % n == 0)
+    return devices[:number] if number > 1 else None
+
+
+def cache_compilations() -> None:
+    """Keeps compiled programs in the cache directory, so that a second run starts sooner."""
+    jax.config.update("jax_compilation_cache_dir", str(cache.cache_root() / "xla"))
+
+
+def recorded(config: Any) -> dict[str, Any]:
+    """The settings that a resumed run must share with the one it continues."""
+    return {k: v for k, v in dataclasses.asdict(config).items() if k not in _CHANGEABLE}
+
+
+def provenance() -> dict[str, Any]:
+    """Where, when and by which command a result was made."""
+    return {
+        "device": str(jax.devices()[0].device_kind),
+        "cores": os.cpu_count(),
+        "machine": platform.processor() or platform.machine(),
+        "versions": {"imaml_jax": imaml_jax.__version__, "jax": jax.__version__},
+        "date": datetime.date.today().isoformat(),
+        "command": " ".join(["python -m", *_module_and_arguments()]),
+    }
+
+
+def write_results(workdir: str | os.PathLike | None, results: dict[str, Any]) -> None:
+    """Writes `results.json` into the workdir, if there is one."""
+    if workdir is not None:
+        path = Path(workdir) / "results.json"
+        path.write_text(json.dumps(results, indent=1, default=str) + "\n", encoding="utf-8")
+
+
+def _is_ours(error: BaseException) -> bool:
+    """Whether our own code raised it, and not a library that it calls."""
+    file = Path(traceback.extract_tb(error.__traceback__)[-1].filename).resolve()
+    homes = (Path(imaml_jax.__file__).parent, Path(__file__).parent)
+    return any(file.is_relative_to(home.resolve()) for home in homes)
+
+
+def _exit(status: int, error: BaseException) -> NoReturn:
+    print(f"error: {error}", file=sys.stderr)
+    sys.exit(status)
+
+
+def _module_and_arguments() -> list[str]:
+    spec = getattr(sys.modules["__main__"], "__spec__", None)
+    return [spec.name if spec else Path(sys.argv[0]).name, *sys.argv[1:]]
