@@ -210,7 +210,12 @@ def check_positive(name: str, **values: float) -> None:
 
 
 def check_steps(name: str, **values: int | None) -> None:
-    """Raises ValueError for the first step count that is not an integer of at least 1."""
+    """Raises ValueError for the first step count that is not an integer of at least 1.
+
+    None stands for a default, which all but `num_steps` have.
+    """
     for argument, value in values.items():
-        if value is not None and (int(value) != value or value < 1):
+        if value is None and argument != "num_steps":
+            continue
+        if value is None or value % 1 != 0 or value < 1:
             raise ValueError(f"{name}: {argument}={value} must be an integer >= 1")

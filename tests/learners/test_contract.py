@@ -1,0 +1,390 @@
+"""The contract that every learner keeps. A new algorithm is one row of `LEARNERS`.
+
+The programs here compute next to nothing and are compiled without LLVM's optimisations, which take
+longer than they save.
+"""
+
+from collections.abc import Callable
+from functools import cached_property, partial
+from typing import Any, NamedTuple
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import optax
+import pytest
+
+from imaml_jax import (
+    Batch,
+    MetaLearner,
+    Task,
+    adaptive_gd,
+    cross_entropy,
+    fomaml,
+    imaml,
+    maml,
+    mean_squared_error,
+    newton_cg,
+    reptile,
+    solve_cg,
+    solve_cg_steihaug,
+    solve_woodbury,
+)
+from imaml_jax.networks import Network, conv4, mlp
+
+jit = partial(jax.jit, compiler_options={"xla_backend_optimization_level": 0})
+sgd = optax.sgd(0.1)
+gauss_newton_cg = dict(solve=partial(solve_cg_steihaug, max_steps=5), curvature="gauss_newton")
+woodbury = dict(solve=solve_woodbury, curvature="gauss_newton")
+both, only_mlp = ("mlp", "conv"), ("mlp",)
+
+
+def is_head(path):
+    return path.startswith("head")
+
+
+class Row(NamedTuple):
+    """One learner: its name, its factory, its settings, and the problems it is tried on."""
+
+    name: str
+    factory: Callable[..., MetaLearner]
+    settings: dict[str, Any]
+    problems: tuple[str, ...] = both
+
+
+LEARNERS = [
+    Row("maml", maml, dict(inner=sgd, num_steps=2, eval_num_steps=5)),
+    Row("maml_head", maml, dict(inner=sgd, num_steps=3, fast=is_head), only_mlp),
+    Row("fomaml", fomaml, dict(inner=sgd, num_steps=3), only_mlp),
+    Row("reptile", reptile, dict(inner=optax.adam(0.01, b1=0.0), num_steps=5)),
+    Row(
+        "reptile_mini_batches",
+        reptile,
+        dict(inner=optax.adam(0.01, b1=0.0), num_steps=5, batch_size=4),
+        only_mlp,
+    ),
+    Row(
+        "reptile_transduction",
+        reptile,
+        dict(inner=optax.adam(0.01, b1=0.0), num_steps=5, statistics="batch"),
+        only_mlp,
+    ),
+    Row("imaml", imaml, dict(inner=sgd, num_steps=8), only_mlp),
+    Row("imaml_cg", imaml, dict(inner=sgd, num_steps=8, solve=partial(solve_cg, max_steps=5))),
+    Row("imaml_woodbury", imaml, dict(inner=sgd, num_steps=8, **woodbury)),
+    Row("imaml_newton_cg", imaml, dict(inner=newton_cg(), num_steps=2), only_mlp),
+    Row("imaml_head", imaml, dict(inner=sgd, num_steps=8, fast=is_head), only_mlp),
+    Row(
+        "imaml_tree_strength",
+        imaml,
+        dict(inner=sgd, num_steps=8, reg_strength={"Dense_0": 2.0, "head": 1.0}),
+        only_mlp,
+    ),
+]
+
+# Every way of solving the inner problem and every way of solving the linear system.
+INNERS = {
+    "sgd": (sgd, 30),
+    "momentum": (optax.sgd(0.05, momentum=0.5), 40),
+    "nesterov": (optax.sgd(0.05, momentum=0.5, nesterov=True), 40),
+    "adaptive_gd": (adaptive_gd(0.05), 30),
+    "newton_cg": (newton_cg(), 3),
+    "lbfgs": (optax.lbfgs(), 8),
+}
+SOLVES = {
+    "cg": dict(solve=partial(solve_cg, max_steps=20)),
+    "steihaug": dict(solve=partial(solve_cg_steihaug, max_steps=20)),
+    "gauss_newton_woodbury": woodbury,
+    "gauss_newton_steihaug": gauss_newton_cg,
+}
+PAIRS = [(inner, "steihaug") for inner in INNERS if inner != "sgd"]
+PAIRS += [("sgd", solve) for solve in SOLVES]
+PAIRS += [("lbfgs", "gauss_newton_woodbury"), ("newton_cg", "cg")]
+
+
+class Setting(NamedTuple):
+    """A network, a loss and three tasks, stacked."""
+
+    network: Network
+    loss_fn: Callable[..., jax.Array]
+    params: Any
+    tasks: Task
+
+
+def regression() -> Setting:
+    network = mlp([8, 1], activation=jnp.tanh, kernel_init=jax.nn.initializers.glorot_uniform())
+    inputs = jax.random.normal(jax.random.key(1), (3, 14, 2))
+    slopes = 1.0 + jax.random.normal(jax.random.key(2), (3, 2, 1)) / 2
+    data = Batch(inputs, jnp.sin(inputs @ slopes))
+    params = network.init(jax.random.key(3), inputs[0])
+    return Setting(network, mean_squared_error, params, split(data))
+
+
+def classification() -> Setting:
+    network = conv4(3, filters=4, num_blocks=2)
+    init = jit(network.init)
+    prototypes = jax.random.normal(jax.random.key(1), (3, 1, 3, 8, 8, 1))
+    noise = jax.random.normal(jax.random.key(2), (3, 4, 3, 8, 8, 1))
+    images = (prototypes + noise / 2).reshape(3, 12, 8, 8, 1)
+    data = Batch(images, jnp.broadcast_to(jnp.tile(jnp.arange(3), 4), (3, 12)))
+    return Setting(network, cross_entropy, init(jax.random.key(3), images[0]), split(data))
+
+
+def split(data: Batch) -> Task:
+    """Of each task, the first six examples are its support set."""
+    return Task(Batch(*(x[:, :6] for x in data)), Batch(*(x[:, 6:] for x in data)))
+
+
+class Case:
+    """A learner on a problem, with the compiled programs that its tests share."""
+
+    def __init__(self, row: Row, setting: Setting):
+        self.network, self.loss_fn, self.params, self.tasks = setting
+        self.learner = row.factory(self.network, self.loss_fn, **row.settings)
+        self.fast = row.settings.get("fast")
+        self.keys = jax.random.split(jax.random.key(4), 3)
+        self.task = jax.tree.map(lambda x: x[0], self.tasks)
+
+    @cached_property
+    def meta_grads(self):
+        """Over the tasks: `(params, tasks, keys) -> (grads, info)`."""
+        mapped = jit(jax.vmap(self.learner.meta_grad, in_axes=(None, 0, 0, None)))
+        return lambda params, tasks, keys: mapped(params, tasks, keys, 0)
+
+    @cached_property
+    def adapt(self):
+        """Over the tasks: `params -> Outcome`."""
+
+        def adapt_one(params, task, key):
+            adapted, info = self.learner.adapt(params, task.support, key)
+            outputs = [self.learner.predict(adapted, batch.inputs) for batch in task]
+            return Outcome(
+                adapted,
+                info,
+                outputs[1],
+                self.loss_fn(self.network.apply(params, task.support.inputs), task.support.targets),
+                self.loss_fn(outputs[0], task.support.targets),
+                self.loss_fn(outputs[1], task.query.targets),
+            )
+
+        mapped = jit(jax.vmap(adapt_one, in_axes=(None, 0, 0)))
+        return lambda params: mapped(params, self.tasks, self.keys)
+
+
+class Outcome(NamedTuple):
+    """Of adaptation to one task."""
+
+    adapted: Any
+    info: Any
+    query_outputs: jax.Array
+    support_loss_before: jax.Array
+    support_loss: jax.Array
+    query_loss: jax.Array
+
+
+@pytest.fixture(scope="module")
+def settings():
+    return {"mlp": regression(), "conv": classification()}
+
+
+CASES = [pytest.param((r, p), id=f"{r.name}-{p}") for r in LEARNERS for p in r.problems]
+MLP_CASES = [pytest.param((r, "mlp"), id=f"{r.name}-mlp") for r in LEARNERS if "mlp" in r.problems]
+SLOW_CASES = [
+    pytest.param((r, p), id=f"{r.name}-{p}")
+    for r in LEARNERS
+    for p in r.problems
+    if "fast" in r.settings
+]
+
+
+@pytest.fixture(scope="module", params=CASES)
+def case(request, settings):
+    row, problem = request.param
+    return Case(row, settings[problem])
+
+
+def assert_close(actual, expected, rtol=2e-4):
+    for a, e in zip(jax.tree.leaves(actual), jax.tree.leaves(expected), strict=True):
+        np.testing.assert_allclose(a, e, rtol=rtol, atol=rtol * (1e-3 + float(jnp.abs(e).max())))
+
+
+def assert_fits(grads, params):
+    """The same structure, shapes and dtypes, and finite."""
+    assert jax.tree.structure(grads) == jax.tree.structure(params)
+    for g, p in zip(jax.tree.leaves(grads), jax.tree.leaves(params), strict=True):
+        assert (g.shape, g.dtype) == (p.shape, p.dtype)
+        assert jnp.isfinite(g).all()
+
+
+def first(tree):
+    return jax.tree.map(lambda x: x[0], tree)
+
+
+def test_gradients_fit_the_parameters_and_info_is_scalars(case):
+    grads, info = first(case.meta_grads(case.params, case.tasks, case.keys))
+    assert_fits(grads, case.params)
+    assert isinstance(info, tuple) and hasattr(info, "_fields")
+    for value in info:
+        assert value is None or (value.shape == () and jnp.isfinite(value))
+    assert info.query_loss > 0
+    assert (info.query_accuracy is None) == (case.loss_fn is mean_squared_error)
+
+
+def test_adaptation_lowers_the_support_loss(case):
+    outcome = case.adapt(case.params)
+    assert (outcome.support_loss < outcome.support_loss_before).all()
+    assert jnp.isfinite(outcome.query_loss).all()
+    assert isinstance(outcome.info, tuple) and hasattr(outcome.info, "_fields")
+    assert all(value is None or value.shape == (3,) for value in outcome.info)
+    expected = jax.eval_shape(case.network.apply, case.params, case.task.query.inputs)
+    assert outcome.query_outputs.shape == (3, *expected.shape)
+    assert outcome.query_outputs.dtype == expected.dtype
+
+
+def test_training_lowers_the_query_loss(case):
+    tx = optax.adam(0.02)
+    update = jax.jit(tx.update)
+    params, state = case.params, tx.init(case.params)
+    for _ in range(8):
+        grads, _ = case.meta_grads(params, case.tasks, case.keys)
+        updates, state = update(jax.tree.map(lambda g: g.mean(0), grads), state, params)
+        params = optax.apply_updates(params, updates)
+    before, after = (case.adapt(p).query_loss.mean() for p in (case.params, params))
+    assert after < 0.95 * before
+
+
+def test_the_same_key_gives_the_same_bits(case):
+    again = [case.meta_grads(case.params, case.tasks, case.keys) for _ in range(2)]
+    for a, b in zip(*map(jax.tree.leaves, again), strict=True):
+        np.testing.assert_array_equal(a, b)
+
+
+@pytest.mark.parametrize("case", MLP_CASES, indirect=True)
+def test_jit_and_vmap_change_nothing_and_the_arguments_stay(case):
+    leaves, structure = jax.tree.flatten((case.params, case.task))
+    copies = [np.array(x) for x in leaves]
+    with jax.disable_jit():
+        single = case.learner.meta_grad(case.params, case.task, case.keys[0], 0)
+    mapped = case.meta_grads(case.params, case.tasks, case.keys)
+    assert_close(first(mapped), single)
+
+    after, structure_after = jax.tree.flatten((case.params, case.task))
+    assert structure_after == structure
+    assert all(a is b for a, b in zip(after, leaves, strict=True))
+    for a, b in zip(after, copies, strict=True):
+        np.testing.assert_array_equal(a, b)
+
+    def roll(tree):  # whichever place a task stands at, its result is the same
+        return jax.tree.map(lambda x: jnp.roll(x, 1, axis=0), tree)
+
+    assert_close(case.meta_grads(case.params, roll(case.tasks), roll(case.keys)), roll(mapped))
+
+
+@pytest.mark.parametrize("case", MLP_CASES, indirect=True)
+def test_nothing_leaks_from_a_trace(case):
+    with jax.checking_leaks():
+        jax.make_jaxpr(case.learner.meta_grad)(case.params, case.task, case.keys[0], 0)
+        jax.make_jaxpr(case.learner.adapt)(case.params, case.task.support, case.keys[0])
+
+
+@pytest.mark.parametrize("case", SLOW_CASES, indirect=True)
+def test_adaptation_leaves_slow_parameters_alone_and_training_does_not(case):
+    adapted = first(case.adapt(case.params).adapted).params
+    grads = first(case.meta_grads(case.params, case.tasks, case.keys)[0])
+    paths = jax.tree_util.tree_leaves_with_path(case.params)
+    for (path, before), after, g in zip(
+        paths, jax.tree.leaves(adapted), jax.tree.leaves(grads), strict=True
+    ):
+        is_fast = case.fast(jax.tree_util.keystr(path, simple=True, separator="/"))
+        assert bool((before == after).all()) is not is_fast
+        assert jnp.abs(g).max() > 0
+
+
+@pytest.fixture(scope="module")
+def exact_gradients(settings):
+    """The meta-gradient of a converged run, by curvature."""
+    network, loss_fn, params, tasks = settings["mlp"]
+
+    def compute(curvature):
+        learner = imaml(
+            network,
+            loss_fn,
+            inner=sgd,
+            num_steps=100,
+            curvature=curvature,
+            solve=partial(solve_cg_steihaug, max_steps=50, tol=1e-6),
+        )
+        return jit(learner.meta_grad)(params, first(tasks), jax.random.key(0), 0)[0]
+
+    return {curvature: compute(curvature) for curvature in ("hessian", "gauss_newton")}
+
+
+@pytest.mark.parametrize("inner, solve", PAIRS)
+def test_imaml_agrees_over_inner_and_linear_solvers(inner, solve, settings, exact_gradients):
+    network, loss_fn, params, tasks = settings["mlp"]
+    tx, num_steps = INNERS[inner]
+    learner = imaml(network, loss_fn, inner=tx, num_steps=num_steps, **SOLVES[solve])
+    grads, info = jit(learner.meta_grad)(params, first(tasks), jax.random.key(0), 0)
+    assert_fits(grads, params)
+    assert info.inner_residual < 0.01 and info.solve_residual < 0.01
+    expected = exact_gradients[SOLVES[solve].get("curvature", "hessian")]
+    error = optax.tree.norm(optax.tree.sub(grads, expected)) / optax.tree.norm(expected)
+    assert error < 0.02
+
+
+@pytest.mark.parametrize("statistics", ["batch", "support", "joint", "support_and_one"])
+@pytest.mark.parametrize("factory", [maml, imaml, reptile])
+def test_every_batch_norm_mode_is_accepted(factory, statistics, settings):
+    network, loss_fn, params, tasks = settings["conv"]
+    learner = factory(network, loss_fn, inner=sgd, num_steps=2, statistics=statistics)
+    task, key = first(tasks), jax.random.key(0)
+    grads, _ = jax.eval_shape(learner.meta_grad, params, task, key, 0)
+    assert jax.tree.map(jnp.shape, grads) == jax.tree.map(jnp.shape, params)
+    adapted, _ = jax.eval_shape(learner.adapt, params, task.support, key)
+    assert jax.eval_shape(learner.predict, adapted, task.query.inputs).shape == (6, 3)
+
+
+def test_batch_norm_modes_differ(settings):
+    network, loss_fn, params, tasks = settings["conv"]
+    params = jax.tree.map(lambda x: x + 0.1, params)  # a head that is not zero
+    task, key = first(tasks), jax.random.key(0)
+
+    def query_losses(params):
+        modes = ("batch", "support", "joint", "support_and_one")
+        learners = [fomaml(network, loss_fn, inner=sgd, num_steps=1, statistics=m) for m in modes]
+        return [learner.meta_grad(params, task, key, 0)[1].query_loss for learner in learners]
+
+    losses = jnp.stack(jit(query_losses)(params))
+    assert jnp.diff(jnp.sort(losses)).min() > 1e-4
+
+
+@pytest.mark.parametrize(
+    "factory, settings_of_learner",
+    [(maml, {}), (imaml, dict(reg_strength=1.5)), (reptile, dict(statistics="batch"))],
+)
+def test_plain_functions_and_any_pytree_serve(factory, settings_of_learner, settings):
+    """A list of tuples gives what flax's dictionaries give."""
+    network, loss_fn, params, tasks = settings["mlp"]
+
+    def apply(layers, inputs):
+        *hidden, (kernel, bias) = layers
+        for k, b in hidden:
+            inputs = jnp.tanh(inputs @ k + b[None])
+        return inputs @ kernel + bias[None]
+
+    def init(key, inputs):
+        del key, inputs
+        return [(params[name]["kernel"], params[name]["bias"]) for name in ("Dense_0", "head")]
+
+    task, key = first(tasks), jax.random.key(0)
+    plain = factory(Network(init, apply), loss_fn, inner=sgd, num_steps=3, **settings_of_learner)
+    layers = plain.init(key, task.support.inputs)
+    grads, info = jit(plain.meta_grad)(layers, task, key, 0)
+    assert_fits(grads, layers)
+    named = factory(network, loss_fn, inner=sgd, num_steps=3, **settings_of_learner)
+    expected, expected_info = jit(named.meta_grad)(params, task, key, 0)
+    assert_close(info, expected_info)
+    for layer, name in zip(grads, ("Dense_0", "head"), strict=True):
+        assert_close(layer, (expected[name]["kernel"], expected[name]["bias"]))
+    adapted, _ = plain.adapt(layers, task.support, key)
+    assert plain.predict(adapted, task.query.inputs).shape == task.query.targets.shape
