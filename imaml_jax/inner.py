@@ -119,7 +119,8 @@ def adaptive_gd(learning_rate: float, *, max_rate: float = jnp.inf) -> optax.Gra
 
     `rate_k = min(sqrt(1 + growth) rate_{k-1}, ||x_k - x_{k-1}|| / (2 ||g_k - g_{k-1}||))`. Costs no
     function or gradient beyond the one of each step, so that an inner problem whose curvature grows
-    during meta-training stays inside gradient descent's region of stability.
+    during meta-training stays inside gradient descent's region of stability. Where the gradient has
+    not changed, neither does the rate.
 
     Args:
       learning_rate: rate of the first step, positive; err on the small side.
@@ -153,14 +154,13 @@ def adaptive_gd(learning_rate: float, *, max_rate: float = jnp.inf) -> optax.Gra
         grads = updates
         moved = state.rate * optax.tree.norm(state.previous_grads)
         changed = optax.tree.norm(optax.tree.sub(grads, state.previous_grads))
-        tiny = jnp.finfo(changed.dtype).tiny
-        bound = moved / jnp.maximum(2 * changed, tiny)
+        # A change lost in rounding, as at convergence in float32, says nothing of the curvature.
+        seen = (moved > 0) & (changed > jnp.finfo(changed.dtype).eps * optax.tree.norm(grads))
+        bound = moved / jnp.where(seen, 2 * changed, 1)
         candidate = jnp.minimum(jnp.sqrt(1 + state.growth) * state.rate, bound)
-        candidate = jnp.minimum(candidate, max_rate)
-        is_first = moved == 0
-        rate = jnp.where(is_first, state.rate, candidate)
+        rate = jnp.where(seen, jnp.minimum(candidate, max_rate), state.rate)
         steps = jax.tree.map(lambda g: -rate.astype(g.dtype) * g, grads)
-        growth = jnp.where(is_first, state.growth, rate / state.rate)
+        growth = jnp.where(seen, rate / state.rate, state.growth)
         return steps, AdaptiveGDState(rate, growth, grads)
 
     return optax.GradientTransformation(init, update)

@@ -128,6 +128,12 @@ def conv4(
     class Conv4(nn.Module):
         @nn.compact
         def __call__(self, x, statistics_weights=None):
+            height, width = x.shape[1:3]
+            if pools and min(height, width) < 2**num_blocks:
+                raise ValueError(
+                    f"conv4: num_blocks={num_blocks} poolings leave nothing of {height}x{width} "
+                    "images"
+                )
             for i in range(num_blocks):
                 x = Block(name=f"block_{i}")(x, statistics_weights)
             x = x.mean((1, 2)) if readout == "mean" else x.reshape(x.shape[0], -1)

@@ -1,0 +1,282 @@
+"""Networks: shapes, names and counts as published, and their parts against plain formulas."""
+
+from functools import partial
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+from jax import lax
+
+from imaml_jax.convolution import convolve
+from imaml_jax.networks import batch_norm, conv4, max_pool2x2, mlp
+
+pytestmark = pytest.mark.usefixtures("x64")
+
+
+def normal(seed, *shape, dtype=np.float64):
+    return jnp.asarray(np.random.default_rng(seed).normal(size=shape), dtype)
+
+
+def random_params(network, inputs, seed=0):
+    """Random parameters for every leaf, so that no zero head and no unit scale hides anything."""
+    shapes = jax.eval_shape(network.init, jax.random.key(0), inputs)
+    rng = np.random.default_rng(seed)
+    return jax.tree.map(lambda s: jnp.asarray(rng.normal(0, 0.5, s.shape), s.dtype), shapes)
+
+
+def describe(network, inputs):
+    """`{"block_0/kernel": shape, ...}` and the number of parameters."""
+    shapes = jax.eval_shape(network.init, jax.random.key(0), inputs)
+    leaves = jax.tree_util.tree_leaves_with_path(shapes)
+    named = {"/".join(key.key for key in path): leaf.shape for path, leaf in leaves}
+    return named, sum(np.prod(shape) for shape in named.values())
+
+
+def reference_convolution(x, kernel, stride):
+    return lax.conv_general_dilated(
+        x,
+        kernel,
+        (stride, stride),
+        "SAME",
+        dimension_numbers=("NHWC", "HWIO", "NHWC"),
+        precision=lax.Precision.HIGHEST,
+    )
+
+
+@pytest.mark.parametrize("stride", [1, 2])
+@pytest.mark.parametrize("shape", [(6, 4), (5, 7), (1, 1)], ids=str)
+def test_convolution_and_its_derivatives_equal_those_of_lax(shape, stride):
+    """Value, gradients and a Hessian-vector product, with images and weights for each task."""
+    x, kernel = normal(0, 2, 2, *shape, 2), normal(1, 2, 3, 3, 2, 3)
+
+    def everything(conv, x, kernel):
+        def loss(x, kernel):
+            return jnp.sum(jnp.sin(conv(x, kernel, stride)))
+
+        gradient = jax.grad(loss, (0, 1))
+        second = jax.jvp(gradient, (x, kernel), (jnp.cos(x), jnp.cos(kernel)))[1]
+        return conv(x, kernel, stride), gradient(x, kernel), second
+
+    @jax.jit
+    def both(x, kernel):
+        return [
+            jax.vmap(partial(everything, conv))(x, kernel)
+            for conv in (convolve, reference_convolution)
+        ]
+
+    found, expected = both(x, kernel)
+    assert found[0].shape == (2, 2, -(-shape[0] // stride), -(-shape[1] // stride), 3)
+    jax.tree.map(lambda f, e: np.testing.assert_allclose(f, e, atol=1e-12), found, expected)
+
+
+@pytest.mark.parametrize("axes", [(0, None), (None, 0), (1, 0)], ids=str)
+def test_convolution_with_an_operand_shared_by_the_tasks(axes):
+    """Per-task images with common weights, and the other way round; gradients of the shared too."""
+    x_shape = {0: (3, 2, 5, 4, 2), 1: (2, 3, 5, 4, 2), None: (2, 5, 4, 2)}[axes[0]]
+    x, kernel = normal(0, *x_shape), normal(1, *((3,) if axes[1] == 0 else ()), 3, 3, 2, 3)
+
+    def loss(conv, x, kernel):
+        return jnp.sum(jnp.sin(jax.vmap(lambda a, k: conv(a, k, 2), axes)(x, kernel)))
+
+    @jax.jit
+    def both(x, kernel):
+        return [
+            jax.value_and_grad(partial(loss, conv), (0, 1))(x, kernel)
+            for conv in (convolve, reference_convolution)
+        ]
+
+    found, expected = both(x, kernel)
+    jax.tree.map(lambda f, e: np.testing.assert_allclose(f, e, atol=1e-12), found, expected)
+
+
+def test_batch_norm_equals_its_formula():
+    x, scale, offset = np.asarray(normal(0, 3, 4, 5, 2)), np.array([2.0, -1.0]), np.ones(2)
+    mean, variance = x.mean((0, 1, 2)), x.var((0, 1, 2))
+    expected = scale * (x - mean) / np.sqrt(variance + 1e-3) + offset
+    found = jax.jit(batch_norm, static_argnums=3)(x, scale, offset, 1e-3)
+    np.testing.assert_allclose(found, expected, atol=1e-13)
+
+
+@pytest.mark.parametrize("dtype", [np.float32, np.float64])
+def test_statistics_weights_choose_the_examples_of_the_statistics(dtype):
+    x, one = normal(0, 5, 4, 3, 2, dtype=dtype), np.ones(2, dtype)
+    norm = jax.jit(batch_norm, static_argnums=3)
+    equal = norm(x, one, one, 1e-3, jnp.full(5, 7.0, dtype))
+    np.testing.assert_allclose(equal, norm(x, one, one, 1e-3), atol=1e-6)
+    support_only = norm(x, one, one, 1e-3, jnp.array([1, 1, 1, 0, 0], dtype))
+    np.testing.assert_allclose(support_only[:3], norm(x[:3], one, one, 1e-3), atol=1e-6)
+    mean, variance = (f(np.asarray(x[:3]), axis=(0, 1, 2)) for f in (np.mean, np.var))
+    expected = (np.asarray(x[3:]) - mean) / np.sqrt(variance + 1e-3) + 1
+    np.testing.assert_allclose(support_only[3:], expected, atol=1e-5)
+    twice = norm(x[jnp.array([0, 0, 1])], one, one, 1e-3)[1:]
+    weighted = norm(x[:2], one, one, 1e-3, jnp.array([2, 1], dtype))
+    np.testing.assert_allclose(weighted, twice, atol=1e-6)
+    assert support_only.dtype == dtype
+
+
+@pytest.mark.parametrize("shape", [(6, 4), (5, 7)], ids=str)
+def test_max_pool_equals_that_of_lax(shape):
+    x = normal(0, 2, *shape, 3)
+    expected = lax.reduce_window(x, -np.inf, lax.max, (1, 2, 2, 1), (1, 2, 2, 1), "VALID")
+    np.testing.assert_array_equal(max_pool2x2(x), expected)
+
+
+def test_conv4_has_the_published_parameters_on_omniglot():
+    named, count = describe(conv4(5), jnp.zeros((2, 28, 28, 1)))
+    expected = {"head/kernel": (256, 5), "head/bias": (5,)}
+    for i in range(4):
+        expected[f"block_{i}/kernel"] = (3, 3, 64 if i else 1, 64)
+        expected[f"block_{i}/scale"] = expected[f"block_{i}/offset"] = (64,)
+    assert named == expected
+    assert count == 112_965
+
+
+def test_conv4_has_the_published_shapes_on_mini_imagenet():
+    network = conv4(5, filters=32, downsample="max_pool", conv_bias=True)
+    images = jax.ShapeDtypeStruct((3, 84, 84, 3), jnp.float32)
+    named, count = describe(network, images)
+    assert named["head/kernel"] == (5 * 5 * 32, 5)
+    assert named["block_0/kernel"] == (3, 3, 3, 32)
+    assert named["block_3/bias"] == (32,)
+    assert count == 32_901  # as in the literature on this network
+    params = jax.eval_shape(network.init, jax.random.key(0), images)
+    assert jax.eval_shape(network.apply, params, images).shape == (3, 5)
+
+
+def forward_by_hand(params, x, weights, *, pools, pool_first, mean):
+    """Two blocks and the head in `lax` and `jnp`; a norm by its formula."""
+    for i in range(2):
+        block = params[f"block_{i}"]
+        x = reference_convolution(x, block["kernel"], 1 if pools else 2)
+        if pools and pool_first:
+            x = lax.reduce_window(x, -np.inf, lax.max, (1, 2, 2, 1), (1, 2, 2, 1), "VALID")
+        picked = x if weights is None else x[np.flatnonzero(weights)]
+        mu, var = (f(picked, (0, 1, 2), keepdims=True) for f in (jnp.mean, jnp.var))
+        scale, offset = (block[name][None, None, None, :] for name in ("scale", "offset"))
+        x = jnp.tanh(scale * (x - mu) / jnp.sqrt(var + 1e-3) + offset)
+        if pools and not pool_first:
+            x = lax.reduce_window(x, -np.inf, lax.max, (1, 2, 2, 1), (1, 2, 2, 1), "VALID")
+    x = x.mean((1, 2)) if mean else x.reshape(x.shape[0], -1)
+    return x @ params["head"]["kernel"] + params["head"]["bias"][None]
+
+
+@pytest.mark.parametrize(
+    "settings, pools, pool_first, mean",
+    [
+        ({}, False, False, False),
+        ({"readout": "mean"}, False, False, True),
+        ({"downsample": "max_pool"}, True, False, False),
+        ({"downsample": "max_pool", "pool_before_norm": True}, True, True, False),
+    ],
+    ids=["stride", "mean", "max_pool", "pool before norm"],
+)
+@pytest.mark.parametrize("weights", [None, (1.0, 1.0, 0.0)], ids=["batch", "support"])
+def test_conv4_equals_its_definition(settings, pools, pool_first, mean, weights):
+    network = conv4(3, filters=4, num_blocks=2, activation=jnp.tanh, **settings)
+    x = normal(0, 3, 8, 8, 1)
+    params = random_params(network, x)
+    extra = {} if weights is None else {"statistics_weights": jnp.array(weights)}
+    found = jax.jit(network.apply)(params, x, **extra)
+    by_hand = partial(forward_by_hand, pools=pools, pool_first=pool_first, mean=mean)
+    expected = jax.jit(lambda params, x: by_hand(params, x, weights))(params, x)
+    assert found.shape == (3, 3)
+    np.testing.assert_allclose(found, expected, atol=1e-12)
+
+
+def test_the_order_of_pool_and_norm_matters():
+    x = normal(0, 3, 4, 4, 1)
+    outputs = []
+    for first in (False, True):
+        network = conv4(3, filters=2, num_blocks=1, downsample="max_pool", pool_before_norm=first)
+        outputs.append(jax.jit(network.apply)(random_params(network, x), x))
+    assert np.abs(outputs[0] - outputs[1]).max() > 1e-3
+
+
+def test_support_statistics_make_predictions_independent_of_other_queries():
+    network = conv4(3, filters=4, num_blocks=2)
+    x = normal(0, 5, 8, 8, 1)
+    params, weights = random_params(network, x), jnp.array([1.0, 1.0, 1.0, 0.0, 0.0])
+    apply = jax.jit(network.apply)
+    other = jnp.concatenate([x[:4], x[4:] + 3])
+    changed = apply(params, other, statistics_weights=weights)
+    unchanged = apply(params, x, statistics_weights=weights)
+    np.testing.assert_allclose(changed[:4], unchanged[:4], atol=1e-12)
+    np.testing.assert_allclose(unchanged[:3], apply(params, x[:3]), atol=1e-12)
+    transductive = np.asarray(apply(params, other)) - np.asarray(apply(params, x))
+    assert np.abs(transductive[:4]).max() > 1e-3
+
+
+@pytest.mark.parametrize("dtype", [jnp.float32, jnp.float64])
+@pytest.mark.parametrize("name", ["mlp", "conv4"])
+def test_the_inputs_choose_the_dtype(name, dtype):
+    network, shape = {
+        "mlp": (mlp([4, 2]), (3, 2)),
+        "conv4": (conv4(2, filters=2, num_blocks=1, conv_bias=True), (3, 4, 4, 1)),
+    }[name]
+    x = jax.ShapeDtypeStruct(shape, dtype)
+    params = jax.eval_shape(network.init, jax.random.key(0), x)
+    outputs = jax.eval_shape(network.apply, params, x)
+    assert {leaf.dtype for leaf in jax.tree.leaves((params, outputs))} == {jnp.dtype(dtype)}
+
+
+def test_the_sinusoid_network_is_that_of_maml():
+    named, count = describe(mlp([40, 40, 1]), jnp.zeros((10, 1)))
+    assert named == {
+        "Dense_0/kernel": (1, 40),
+        "Dense_0/bias": (40,),
+        "Dense_1/kernel": (40, 40),
+        "Dense_1/bias": (40,),
+        "head/kernel": (40, 1),
+        "head/bias": (1,),
+    }
+    assert count == 1761
+
+
+def test_mlp_equals_its_definition():
+    network = mlp([4, 2], activation=jnp.tanh)
+    x = normal(0, 3, 2)
+    params = random_params(network, x)
+    hidden, head = params["Dense_0"], params["head"]
+    expected = np.tanh(np.asarray(x @ hidden["kernel"]) + np.asarray(hidden["bias"]))
+    expected = expected @ np.asarray(head["kernel"]) + np.asarray(head["bias"])
+    np.testing.assert_allclose(network.apply(params, x), expected, atol=1e-14)
+
+
+def test_initial_parameters_are_as_documented():
+    """A zero head, unit scales, and an MLP drawn from a narrow normal; the key decides the rest."""
+    init, images = jax.jit(conv4(5, filters=4, num_blocks=1).init), jnp.zeros((1, 8, 8, 1))
+    params, again, other = (init(jax.random.key(k), images) for k in (0, 0, 1))
+    np.testing.assert_array_equal(params["head"]["kernel"], 0)
+    np.testing.assert_array_equal(params["block_0"]["scale"], 1)
+    np.testing.assert_array_equal(params["block_0"]["offset"], 0)
+    jax.tree.map(np.testing.assert_array_equal, params, again)
+    assert (params["block_0"]["kernel"] != other["block_0"]["kernel"]).any()
+    kernel = jax.jit(mlp([200, 1]).init)(jax.random.key(0), jnp.zeros((1, 5)))["Dense_0"]["kernel"]
+    assert np.std(kernel) == pytest.approx(0.01, rel=0.15)
+
+
+@pytest.mark.parametrize(
+    "make, value",
+    [
+        (lambda: mlp([]), r"mlp: sizes \[\]"),
+        (lambda: mlp([40, 0]), r"mlp: sizes \[40, 0\]"),
+        (lambda: conv4(0), r"conv4: sizes \[0, 64, 4\]"),
+        (lambda: conv4(5, filters=0), r"conv4: sizes \[5, 0, 4\]"),
+        (lambda: conv4(5, num_blocks=0), r"conv4: sizes \[5, 64, 0\]"),
+        (lambda: conv4(5, epsilon=0.0), "epsilon=0.0"),
+        (lambda: conv4(5, downsample="pool"), "downsample='pool'"),
+        (lambda: conv4(5, readout="max"), "readout='max'"),
+    ],
+)
+def test_settings_out_of_range_are_named(make, value):
+    with pytest.raises(ValueError, match=value):
+        make()
+
+
+@pytest.mark.parametrize("readout", ["flatten", "mean"])
+def test_images_too_small_for_the_blocks_are_refused(readout):
+    """Four poolings of 8x8 leave nothing: the outputs would be a constant, or NaN."""
+    network = conv4(5, filters=2, downsample="max_pool", readout=readout)
+    with pytest.raises(ValueError, match="8x8"):
+        jax.eval_shape(network.init, jax.random.key(0), jnp.zeros((1, 8, 8, 1)))
