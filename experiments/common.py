@@ -12,7 +12,6 @@ from pathlib import Path
 from typing import Any, NoReturn
 
 import jax
-import tyro
 
 import imaml_jax
 from imaml_jax.data import cache
@@ -43,6 +42,8 @@ def run_cli(
     Returns:
       What `main` returned.
     """
+    import tyro
+
     settings = tyro.cli(config, description=description, args=args)
     try:
         return main(settings)
@@ -54,7 +55,7 @@ def run_cli(
         _exit(2, error)
 
 
-def task_devices(limit: int | None, num_tasks: int) -> list[jax.Device] | None:
+def task_devices(limit: int | None, num_tasks: int) -> Sequence[Any] | None:
     """The devices that share a batch of tasks.
 
     Args:
