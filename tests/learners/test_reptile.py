@@ -64,9 +64,10 @@ def test_the_gradient_is_the_displacement(problem):
 def test_the_query_set_takes_no_part(problem):
     network, params, task = problem
     learner = reptile(network, mean_squared_error, inner=ADAM, num_steps=2)
-    grads, _ = learner.meta_grad(params, task, KEY, 0)
+    meta_grad = jit(learner.meta_grad)
+    grads, _ = meta_grad(params, task, KEY, 0)
     other = Task(task.support, jax.tree.map(lambda x: x + 1, task.query))
-    assert_close(learner.meta_grad(params, other, KEY, 0)[0], grads)
+    assert_close(meta_grad(params, other, KEY, 0)[0], grads)
 
 
 def test_mini_batches_are_what_the_loop_sees(problem):
@@ -82,8 +83,8 @@ def test_mini_batches_are_what_the_loop_sees(problem):
     )
 
     def batches(key, num_batches, size):
-        drawn = mini_batches(key, task.support, num_batches, size)
-        return [jax.tree.map(lambda x, i=i: np.asarray(x[i]), drawn) for i in range(num_batches)]
+        drawn = jit(mini_batches, static_argnums=(2, 3))(key, task.support, num_batches, size)
+        return list(zip(*map(np.asarray, drawn), strict=True))
 
     meta_grad = jit(learner.meta_grad)
     for seed in (1, 2):
@@ -91,7 +92,7 @@ def test_mini_batches_are_what_the_loop_sees(problem):
         grads, _ = meta_grad(params, task, key, 0)
         expected = adam_by_hand(params, batches(key, 5, 4))
         assert_close(grads, jax.tree.map(jnp.subtract, params, expected))
-    adapted, _ = learner.adapt(params, task.support, KEY)
+    adapted, _ = jit(learner.adapt)(params, task.support, KEY)
     assert_close(adapted.params, adam_by_hand(params, batches(KEY, 3, 2)))
     one, two = (meta_grad(params, task, jax.random.key(s), 0)[0]["bias"] for s in (1, 2))
     assert (one != two).all()
@@ -100,7 +101,7 @@ def test_mini_batches_are_what_the_loop_sees(problem):
 @pytest.mark.parametrize("num_batches, size", [(3, 2), (6, 3), (5, 4), (1, 6), (2, 9), (7, 1)])
 def test_every_pass_covers_every_example_once(num_batches, size):
     examples = Batch(jnp.arange(6), 10 * jnp.arange(6))
-    drawn = mini_batches(KEY, examples, num_batches, size)
+    drawn = jit(mini_batches, static_argnums=(2, 3))(KEY, examples, num_batches, size)
     assert drawn.inputs.shape == (num_batches, size)
     np.testing.assert_array_equal(drawn.targets, 10 * drawn.inputs)
     order = np.asarray(drawn.inputs).ravel()
@@ -121,10 +122,10 @@ def test_slow_parameters_stay(problem):
         num_steps=3,
         fast=lambda path: path == "kernel",
     )
-    grads, _ = learner.meta_grad(params, task, KEY, 0)
+    grads, _ = jit(learner.meta_grad)(params, task, KEY, 0)
     assert (grads["bias"] == 0).all()
     assert (grads["kernel"] != 0).all()
-    adapted, _ = learner.adapt(params, task.support, KEY)
+    adapted, _ = jit(learner.adapt)(params, task.support, KEY)
     np.testing.assert_array_equal(adapted.params["bias"], params["bias"])
     assert_close(
         ravel_pytree(adapted.params["kernel"] + grads["kernel"])[0], params["kernel"][:, 0]
