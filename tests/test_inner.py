@@ -250,7 +250,7 @@ def test_newton_cg_does_not_move_where_no_step_helps():
         np.testing.assert_array_equal(updates, 0)
 
 
-@pytest.mark.parametrize("name", ["newton_cg", "adaptive_gd", "lbfgs", "sgd"])
+@pytest.mark.parametrize("name", ["newton_cg", "adaptive_gd"])
 def test_steps_past_convergence_in_float32_stay_at_the_minimum(name):
     """From afar, from the minimiser, and from one rounding error beside it: no NaN, no leap."""
     target = jnp.asarray(TARGET, jnp.float32)
@@ -261,12 +261,7 @@ def test_steps_past_convergence_in_float32_stay_at_the_minimum(name):
 
     beside = target * (1 + 2 * jnp.finfo(jnp.float32).eps)
     starts = jnp.stack([jnp.zeros_like(target), target, beside])
-    tx = {
-        "newton_cg": newton_cg(),
-        "adaptive_gd": adaptive_gd(0.05),
-        "lbfgs": optax.lbfgs(),
-        "sgd": optax.sgd(0.2),
-    }[name]
+    tx = {"newton_cg": newton_cg(), "adaptive_gd": adaptive_gd(0.05)}[name]
     solve = jax.jit(jax.vmap(partial(minimize, objective, tx=tx, num_steps=100)))
     found, info = solve(starts)
     assert found.dtype == jnp.float32

@@ -31,19 +31,21 @@ SOLVERS = {
 }
 # Every solver with every kind of operator that it is for. A new solver is one more row or two.
 CASES = [
-    ("cg", "spd"),
-    ("cg", "low_rank"),
-    ("cg_steihaug", "spd"),
-    ("cg_steihaug", "low_rank"),
-    ("gmres", "spd"),
-    ("gmres", "nonsymmetric"),
-    ("dense", "spd"),
-    ("dense", "indefinite"),
-    ("dense", "nonsymmetric"),
-    ("dense", "low_rank"),
-    ("woodbury", "low_rank"),
+    ("cg", "spd", np.float32),
+    ("cg", "low_rank", np.float64),
+    ("cg_steihaug", "spd", np.float32),
+    ("cg_steihaug", "low_rank", np.float64),
+    ("gmres", "spd", np.float32),
+    ("gmres", "nonsymmetric", np.float64),
+    ("dense", "spd", np.float32),
+    ("dense", "indefinite", np.float64),
+    ("dense", "nonsymmetric", np.float64),
+    ("woodbury", "low_rank", np.float32),
+    ("woodbury", "low_rank", np.float64),
 ]
-cases = pytest.mark.parametrize("name, kind", CASES, ids=[f"{n}-{k}" for n, k in CASES])
+cases = pytest.mark.parametrize(
+    "name, kind, dtype", CASES, ids=[f"{n}-{k}-{d.__name__}" for n, k, d in CASES]
+)
 both_dtypes = pytest.mark.parametrize("dtype", [np.float64, np.float32], ids=["f64", "f32"])
 SIZE = 9
 WAYS = 3
@@ -122,7 +124,6 @@ def solve_many(name, kind, dtype, tol, count=3):
     return [matrix for _, matrix in systems], right, found, info
 
 
-@both_dtypes
 @cases
 def test_solvers_equal_dense_solves(name, kind, dtype):
     tol = 1e-12 if dtype == np.float64 else 1e-5
@@ -247,36 +248,30 @@ def test_steihaug_spends_one_product_a_step_and_none_on_the_start(max_steps):
     assert info.num_steps == min(max_steps, SIZE)
 
 
-@pytest.mark.parametrize("name", ["cg", "cg_steihaug"])
-def test_the_error_after_k_steps_is_below_the_bound(name):
-    """`2 ((sqrt(kappa) - 1) / (sqrt(kappa) + 1))^K` in the norm of `A`."""
+def test_the_error_after_k_steps_is_below_the_bound():
+    """`2 ((sqrt(kappa) - 1) / (sqrt(kappa) + 1))^K` in the norm of `A`, for both kinds of CG."""
     kappa, size = 100.0, 40
     rng = np.random.default_rng(3)
     matrix = spectrum_matrix(rng, np.linspace(1, kappa, size))
     b = rng.normal(size=size)
     exact = np.linalg.solve(matrix, b)
     rate = (np.sqrt(kappa) - 1) / (np.sqrt(kappa) + 1)
-    solve = jax.jit(
-        lambda m, b, k: SOLVERS[name](LinearOperator(lambda v: m @ v), b, tol=1e-14, max_steps=k)[0]
-    )
+
+    @jax.jit
+    def solve(matrix, b, max_steps):
+        operator = LinearOperator(lambda v: matrix @ v)
+        both = (solve_cg, solve_cg_steihaug)
+        return [one(operator, b, tol=1e-14, max_steps=max_steps)[0] for one in both]
+
     errors = []
     for k in range(13):
-        error = exact - solve(matrix, b, k)
+        x, same = solve(matrix, b, k)
+        np.testing.assert_allclose(x, same, rtol=0, atol=1e-10)
+        error = exact - x
         errors.append(np.sqrt(error @ matrix @ error / (exact @ matrix @ exact)))
         assert errors[-1] <= 2 * rate**k
     assert errors[0] == pytest.approx(1)
     assert all(later < earlier for earlier, later in itertools.pairwise(errors))
-
-
-def test_both_kinds_of_conjugate_gradient_take_the_same_steps():
-    rng = np.random.default_rng(4)
-    matrix, b = spectrum_matrix(rng, np.geomspace(1, 100, SIZE)), rng.normal(size=SIZE)
-    for steps in (1, 4):
-        one, two = (
-            SOLVERS[name](matrix_operator(matrix), as_tree(b), max_steps=steps)[0]
-            for name in ("cg", "cg_steihaug")
-        )
-        np.testing.assert_allclose(flatten(one), flatten(two), rtol=1e-10)
 
 
 def test_woodbury_wants_a_factor_and_damping():
@@ -287,38 +282,44 @@ def test_woodbury_wants_a_factor_and_damping():
         solve_woodbury(gauss_newton(jnp.sin, jnp.sum, params), params)
 
 
-@pytest.mark.parametrize(
-    "dampings",
-    [
-        (2,),
-        (0.5, {"a": 1.0, "b": 0.1, "c": 0.0}),
-        ({"a": np.array([[1.0, 2.0]]), "b": (0.5, None), "c": 3.0}, 0.25),
-    ],
-    ids=["integer", "nested, a number for each part", "nested, broadcast in a leaf"],
-)
-def test_woodbury_takes_every_kind_of_damping(dampings):
+def test_woodbury_takes_every_kind_of_damping():
     """Where `S` is rank-deficient, and where there are more outputs than parameters."""
     rng = np.random.default_rng(5)
     jacobian, b = rng.normal(size=(2 * SIZE, SIZE)), rng.normal(size=SIZE)
+    kinds = {
+        "integer": (2,),
+        "nested, a number for each part": (0.5, {"a": 1.0, "b": 0.1, "c": 0.0}),
+        "nested, broadcast in a leaf": (
+            {"a": np.array([[1.0, 2.0]]), "b": (0.5, None), "c": 3.0},
+            0.25,
+        ),
+    }
+
+    def apply_fn(params):
+        return jacobian @ ravel_pytree(params)[0]
 
     def loss_fn(outputs):
         return 0.5 * jnp.sum(outputs[:4]) ** 2
 
-    operator = gauss_newton(
-        lambda p: jacobian @ ravel_pytree(p)[0], loss_fn, as_tree(jnp.ones(SIZE))
-    )
-    for damping in dampings:
-        operator = damped(operator, damping)
-    (x, info), (dense, _) = jax.jit(
-        lambda b: (solve_woodbury(operator, b), solve_dense(operator, b))
-    )(as_tree(b))
-    np.testing.assert_allclose(flatten(x), flatten(dense), rtol=1e-10)
-    assert info.converged
+    @jax.jit
+    def solve_all(b):
+        solutions = {}
+        for kind, dampings in kinds.items():
+            operator = gauss_newton(apply_fn, loss_fn, b)
+            for damping in dampings:
+                operator = damped(operator, damping)
+            x, info = solve_woodbury(operator, b)
+            solutions[kind] = info.converged, operator.matvec(x)
+        return solutions
+
+    for kind, (converged, product) in solve_all(as_tree(b)).items():
+        np.testing.assert_allclose(flatten(product), b, atol=1e-10, err_msg=kind)
+        assert converged
 
 
 def conv_problem():
     """Two tasks with weights of their own on a smooth conv net: `(apply_fn, fun, points)`."""
-    network = conv4(3, filters=4, num_blocks=2, activation=jnp.tanh)
+    network = conv4(3, filters=4, num_blocks=1, activation=jnp.tanh)
     rng = np.random.default_rng(6)
     inputs = jnp.asarray(rng.normal(size=(4, 8, 8, 1)))
     shapes = jax.eval_shape(network.init, jax.random.key(0), inputs)
