@@ -145,7 +145,7 @@ def main(config: Config) -> dict[str, Any]:
         "best_step": result.best_step,
         "seconds": round(result.history[-1]["seconds"] if result.history else 0.0, 1),
         "seconds_of_this_call": round(time.perf_counter() - started, 1),
-        "validation_mse": -max(row["validation"] for row in result.history),
+        "validation_mse": min((-row["validation"] for row in result.history), default=None),
         "test_mse": -test.mean,
         "test_ci95": test.ci95,
         "test_mse_before": -before.mean,

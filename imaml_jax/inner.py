@@ -1,7 +1,8 @@
 """Inner adaptation: `lax.scan` over any Optax transform, and transforms made for it."""
 
 from collections.abc import Callable
-from typing import NamedTuple
+from functools import partial
+from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
@@ -10,7 +11,7 @@ from jax import lax
 
 from imaml_jax.curvature import hessian
 from imaml_jax.linear_solve import solve_cg_steihaug
-from imaml_jax.types import Array, PyTree
+from imaml_jax.types import Array, LinearOperator, PyTree
 
 
 class MinimizeInfo(NamedTuple):
@@ -34,6 +35,7 @@ def minimize(
     num_steps: int,
     batches: PyTree | None = None,
     remat: bool = True,
+    curvature: Callable[..., LinearOperator] | None = None,
 ) -> tuple[PyTree, MinimizeInfo]:
     """Runs `num_steps` of an Optax transform on `objective(params, *args)` in a `lax.scan`.
 
@@ -50,6 +52,8 @@ def minimize(
       batches: tree of arrays `[num_steps, ...]`, one slice a step.
       remat: where the result is differentiated by unrolling, recompute each step in the backward
         pass instead of storing its activations. No effect otherwise.
+      curvature: `(params, *args) -> LinearOperator`, what `newton_cg` solves with in place of the
+        objective's Hessian; its arguments are the objective's.
 
     Returns:
       `(params, MinimizeInfo)`. With `batches` the report is for the last batch.
@@ -63,8 +67,11 @@ def minimize(
         def value_fn(p):
             return objective(p, *call_args)
 
+        extra: dict[str, Callable] = {"value_fn": value_fn}
+        if curvature is not None:
+            extra["curvature_fn"] = partial(_with_args, curvature, call_args)
         value, grads = jax.value_and_grad(value_fn)(params)
-        updates, state = update(grads, state, params, value=value, grad=grads, value_fn=value_fn)
+        updates, state = update(grads, state, params, value=value, grad=grads, **extra)
         return (optax.apply_updates(params, updates), state), optax.tree.norm(grads)
 
     if remat:
@@ -78,6 +85,10 @@ def minimize(
     norm = optax.tree.norm(grads)
     first = norms[0] if num_steps else norm
     return params, MinimizeInfo(loss, norm / jnp.where(first > 0, first, 1))
+
+
+def _with_args(fun: Callable[..., Any], args: tuple[PyTree, ...], params: PyTree) -> Any:
+    return fun(params, *args)
 
 
 def proximal_objective(loss: Callable[..., Array]) -> Callable[..., Array]:
@@ -189,7 +200,7 @@ def newton_cg(
 
     Returns:
       An Optax transform without state, whose `update` needs `value` and `value_fn`, as `minimize`
-      gives them.
+      gives them, and takes `curvature_fn`, `params -> LinearOperator`, in place of the Hessian.
 
     Raises:
       ValueError: a setting out of its range.
@@ -209,13 +220,12 @@ def newton_cg(
             f"sufficient_decrease={sufficient_decrease} in (0, 0.5)"
         )
 
-    def update(updates, state, params=None, *, value, value_fn, **unused):
+    def update(updates, state, params=None, *, value, value_fn, curvature_fn=None, **unused):
         del unused
         grads = updates
         steepest = jax.tree.map(jnp.negative, grads)
-        newton, _ = solve_cg_steihaug(
-            hessian(value_fn, params), steepest, tol=cg_tol, max_steps=max_cg_steps
-        )
+        operator = curvature_fn(params) if curvature_fn else hessian(value_fn, params)
+        newton, _ = solve_cg_steihaug(operator, steepest, tol=cg_tol, max_steps=max_cg_steps)
         slope = jnp.asarray(optax.tree.vdot(newton, grads))
         descends = slope < 0
         direction = jax.tree.map(lambda n, s: jnp.where(descends, n, s), newton, steepest)

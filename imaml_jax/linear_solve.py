@@ -229,8 +229,10 @@ def solve_woodbury(
     jacobian, output_hessian, dampings = operator.factor()
     if not dampings:
         raise ValueError("solve_woodbury needs damping > 0; wrap the operator in damped(...)")
-    diagonal = sum(ravel_pytree(_broadcast_to_leaves(d, b))[0] for d in dampings)
     flat_b, unravel = ravel_pytree(b)
+    diagonal = jnp.zeros_like(flat_b)
+    for damping in dampings:
+        diagonal = diagonal + ravel_pytree(_broadcast_to_leaves(damping, b))[0]
     small_matrix = jnp.eye(jacobian.shape[0], dtype=flat_b.dtype) + output_hessian @ (
         (jacobian / diagonal[None, :]) @ jacobian.T
     )

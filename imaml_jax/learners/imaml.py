@@ -61,7 +61,8 @@ def imaml(
       solve: a solver of `imaml_jax.linear_solve`; `partial(solve_cg, max_steps=5)` is the original
         description's, `solve_woodbury` is exact for the Gauss-Newton matrix.
       curvature: "hessian" (exact), or "gauss_newton": positive semi-definite whatever batch norm
-        does, but the meta-gradient is biased where the residual curvature matters.
+        does, but the meta-gradient is biased where the residual curvature matters. `newton_cg`
+        takes its directions with the same matrix.
       eval_num_steps: inner steps in `adapt`; default `num_steps`.
       eval_reg_strength: lambda in `adapt`, 0 turns the proximal term off; default `reg_strength`.
       fast: which parameters are adapted, by path; default all.
@@ -90,6 +91,18 @@ def imaml(
     objective = proximal_objective(problem.support_loss)
     eval_strength = reg_strength if eval_reg_strength is None else eval_reg_strength
 
+    def inner_curvature(params, anchor, strength, slow_params, support):
+        del anchor
+        if curvature == "hessian":
+            operator = hessian(lambda p: problem.support_loss(p, slow_params, support), params)
+        else:
+            operator = gauss_newton(
+                lambda p: problem.support_outputs(p, slow_params, support),
+                lambda outputs: loss_fn(outputs, support.targets),
+                params,
+            )
+        return damped(operator, strength)
+
     def run(fast_params, slow_params, support, strength, steps):
         return minimize(
             objective,
@@ -100,6 +113,7 @@ def imaml(
             support,
             tx=inner,
             num_steps=steps,
+            curvature=inner_curvature,
         )
 
     def adapt(meta_params, support, key):
@@ -111,15 +125,6 @@ def imaml(
             support_loss=info.loss, inner_residual=info.relative_residual
         )
 
-    def support_curvature(adapted, slow_params, support):
-        if curvature == "hessian":
-            return hessian(lambda p: problem.support_loss(p, slow_params, support), adapted)
-        return gauss_newton(
-            lambda p: problem.support_outputs(p, slow_params, support),
-            lambda outputs: loss_fn(outputs, support.targets),
-            adapted,
-        )
-
     def meta_grad(meta_params, task, key, step):
         del step
         anchor, slow_params = problem.split(meta_params)
@@ -127,13 +132,12 @@ def imaml(
         (loss, accuracy), (query_grad, direct) = jax.value_and_grad(
             problem.query_loss, argnums=(0, 1), has_aux=True
         )(adapted, slow_params, task)
-        operator = damped(support_curvature(adapted, slow_params, task.support), reg_strength)
         (grads, through_adaptation), solve_info = root_vjp(
             lambda p, theta, psi: jax.grad(objective)(p, theta, reg_strength, psi, task.support),
             adapted,
             (anchor, slow_params),
             query_grad,
-            operator,
+            inner_curvature(adapted, anchor, reg_strength, slow_params, task.support),
             solve,
             key=key,
         )

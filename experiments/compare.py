@@ -1,0 +1,118 @@
+"""Finished runs side by side: a table of test accuracies and one picture of all learning curves.
+
+    python -m experiments.compare --runs runs/imaml runs/maml --output experiments/results/omniglot
+
+Writes OUTPUT.json, OUTPUT.md and OUTPUT.png. Runs are compared only where they were tested on the
+same tasks.
+"""
+
+import dataclasses
+import json
+from pathlib import Path
+from typing import Any
+
+from experiments import common
+from imaml_jax.metrics import read_json_lines
+
+_SAME = ("dataset", "ways", "shots")
+_SAME_SETTINGS = ("split", "test_rotations", "test_queries", "test_tasks", "invert")
+
+
+@dataclasses.dataclass(frozen=True)
+class Config:
+    """What is compared."""
+
+    runs: tuple[Path, ...] = ()
+    """Working directories of finished runs."""
+    output: Path = Path("runs/comparison")
+    """Where to write, without an ending."""
+
+
+def main(config: Config) -> list[dict[str, Any]]:
+    """Writes the comparison and prints its table.
+
+    Returns:
+      One row a run, best first.
+
+    Raises:
+      ValueError: no run, a run that is not finished, or runs with different test tasks.
+    """
+    if not config.runs:
+        raise ValueError("runs: name at least one working directory")
+    rows = [_row(Path(run)) for run in config.runs]
+    tasks = {json.dumps(row["test_tasks"], sort_keys=True) for row in rows}
+    if len(tasks) > 1:
+        raise ValueError(f"runs were tested on different tasks: {sorted(tasks)}")
+    rows.sort(key=lambda row: -row["test_accuracy"])
+    config.output.parent.mkdir(parents=True, exist_ok=True)
+    _write(config.output, ".json", json.dumps(rows, indent=1) + "\n")
+    _write(config.output, ".md", _table(rows))
+    _draw(rows, config.output.with_name(config.output.name + ".png"))
+    print(_table(rows))
+    return rows
+
+
+def _row(run: Path) -> dict[str, Any]:
+    try:
+        results = json.loads((run / "results.json").read_text(encoding="utf-8"))
+    except FileNotFoundError:
+        raise ValueError(f"{run}/results.json is missing: finish that run first") from None
+    history = read_json_lines(run / "metrics.jsonl")
+    curve = [
+        {name: row.get(name) for name in ("step", "seconds", "validation", "validation_ci95")}
+        for row in history
+        if row.get("validation") is not None
+    ]
+    names = ("algorithm", "test_accuracy", "test_ci95", "best_step", "trained_meta_steps")
+    return {
+        "run": run.name,
+        **{name: results[name] for name in (*names, "seconds", "command", "date", "device")},
+        "cores": results["cores"],
+        "versions": results["versions"],
+        "settings": results["settings"],
+        "test_tasks": {name: results[name] for name in _SAME}
+        | {name: results["settings"][name] for name in _SAME_SETTINGS},
+        "last_inner_residual": history[-1].get("inner_residual"),
+        "curve": curve,
+    }
+
+
+def _table(rows: list[dict[str, Any]]) -> str:
+    lines = [
+        "| run | test accuracy, 95% CI | meta-steps | seconds | inner residual | command |",
+        "|---|---|---|---|---|---|",
+    ]
+    for row in rows:
+        residual = row["last_inner_residual"]
+        lines.append(
+            f"| {row['run']} | {100 * row['test_accuracy']:.2f} ± {100 * row['test_ci95']:.2f} "
+            f"| {row['trained_meta_steps']} | {row['seconds']:.0f} "
+            f"| {'' if residual is None else f'{residual:.3f}'} | `{row['command']}` |"
+        )
+    return "\n".join(lines) + "\n"
+
+
+def _draw(rows: list[dict[str, Any]], path: Path) -> None:
+    from matplotlib.backends.backend_agg import FigureCanvasAgg
+    from matplotlib.figure import Figure
+
+    figure = Figure(figsize=(10, 4), layout="constrained")
+    FigureCanvasAgg(figure)
+    for axes, abscissa in zip(figure.subplots(1, 2, sharey=True), ("step", "seconds"), strict=True):
+        for row in rows:
+            points = row["curve"]
+            errors = [100 * (1 - point["validation"]) for point in points]
+            axes.plot([point[abscissa] for point in points], errors, label=row["run"])
+        axes.set(xlabel={"step": "meta-steps"}.get(abscissa, abscissa), yscale="log")
+        axes.grid(alpha=0.3, which="both")
+    figure.axes[0].set(ylabel="validation error (%)")
+    figure.axes[0].legend()
+    figure.savefig(path, dpi=110)
+
+
+def _write(output: Path, ending: str, text: str) -> None:
+    output.with_name(output.name + ending).write_text(text, encoding="utf-8")
+
+
+if __name__ == "__main__":
+    common.run_cli(main, Config, __doc__)
