@@ -67,6 +67,7 @@ LEARNERS = [
         reptile,
         dict(inner=published_adam, num_steps=5, batch_size=4),
         only_mlp,
+        False,
     ),
     Row(
         "reptile_transduction",
