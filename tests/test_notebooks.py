@@ -49,8 +49,11 @@ def test_the_stored_notebook_is_that_of_its_source(path):
 @pytest.mark.parametrize("path", NOTEBOOKS, ids=lambda path: path.stem)
 def test_the_notebook_runs(path, tmp_path):
     notebook = nbformat.read(path, as_version=4)
-    # Other tests that are imported here may have set devices for this process.
-    environment = {"XLA_FLAGS": "", "MPLBACKEND": "module://matplotlib_inline.backend_inline"}
+    environment = {
+        "MPLBACKEND": "module://matplotlib_inline.backend_inline",
+        # LLVM's optimisations take longer here than they save.
+        "XLA_FLAGS": "--xla_backend_optimization_level=0",
+    }
     with mock.patch.dict(os.environ, environment):
         NotebookClient(
             notebook,

@@ -1,0 +1,385 @@
+"""The command lines, end to end on tiny budgets, and what they refuse."""
+
+import json
+import os
+import shutil
+import subprocess
+import sys
+from pathlib import Path
+from unittest import mock
+
+import jax
+import numpy as np
+import pytest
+
+from imaml_jax import protocols
+from imaml_jax.data import cache, glyphs
+
+ROOT = Path(__file__).resolve().parents[1]
+TINY = "--meta-steps 2 --log-every 2 --validate-every 2 --meta-batch 2 --num-steps 1".split()
+TINY += "--eval-num-steps 2 --validation-tasks 2 --test-tasks 2".split()
+TINY_SINUSOID = "--meta-steps 4 --log-every 2 --num-steps 2 --validation-tasks 2".split()
+TINY_SINUSOID += "--test-tasks 3".split()
+RECORDED = {"algorithm", "command", "cores", "date", "device", "machine", "seed", "versions"}
+RECORDED |= {"best_step", "dataset", "seconds", "settings", "test_ci95", "trained_meta_steps"}
+# Programs that compute next to nothing: LLVM's optimisations take longer than they save.
+XLA_FLAGS = "--xla_backend_optimization_level=0 --xla_force_host_platform_device_count=2"
+
+
+@pytest.fixture(scope="session")
+def environment(tmp_path_factory):
+    """Of the subprocesses: one cache of programs and glyphs.
+
+    Noise stands in for the glyphs, whose rendering takes ten seconds. Validation and test classes
+    are as many, so that one program scores both.
+    """
+    folder = tmp_path_factory.mktemp("cache")
+
+    def render():
+        by_split = [[c for c in range(1000) if glyphs._split_of(c) == part] for part in range(3)]
+        codes = np.array([group[:20] for group in by_split], np.int32).ravel()
+        shape = (len(codes), glyphs.EXAMPLES, glyphs.SIDE, glyphs.SIDE, 1)
+        return {
+            "images": np.random.default_rng(0).integers(0, 256, shape, np.uint8),
+            "codes": codes,
+        }
+
+    with mock.patch.object(glyphs, "_render_all", render):
+        glyphs.load(cache_dir=folder)
+    return {
+        **{k: v for k, v in os.environ.items() if k != "IMAML_DATA_DIR"},
+        cache.ENV_CACHE_DIR: str(folder),
+        "JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS": "0",
+        "PYTHONWARNINGS": "error",
+        "XLA_FLAGS": XLA_FLAGS,
+    }
+
+
+@pytest.fixture(scope="session")
+def modules():
+    """The experiments by name; importing them must not change the devices of the other tests."""
+    with mock.patch.dict(os.environ, XLA_FLAGS=os.environ.get("XLA_FLAGS", "")):
+        from experiments import common, demo, few_shot, glyphs, omniglot, sinusoid
+    names = ("common", "demo", "few_shot", "glyphs", "omniglot", "sinusoid")
+    return dict(zip(names, (common, demo, few_shot, glyphs, omniglot, sinusoid), strict=True))
+
+
+@pytest.fixture
+def run(environment):
+    """`run("glyphs", "--ways", 3) -> CompletedProcess` of `python -m experiments.glyphs`."""
+
+    def call(name, *args):
+        return subprocess.run(
+            [sys.executable, "-m", f"experiments.{name}", *map(str, args)],
+            cwd=ROOT,
+            env=environment,
+            capture_output=True,
+            text=True,
+            timeout=300,
+        )
+
+    return call
+
+
+def check_results(workdir, done, algorithm):
+    assert done.returncode == 0, done.stderr
+    assert "Warning" not in done.stderr
+    results = json.loads((workdir / "results.json").read_text(encoding="utf-8"))
+    assert results.keys() >= RECORDED
+    assert results["algorithm"] == algorithm
+    assert results["settings"]["inner"] in done.stdout  # the protocol stands beside the number
+    assert (
+        f"95% CI over {results['settings'].get('test_tasks') or results['test_tasks']} tasks"
+        in (done.stdout)
+    )
+    assert results["command"].startswith("python -m experiments.")
+    assert (workdir / "learning_curve.png").stat().st_size > 0
+    rows = (workdir / "metrics.jsonl").read_text(encoding="utf-8").splitlines()
+    assert json.loads(rows[-1])["step"] == results["trained_meta_steps"]
+    return results
+
+
+@pytest.mark.parametrize("algorithm", protocols.ALGORITHMS)
+def test_glyphs(run, tmp_path, algorithm):
+    done = run("glyphs", "--algorithm", algorithm, *TINY, "--workdir", tmp_path)
+    results = check_results(tmp_path, done, algorithm)
+    assert results["dataset"] == "glyphs" and results["trained_meta_steps"] == 2
+    assert 0 <= results["test_accuracy"] <= 1 and results["validation_accuracy"] is not None
+    assert results["settings"]["test_rotations"] is None
+    assert "split glyphs" in done.stdout and "batch norm by" in done.stdout
+
+
+@pytest.mark.parametrize("algorithm", ["imaml", "reptile"])  # maml below; fomaml differs in a word
+def test_sinusoid(run, tmp_path, algorithm):
+    done = run("sinusoid", "--algorithm", algorithm, *TINY_SINUSOID, "--workdir", tmp_path)
+    results = check_results(tmp_path, done, algorithm)
+    assert results["test_mse"] > 0 and results["test_mse_before"] > 0
+    assert results["test_ci95_before"] > 0 and results["validation_mse"] > 0
+
+
+def test_a_run_goes_on_finishes_at_once_and_refuses_another_config(run, tmp_path):
+    arguments = ("--algorithm", "maml", *TINY_SINUSOID, "--workdir", tmp_path)
+    first = check_results(tmp_path, run("sinusoid", *arguments), "maml")
+    shutil.rmtree(tmp_path / "checkpoints" / "step_00000004")  # as if killed before it was written
+    second = run("sinusoid", *arguments)
+    results = check_results(tmp_path, second, "maml")
+    assert (results["trained_meta_steps"], results["test_mse"]) == (4, first["test_mse"])
+    assert "meta-step 4/4" in second.stderr and "meta-step 2/4" not in second.stderr
+    third = run("sinusoid", *arguments)
+    again = check_results(tmp_path, third, "maml")
+    assert "meta-step" not in third.stderr
+    assert again["test_mse"] == results["test_mse"]
+    other = run("sinusoid", *arguments, "--inner-rate", 0.02)
+    assert_refused(other, "inner_rate: was None, now 0.02", "choose another workdir")
+    assert json.loads((tmp_path / "results.json").read_text(encoding="utf-8")) == again
+
+
+def assert_refused(done, *fragments):
+    assert done.returncode == 2, done.stderr
+    message = done.stderr.strip()
+    assert message.startswith("error: ") and "\n\n" not in message
+    assert "Traceback" not in message
+    for fragment in fragments:
+        assert fragment in message
+
+
+@pytest.mark.parametrize("name", ["glyphs", "omniglot", "sinusoid"])
+def test_help_shows_every_setting_and_its_default(run, modules, name):
+    done = run(name, "--help")
+    assert done.returncode == 0, done.stderr
+    for field in modules[name].Config.__dataclass_fields__.values():
+        assert f"--{field.name.replace('_', '-')}" in done.stdout
+    assert "default: imaml" in done.stdout and "default: None" in done.stdout
+    assert "Lambda, the strength" in done.stdout
+
+
+@pytest.mark.parametrize("name", ["glyphs", "omniglot", "sinusoid"])
+def test_refusals_reach_the_shell_without_a_traceback(run, name):
+    assert_refused(run(name, "--inner-rate", "-0.1"), "inner_rate=-0.1", "positive")
+
+
+# What is typed, and what the message must name: the value, then the remedy or what is allowed.
+REFUSED_SETTINGS = {
+    "--ways 1": ("ways=1", "at least 2"),
+    "--shots 0": ("shots=0", "positive"),
+    "--inner-rate -0.1": ("inner_rate=-0.1", "positive"),
+    "--outer-rate -1": ("outer_rate=-1", "positive"),
+    "--outer-rate nan": ("outer_rate=nan", "positive"),
+    "--meta-steps 150": ("meta_steps=150", "multiple of log_every=100"),
+    "--meta-steps 0": ("meta_steps=0", "positive"),
+    "--validate-every 150": ("validate_every=150", "multiple of log_every=100"),
+    "--num-steps 0": ("num_steps=0", "positive"),
+    "--eval-num-steps 0": ("eval_num_steps=0", "positive"),
+    "--meta-batch 0": ("meta_batch=0", "positive"),
+    "--validation-tasks 0": ("validation_tasks=0", "positive"),
+    "--test-tasks 0": ("test_tasks=0", "positive"),
+    "--reg-strength 0": ("reg_strength=0", "positive"),
+    "--cg-steps 0": ("cg_steps=0", "positive"),
+    "--max-seconds -1": ("max_seconds=-1", "positive"),
+    "--solve woodbury --curvature hessian": ("woodbury", "gauss_newton"),
+    "--protocol finn": ("protocol='finn'", "maml and fomaml", "algorithm='imaml'"),
+    "--protocol reptile --algorithm maml": ("protocol='reptile'", "algorithm='maml'"),
+    "--protocol imaml --algorithm fomaml": ("protocol='imaml'", "algorithm='fomaml'"),
+}
+REFUSED_WITH_DATA = {
+    "--ways 1000": ("ways=1000", "Lower ways"),
+    "--shots 18": ("18 + 5", "Lower shots"),
+    "--devices 0": ("devices=0", "allowed: 1 to"),
+    "--devices 1000": ("devices=1000", "allowed: 1 to"),
+    "--map-tasks 0": ("map_tasks", "got 0"),
+}
+REFUSED_SINUSOID = {
+    "--shots 0": ("shots=0", "positive"),
+    "--meta-steps 1500": ("meta_steps=1500", "multiple of log_every=1000"),
+    "--reg-strength 0": ("reg_strength=0", "positive"),
+    "--reg-strength 1 --algorithm maml": ("reg_strength=1", "leave it out"),
+    "--inner-rate -1": ("inner_rate=-1", "positive"),
+    "--max-seconds -1": ("max_seconds=-1", "positive"),
+    "--test-tasks 0": ("test_tasks=0", "positive"),
+}
+
+
+def refusal(modules, name, line, capsys):
+    """What `python -m experiments.<name> <line>` would print, with anything slow forbidden."""
+    module = modules[name]
+    with (
+        mock.patch.object(jax, "jit", side_effect=AssertionError("compiled before the check")),
+        mock.patch.object(modules["common"], "cache_compilations"),
+        pytest.raises(SystemExit) as stopped,
+    ):
+        modules["common"].run_cli(module.main, module.Config, module.__doc__, line.split())
+    assert stopped.value.code == 2
+    return capsys.readouterr().err
+
+
+def assert_message(message, *fragments):
+    assert message.startswith("error: ") and message.count("\n") == 1
+    for fragment in fragments:
+        assert fragment in message
+
+
+@pytest.mark.parametrize("line", REFUSED_SETTINGS)
+def test_settings_are_refused_before_any_data_are_read(modules, capsys, line):
+    with mock.patch.object(glyphs, "load", side_effect=AssertionError("read the data")):
+        assert_message(refusal(modules, "glyphs", line, capsys), *REFUSED_SETTINGS[line])
+
+
+@pytest.mark.parametrize("line", REFUSED_WITH_DATA)
+def test_what_the_data_do_not_allow_is_refused(modules, environment, capsys, monkeypatch, line):
+    monkeypatch.setenv(cache.ENV_CACHE_DIR, environment[cache.ENV_CACHE_DIR])
+    assert_message(refusal(modules, "glyphs", line, capsys), *REFUSED_WITH_DATA[line])
+
+
+@pytest.mark.parametrize("line", REFUSED_SINUSOID)
+def test_sinusoid_refuses(modules, capsys, line):
+    assert_message(refusal(modules, "sinusoid", line, capsys), *REFUSED_SINUSOID[line])
+
+
+def test_omniglot_says_where_it_looked(modules, tmp_path, capsys):
+    absent = tmp_path / "absent"
+    message = refusal(modules, "omniglot", f"--data-dir {absent}", capsys)
+    assert_message(message, str(absent), "images_background.zip", "download")
+
+
+def test_a_workdir_that_cannot_be_made_is_refused(modules, tmp_path, capsys):
+    occupied = tmp_path / "file"
+    occupied.write_text("")
+    line = f"--workdir {occupied} {' '.join(TINY_SINUSOID)}"
+    module = modules["sinusoid"]
+    with (
+        mock.patch.object(modules["common"], "cache_compilations"),
+        pytest.raises(SystemExit) as stopped,
+    ):
+        modules["common"].run_cli(module.main, module.Config, None, line.split())
+    assert stopped.value.code == 2
+    assert_message(capsys.readouterr().err, str(occupied))
+
+
+def test_a_bug_keeps_its_traceback(modules):
+    def main(config):
+        np.zeros(2).reshape(3)  # a ValueError of NumPy
+
+    with pytest.raises(ValueError, match="reshape"):
+        modules["common"].run_cli(main, modules["sinusoid"].Config, None, [])
+
+
+def test_what_stops_the_training_is_told(modules, capsys):
+    from imaml_jax.training import NonFiniteError
+
+    def main(config):
+        raise NonFiniteError(7, jax.random.key(0), None)
+
+    with pytest.raises(SystemExit) as stopped:
+        modules["common"].run_cli(main, modules["sinusoid"].Config, None, [])
+    assert stopped.value.code == 1
+    assert_message(capsys.readouterr().err, "meta-step 7")
+
+
+def test_devices_divide_the_batch(modules):
+    devices = [f"device {n}" for n in range(4)]
+    task_devices = modules["common"].task_devices
+    with mock.patch.object(jax, "local_devices", return_value=devices):
+        assert task_devices(None, 8) == devices
+        assert task_devices(None, 6) == devices[:3]
+        assert task_devices(3, 8) == devices[:2]
+        assert task_devices(None, 5) is None and task_devices(1, 8) is None
+        for wrong in (0, 5, -1):
+            with pytest.raises(ValueError, match=f"devices={wrong}; allowed: 1 to 4"):
+                task_devices(wrong, 8)
+
+
+def test_demo(environment, tmp_path):
+    names = ("--log-every", "--validate-every", "--validation-tasks", "--test-tasks")
+    names += ("--meta-batch", "--num-steps", "--eval-num-steps")
+    values = {n[2:].replace("-", "_"): int(TINY[TINY.index(n) + 1]) for n in names}
+    code = f"""
+from pathlib import Path
+from experiments import demo
+print(demo.main(Path({str(tmp_path)!r}), {{"fomaml": 2, "imaml": 2}}, **{values}))
+"""
+    done = subprocess.run(
+        [sys.executable, "-c", code],
+        cwd=ROOT,
+        env=environment,
+        capture_output=True,
+        text=True,
+        timeout=300,
+    )
+    assert done.returncode == 0, done.stderr
+    rows = json.loads((tmp_path / "results.json").read_text(encoding="utf-8"))
+    assert [row["name"] for row in rows] == ["untrained initialisation", "fomaml", "imaml"]
+    assert all(0 <= row["test_accuracy"] <= 1 and row["test_ci95"] >= 0 for row in rows)
+    lowest, highest = (
+        rows[2]["test_accuracy"] - rows[2]["test_ci95"],
+        rows[0]["test_accuracy"] + rows[0]["test_ci95"],
+    )
+    *shown, passed = done.stdout.splitlines()
+    assert passed == str(lowest > highest)
+    curve = tmp_path / "imaml" / "learning_curve.png"
+    assert curve.exists()
+    assert shown[-2:] == [f"learning curve: {curve}", f"results: {tmp_path / 'results.json'}"]
+
+
+# The protocols as data.
+
+COVERED = {
+    "finn": {"fomaml", "maml"},
+    "imaml": {"imaml", "imaml_hf"},
+    "recommended": set(protocols.ALGORITHMS),
+    "reptile": {"reptile", "reptile_transductive"},
+}
+
+
+def test_the_names_are_documented(modules):
+    assert COVERED.keys() == protocols.PROTOCOLS.keys()
+    few_shot = modules["few_shot"]
+    assert list(few_shot.Algorithm.__args__) == list(protocols.ALGORITHMS)
+    assert list(few_shot.ProtocolName.__args__) == sorted(protocols.PROTOCOLS)
+    readme = (ROOT / "README.md").read_text(encoding="utf-8")
+    for name in (*protocols.PROTOCOLS, *protocols.ALGORITHMS):
+        assert f"`{name}`" in readme
+    documented = protocols.Protocol.__doc__
+    for field in protocols.Protocol._fields:
+        assert f"\n      {field}: " in documented
+
+
+@pytest.mark.parametrize("shots", [1, 5])
+@pytest.mark.parametrize("ways", [5, 20])
+@pytest.mark.parametrize("algorithm", protocols.ALGORITHMS)
+@pytest.mark.parametrize("name", protocols.PROTOCOLS)
+def test_a_protocol_makes_a_learner_or_says_what_it_covers(modules, name, algorithm, ways, shots):
+    few_shot = modules["few_shot"]
+    config = few_shot.Config(algorithm=algorithm, protocol=name, ways=ways, shots=shots)
+    if algorithm not in COVERED[name]:
+        with pytest.raises(ValueError, match=f"'{name}' covers .*'{algorithm}'"):
+            few_shot.resolve(config)
+        return
+    protocol = few_shot.resolve(config)
+    assert (protocol.name, protocol.algorithm) == (name, algorithm)
+    learner = few_shot.build_learner(protocol, ways)
+    images = jax.ShapeDtypeStruct((1, 28, 28, 1), np.float32)
+    params = jax.eval_shape(learner.init, jax.random.key(0), images)
+    assert params["head"]["bias"].shape == (ways,)
+    few_shot.make_outer(protocol, protocol.meta_steps).init({"w": np.zeros(1)})
+    assert protocol.source in few_shot.describe(config, protocol, "Omniglot")
+
+
+def test_overrides_take_the_place_of_the_protocols(modules):
+    few_shot = modules["few_shot"]
+    plain = few_shot.resolve(few_shot.Config(protocol="imaml"))
+    changed = few_shot.resolve(
+        few_shot.Config(protocol="imaml", inner_rate=0.05, test_tasks=10, meta_steps=300)
+    )
+    assert changed == plain._replace(inner_rate=0.05, test_tasks=10, meta_steps=300)
+
+
+@pytest.mark.parametrize(
+    ("arguments", "named"),
+    [
+        (dict(name="cbfinn", algorithm="maml"), "cbfinn"),
+        (dict(name="finn", algorithm="anil"), "anil"),
+    ],
+)
+def test_unknown_names_are_refused(arguments, named):
+    with pytest.raises(ValueError, match=f"{named}.*must be one of"):
+        protocols.get(**arguments, ways=5, shots=1)
