@@ -114,6 +114,7 @@ SOLVES = {
 PAIRS = [(inner, "steihaug") for inner in INNERS if inner != "sgd"]
 PAIRS += [("sgd", solve) for solve in SOLVES]
 PAIRS += [("nesterov", "gauss_newton_woodbury"), ("newton_cg", "cg")]
+PAIRS += [("newton_cg", "gauss_newton_woodbury")]
 
 
 class Setting(NamedTuple):
