@@ -27,6 +27,22 @@ class MinimizeInfo(NamedTuple):
     relative_residual: Array
 
 
+class CurvedFunction(NamedTuple):
+    """A scalar function with the matrix that a Newton step is to take for its Hessian.
+
+    Attributes:
+      fun: `params -> scalar`.
+      curvature: `params -> LinearOperator`.
+    """
+
+    fun: Callable[[PyTree], Array]
+    curvature: Callable[[PyTree], LinearOperator]
+
+    def __call__(self, params: PyTree) -> Array:
+        """Calls `fun`."""
+        return self.fun(params)
+
+
 def minimize(
     objective: Callable[..., Array],
     init_params: PyTree,
@@ -64,14 +80,11 @@ def minimize(
         params, state = carry
         call_args = args if batches is None else (*args, batch)
 
-        def value_fn(p):
-            return objective(p, *call_args)
-
-        extra: dict[str, Callable] = {"value_fn": value_fn}
+        value_fn = partial(_with_args, objective, call_args)
         if curvature is not None:
-            extra["curvature_fn"] = partial(_with_args, curvature, call_args)
+            value_fn = CurvedFunction(value_fn, partial(_with_args, curvature, call_args))
         value, grads = jax.value_and_grad(value_fn)(params)
-        updates, state = update(grads, state, params, value=value, grad=grads, **extra)
+        updates, state = update(grads, state, params, value=value, grad=grads, value_fn=value_fn)
         return (optax.apply_updates(params, updates), state), optax.tree.norm(grads)
 
     if remat:
@@ -200,7 +213,7 @@ def newton_cg(
 
     Returns:
       An Optax transform without state, whose `update` needs `value` and `value_fn`, as `minimize`
-      gives them, and takes `curvature_fn`, `params -> LinearOperator`, in place of the Hessian.
+      gives them; a `CurvedFunction` brings its own matrix in place of the Hessian.
 
     Raises:
       ValueError: a setting out of its range.
@@ -220,11 +233,12 @@ def newton_cg(
             f"sufficient_decrease={sufficient_decrease} in (0, 0.5)"
         )
 
-    def update(updates, state, params=None, *, value, value_fn, curvature_fn=None, **unused):
+    def update(updates, state, params=None, *, value, value_fn, **unused):
         del unused
         grads = updates
         steepest = jax.tree.map(jnp.negative, grads)
-        operator = curvature_fn(params) if curvature_fn else hessian(value_fn, params)
+        curved = isinstance(value_fn, CurvedFunction)
+        operator = value_fn.curvature(params) if curved else hessian(value_fn, params)
         newton, _ = solve_cg_steihaug(operator, steepest, tol=cg_tol, max_steps=max_cg_steps)
         slope = jnp.asarray(optax.tree.vdot(newton, grads))
         descends = slope < 0

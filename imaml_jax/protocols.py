@@ -233,18 +233,17 @@ def _recommended(algorithm: str, ways: int, shots: int) -> Protocol:
         schedule="cosine",
         meta_steps=5_000,
     )
+    implicit = common._replace(
+        reg_strength=0.5, curvature="gauss_newton", solve="cg_steihaug", cg_steps=8
+    )
     if algorithm == "imaml":
-        return common._replace(inner_rate=0.05, curvature="gauss_newton", solve="woodbury")
-    if algorithm == "imaml_hf":
-        return common._replace(
-            inner="newton_cg",
-            num_steps=3,
-            eval_num_steps=3,
-            curvature="gauss_newton",
-            solve="woodbury",
+        return implicit._replace(
+            inner="adaptive_gd", inner_rate=0.05, num_steps=8, eval_num_steps=8
         )
+    if algorithm == "imaml_hf":
+        return implicit._replace(inner="newton_cg", num_steps=3, eval_num_steps=3)
     if algorithm in ("maml", "fomaml"):
-        return common._replace(inner_rate=0.4, num_steps=5, eval_num_steps=10)
+        return common._replace(inner_rate=0.1, num_steps=5, eval_num_steps=5)
     return common._replace(
         statistics="batch" if algorithm == "reptile_transductive" else "support_and_one",
         meta_batch=5,
