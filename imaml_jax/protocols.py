@@ -234,7 +234,7 @@ def _recommended(algorithm: str, ways: int, shots: int) -> Protocol:
         meta_steps=5_000,
     )
     implicit = common._replace(
-        reg_strength=0.5, curvature="gauss_newton", solve="cg_steihaug", cg_steps=8
+        reg_strength=0.1, curvature="gauss_newton", solve="cg_steihaug", cg_steps=8
     )
     if algorithm == "imaml":
         return implicit._replace(
