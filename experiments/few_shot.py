@@ -19,7 +19,7 @@ from imaml_jax.data import episodes
 from imaml_jax.evaluation import Evaluation, make_evaluate
 from imaml_jax.networks import conv4
 from imaml_jax.protocols import Protocol
-from imaml_jax.training import train
+from imaml_jax.training import TrainResult, init_meta_params, train
 from imaml_jax.types import MetaLearner
 
 Algorithm = Literal["fomaml", "imaml", "imaml_hf", "maml", "reptile", "reptile_transductive"]
@@ -114,9 +114,31 @@ def run(
     Raises:
       ValueError: a setting out of its range, before anything is compiled.
     """
+    on_test = _make_scorer(protocol, config, splits.test, protocol.test_tasks, _TEST_STREAM)
+    started = time.perf_counter()
+    result = meta_train(config, protocol, splits, dataset)
+    test = on_test(result.best_meta_params)
+    results = _recorded(config, protocol, dataset) | common.provenance()
+    results |= {
+        "trained_meta_steps": int(result.state.step),
+        "best_step": result.best_step,
+        "seconds": round(result.history[-1]["seconds"] if result.history else 0.0, 1),
+        "seconds_of_this_call": round(time.perf_counter() - started, 1),
+        "validation_accuracy": _best_validation(result.history),
+        "test_accuracy": test.mean,
+        "test_ci95": test.ci95,
+        "test_info": test.info,
+    }
+    common.write_results(config.workdir, results)
+    print(report(results), flush=True)
+    return results
+
+
+def meta_train(
+    config: Config, protocol: Protocol, splits: episodes.Splits, dataset: str
+) -> TrainResult:
+    """Meta-trains without a look at the test classes; arguments and errors as those of `run`."""
     common.cache_compilations()
-    meta_steps = protocol.meta_steps
-    learner = build_learner(protocol, config.ways)
     devices = common.task_devices(config.devices, protocol.meta_batch)
     _check_data(config, protocol, splits)
 
@@ -132,22 +154,19 @@ def run(
             invert=protocol.invert,
         )
 
-    scorer = partial(_make_scorer, learner, protocol, config)
-    on_test = scorer(splits.test, protocol.test_tasks, _TEST_STREAM)
     validate = None
     if splits.val is not None:
-        validate = scorer(splits.val, config.validation_tasks, _VALIDATION_STREAM)
-    example = jnp.zeros((1, *splits.train.images.shape[1:]))
-    settings = {"dataset": dataset} | common.recorded(config) | {"settings": protocol._asdict()}
+        validate = _make_scorer(
+            protocol, config, splits.val, config.validation_tasks, _VALIDATION_STREAM
+        )
     print(describe(config, protocol, dataset), flush=True)
-    started = time.perf_counter()
-    result = train(
-        learner,
-        make_outer(protocol, meta_steps),
+    return train(
+        build_learner(protocol, config.ways),
+        make_outer(protocol, protocol.meta_steps),
         sample_train,
         key=jax.random.key(config.seed),
-        num_steps=meta_steps,
-        example_inputs=example,
+        num_steps=protocol.meta_steps,
+        example_inputs=_example(splits),
         log_every=config.log_every,
         validate=validate,
         validate_every=config.validate_every,
@@ -155,23 +174,8 @@ def run(
         map_tasks=config.map_tasks,
         devices=devices,
         max_seconds=config.max_seconds,
-        config=settings,
+        config=_recorded(config, protocol, dataset),
     )
-    test = on_test(result.best_meta_params)
-    results = settings | common.provenance()
-    results |= {
-        "trained_meta_steps": int(result.state.step),
-        "best_step": result.best_step,
-        "seconds": round(result.history[-1]["seconds"] if result.history else 0.0, 1),
-        "seconds_of_this_call": round(time.perf_counter() - started, 1),
-        "validation_accuracy": _best_validation(result.history),
-        "test_accuracy": test.mean,
-        "test_ci95": test.ci95,
-        "test_info": test.info,
-    }
-    common.write_results(config.workdir, results)
-    print(report(results), flush=True)
-    return results
 
 
 def resolve(config: Config) -> Protocol:
@@ -265,15 +269,16 @@ def untrained(config: Config, protocol: Protocol, splits: episodes.Splits) -> Ev
     """Test accuracy of the initialisation before any meta-training, on the test tasks of `run`."""
     common.cache_compilations()
     learner = build_learner(protocol, config.ways)
-    meta_params = learner.init(
-        jax.random.key(config.seed), jnp.zeros((1, *splits.train.images.shape[1:]))
-    )
-    score = _make_scorer(learner, protocol, config, splits.test, protocol.test_tasks, _TEST_STREAM)
+    meta_params = init_meta_params(learner, jax.random.key(config.seed), _example(splits))
+    score = _make_scorer(protocol, config, splits.test, protocol.test_tasks, _TEST_STREAM)
     return score(meta_params)
 
 
+def _example(splits: episodes.Splits) -> jax.Array:
+    return jnp.zeros((1, *splits.train.images.shape[1:]))
+
+
 def _make_scorer(
-    learner: MetaLearner,
     protocol: Protocol,
     config: Config,
     dataset: episodes.Dataset,
@@ -296,7 +301,7 @@ def _make_scorer(
         )
 
     score = make_evaluate(
-        learner,
+        build_learner(protocol, config.ways),
         sample,
         num_tasks=num_tasks,
         map_tasks=config.map_tasks,
@@ -355,6 +360,10 @@ def _check_data(config: Config, protocol: Protocol, splits: episodes.Splits) -> 
             episodes.check_task_shape(
                 dataset, ways=config.ways, shots=shots, queries=queries, rotations=rotations
             )
+
+
+def _recorded(config: Config, protocol: Protocol, dataset: str) -> dict[str, Any]:
+    return {"dataset": dataset, **common.recorded(config), "settings": protocol._asdict()}
 
 
 def _best_validation(history) -> float | None:

@@ -81,6 +81,11 @@ def init_state(tx: optax.GradientTransformation, meta_params: PyTree) -> TrainSt
     return jax.tree.map(lambda x: jnp.array(x, jnp.asarray(x).dtype, copy=True), state)
 
 
+def init_meta_params(learner: MetaLearner, key: Array, example_inputs: Any) -> PyTree:
+    """The meta-parameters from which `train` starts with this key."""
+    return learner.init(jax.random.fold_in(key, _INIT_INDEX), example_inputs)
+
+
 def make_train_step(
     learner: MetaLearner,
     tx: optax.GradientTransformation,
@@ -212,7 +217,7 @@ def train(
     run_chunk = _make_chunk(step_fn, log_every, devices)
     config = {**(config or {}), "root_key": _key_data(key)}
     if meta_params is None:
-        meta_params = learner.init(jax.random.fold_in(key, _INIT_INDEX), example_inputs)
+        meta_params = init_meta_params(learner, key, example_inputs)
     state, history = init_state(tx, meta_params), []
     best = _Best(jax.tree.map(jnp.copy, state.meta_params))
     earlier_seconds, last_checkpoint = 0.0, None
@@ -237,7 +242,8 @@ def train(
         return earlier_seconds + time.perf_counter() - started
 
     def stop() -> bool:
-        return step >= num_steps or (max_seconds is not None and seconds() > max_seconds)
+        out_of_time = max_seconds is not None and seconds() > max_seconds
+        return step >= num_steps or (step > 0 and out_of_time)
 
     with plots.reporter(progress, step, num_steps) as report:
         while not stop():

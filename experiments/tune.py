@@ -1,0 +1,108 @@
+"""The same number of short trials for every algorithm, judged on validation characters only.
+
+    python -m experiments.tune --algorithm imaml --data-dir DIR --output experiments/results/tuning
+
+Trial 0 is the `recommended` protocol as it stands; the others each change what is named. Finished
+trials are skipped, so that a run that was stopped goes on.
+"""
+
+import dataclasses
+import json
+import time
+from pathlib import Path
+from typing import Any
+
+from experiments import common, few_shot
+from imaml_jax.data import omniglot
+
+_MAML = (
+    {},
+    {"outer_rate": 2e-3},
+    {"inner_rate": 0.4},
+    {"inner_rate": 0.4, "num_steps": 1, "eval_num_steps": 3},
+    {"inner_rate": 0.03},
+)
+_REPTILE = (
+    {},
+    {"inner_rate": 3e-3},
+    {"num_steps": 10},
+    {"inner_rate": 3e-3, "num_steps": 10},
+    {"inner": "sgd", "inner_rate": 0.1},
+)
+TRIALS: dict[few_shot.Algorithm, tuple[dict[str, Any], ...]] = {
+    "imaml": (
+        {},
+        {"outer_rate": 2e-3},
+        {"reg_strength": 0.03},
+        {"num_steps": 12, "eval_num_steps": 12},
+        {"curvature": "hessian"},
+    ),
+    "imaml_hf": (
+        {},
+        {"outer_rate": 2e-3},
+        {"reg_strength": 0.5},
+        {"num_steps": 2, "eval_num_steps": 2},
+        {"cg_steps": 12},
+    ),
+    "maml": _MAML,
+    "fomaml": _MAML,
+    "reptile": _REPTILE,
+    "reptile_transductive": _REPTILE,
+}
+
+
+@dataclasses.dataclass(frozen=True)
+class Config:
+    """Which trials to run."""
+
+    algorithm: few_shot.Algorithm = "imaml"
+    """Meta-learning algorithm."""
+    data_dir: Path | None = None
+    """Directory of the public zips; default the environment variable IMAML_DATA_DIR."""
+    meta_steps: int = 500
+    """Meta-steps of a trial."""
+    validation_tasks: int = 300
+    """Validation tasks, the same for every trial and algorithm."""
+    seed: int = 0
+    """Seed of every trial."""
+    output: Path = Path("runs/tuning")
+    """Directory for one JSON file an algorithm."""
+
+
+def main(config: Config) -> list[dict[str, Any]]:
+    """Runs the trials; returns and writes one row each, with the accuracy at the last step."""
+    path = config.output / f"{config.algorithm}.json"
+    rows = json.loads(path.read_text(encoding="utf-8")) if path.exists() else []
+    config.output.mkdir(parents=True, exist_ok=True)
+    for changes in TRIALS[config.algorithm][len(rows) :]:
+        settings = few_shot.Config(
+            algorithm=config.algorithm,
+            meta_steps=config.meta_steps,
+            validate_every=config.meta_steps,
+            validation_tasks=config.validation_tasks,
+            seed=config.seed,
+            **changes,
+        )
+        protocol = few_shot.resolve(settings)
+        splits = omniglot.load(config.data_dir, split=protocol.split)
+        started = time.perf_counter()
+        history = few_shot.meta_train(settings, protocol, splits, "Omniglot").history
+        rows.append(
+            {
+                "algorithm": config.algorithm,
+                "changes": changes,
+                "meta_steps": config.meta_steps,
+                "validation": history[-1]["validation"],
+                "validation_ci95": history[-1]["validation_ci95"],
+                "inner_residual": history[-1].get("inner_residual"),
+                "seconds": round(time.perf_counter() - started, 1),
+                **common.provenance(),
+            }
+        )
+        path.write_text(json.dumps(rows, indent=1) + "\n", encoding="utf-8")
+        print(f"{changes}: {100 * rows[-1]['validation']:.2f}%", flush=True)
+    return rows
+
+
+if __name__ == "__main__":
+    common.run_cli(main, Config, __doc__)
