@@ -330,6 +330,13 @@ def _check_settings(config: Config, protocol: Protocol) -> None:
     positive = list(_POSITIVE)
     if protocol.algorithm.startswith("imaml"):
         positive += ["cg_steps", "reg_strength"]
+    else:
+        for name in ("cg_steps", "curvature", "reg_strength", "solve"):
+            if getattr(config, name) is not None:
+                raise ValueError(
+                    f"{name}={getattr(config, name)} has no effect on {protocol.algorithm}; "
+                    "leave it out or choose imaml or imaml_hf"
+                )
     if config.max_seconds is not None:
         positive.append("max_seconds")
     for name in positive:

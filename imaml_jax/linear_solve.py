@@ -129,6 +129,9 @@ def solve_cg_steihaug(
     """
     del key
     flat_b, matvec, unravel = _ravel(operator, b)
+    largest = jnp.max(jnp.abs(flat_b), initial=0)
+    scale = jnp.where(largest > 0, largest, 1)  # squares of tiny or huge numbers leave the range
+    flat_b = flat_b / scale
     squared_b = flat_b @ flat_b
     threshold = tol**2 * squared_b
 
@@ -170,7 +173,7 @@ def solve_cg_steihaug(
     )
     relative = jnp.sqrt(_safe_ratio(state.squared_residual, squared_b))
     info = SolveInfo(relative, state.num_steps, state.min_curvature, relative <= tol)
-    return unravel(state.x), info
+    return unravel(scale * state.x), info
 
 
 def solve_dense(

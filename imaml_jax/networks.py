@@ -59,7 +59,8 @@ def mlp(
                 x = activation(_dense(x, width, kernel_init))
             return _dense(x, features[-1], kernel_init, name="head")
 
-    return _as_network(MLP())
+    module = MLP()
+    return Network(_init_of(module), lambda params, inputs: _apply(module, params, inputs))
 
 
 def conv4(
@@ -139,7 +140,12 @@ def conv4(
             x = x.mean((1, 2)) if readout == "mean" else x.reshape(x.shape[0], -1)
             return _dense(x, ways, head_init, name="head")
 
-    return _as_network(Conv4())
+    module = Conv4()
+
+    def apply(params: Params, inputs: Array, statistics_weights: Array | None = None) -> Any:
+        return _apply(module, params, inputs, statistics_weights)
+
+    return Network(_init_of(module), apply)
 
 
 def max_pool2x2(x: Array) -> Array:
@@ -195,11 +201,12 @@ def _dense(x: Array, width: int, kernel_init: Initializer, name: str | None = No
     )(x)
 
 
-def _as_network(module: nn.Module) -> Network:
-    def apply(params: Params, inputs: Array, **statistics: Any) -> Any:
-        return module.apply({"params": params}, inputs, **statistics)
+def _init_of(module: nn.Module) -> Callable[[Array, Array], Params]:
+    return lambda key, inputs: module.init(key, inputs)["params"]
 
-    return Network(lambda key, inputs: module.init(key, inputs)["params"], apply)
+
+def _apply(module: nn.Module, params: Params, *inputs: Array | None) -> Any:
+    return module.apply({"params": params}, *inputs)
 
 
 def _check_widths(name: str, widths: Sequence[int]) -> None:

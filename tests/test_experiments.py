@@ -177,6 +177,7 @@ REFUSED_SETTINGS = {
     "--cg-steps 0": ("cg_steps=0", "positive"),
     "--max-seconds -1": ("max_seconds=-1", "positive"),
     "--solve woodbury --curvature hessian": ("woodbury", "gauss_newton"),
+    "--algorithm maml --reg-strength 1": ("reg_strength=1.0", "no effect on maml"),
     "--protocol finn": ("protocol='finn'", "maml and fomaml", "algorithm='imaml'"),
     "--protocol reptile --algorithm maml": ("protocol='reptile'", "algorithm='maml'"),
     "--protocol imaml --algorithm fomaml": ("protocol='imaml'", "algorithm='fomaml'"),

@@ -388,3 +388,12 @@ def test_cg_is_differentiable_under_vmap_on_a_conv_net():
     )
     expected = (at(step)[0] - at(-step)[0]) / (2 * step)
     np.testing.assert_allclose(slopes + in_strength, expected, rtol=1e-6)
+
+
+@pytest.mark.parametrize("scale", [1e-30, 1e30])
+def test_steihaug_solves_for_right_hand_sides_whose_squares_leave_the_range(scale):
+    b = jnp.array([1.0, -2.0, 3.0], jnp.float32) * scale
+    diagonal = jnp.array([1.0, 2.0, 4.0], jnp.float32)
+    x, info = solve_cg_steihaug(LinearOperator(lambda v: diagonal * v), b, max_steps=10)
+    np.testing.assert_allclose(x / scale, np.array([1.0, -1.0, 0.75]), rtol=1e-5)
+    assert bool(info.converged)

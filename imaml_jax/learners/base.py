@@ -1,5 +1,6 @@
 """What every learner shares: the supervised few-shot problem, and the fast/slow split."""
 
+import inspect
 from collections.abc import Callable
 from functools import partial
 from typing import Any, Literal, NamedTuple, get_args
@@ -138,10 +139,16 @@ def supervised(
       The `Problem`.
 
     Raises:
-      ValueError: unknown `statistics`.
+      ValueError: unknown `statistics`, or one that the network cannot serve.
     """
     if statistics not in get_args(Statistics):
         raise ValueError(f"statistics={statistics!r} must be one of {get_args(Statistics)}")
+    takes_weights = "statistics_weights" in inspect.signature(network.apply).parameters
+    if statistics == "support" and not takes_weights:
+        raise ValueError(
+            "statistics='support' needs a network whose apply takes statistics_weights, as conv4's "
+            "does; without batch norm all modes are the same: leave it at 'batch'"
+        )
     is_fast = fast or (lambda path: True)
     outputs_given_support = partial(_apply_given_support, network.apply, statistics)
 

@@ -179,3 +179,8 @@ def test_an_unknown_mode_is_named(factory):
         factory(
             mlp([1]), mean_squared_error, inner=optax.sgd(0.1), num_steps=1, statistics="running"
         )
+
+
+def test_support_statistics_need_a_network_that_weighs_them():
+    with pytest.raises(ValueError, match="statistics_weights"):
+        supervised(mlp([1]), mean_squared_error, statistics="support")
