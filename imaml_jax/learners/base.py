@@ -143,8 +143,7 @@ def supervised(
     """
     if statistics not in get_args(Statistics):
         raise ValueError(f"statistics={statistics!r} must be one of {get_args(Statistics)}")
-    takes_weights = "statistics_weights" in inspect.signature(network.apply).parameters
-    if statistics == "support" and not takes_weights:
+    if statistics == "support" and not _takes_weights(network.apply):
         raise ValueError(
             "statistics='support' needs a network whose apply takes statistics_weights, as conv4's "
             "does; without batch norm all modes are the same: leave it at 'batch'"
@@ -190,6 +189,10 @@ def supervised(
         finish,
         predict,
     )
+
+
+def _takes_weights(apply: Callable[..., Any]) -> bool:
+    return "statistics_weights" in inspect.signature(apply).parameters
 
 
 def _apply_given_support(apply, statistics: Statistics, params, support_inputs, inputs):
