@@ -53,12 +53,12 @@ def _convolve(x, kernel, *, stride):
 def _kernel_grad(x, dy, *, stride, size):
     patches = _patches(x, size, stride)
     cotangent = dy.reshape(*dy.shape[:-4], -1, dy.shape[-1])
-    transposed = jnp.swapaxes(cotangent, -1, -2)
     if patches.shape[-1] < _MIN_COLUMNS_FOR_TRANSPOSE:
         dk = jnp.matmul(jnp.swapaxes(patches, -1, -2), cotangent, precision=_PRECISION)
-    else:
-        transposed = lax.optimization_barrier(transposed)
-        dk = jnp.swapaxes(jnp.matmul(transposed, patches, precision=_PRECISION), -1, -2)
+    else:  # the barriers keep the compiler from undoing the transpositions
+        transposed = lax.optimization_barrier(jnp.swapaxes(cotangent, -1, -2))
+        dk = lax.optimization_barrier(jnp.matmul(transposed, patches, precision=_PRECISION))
+        dk = jnp.swapaxes(dk, -1, -2)
     return dk.reshape(*dk.shape[:-2], size, size, x.shape[-1], dy.shape[-1])
 
 
