@@ -17,7 +17,7 @@ from imaml_jax.data import omniglot
 
 _MAML = (
     {},
-    {"outer_rate": 2e-3},
+    {"outer_rate": 5e-3},
     {"inner_rate": 0.4},
     {"inner_rate": 0.4, "num_steps": 1, "eval_num_steps": 3},
     {"inner_rate": 0.03},
@@ -32,14 +32,14 @@ _REPTILE = (
 TRIALS: dict[few_shot.Algorithm, tuple[dict[str, Any], ...]] = {
     "imaml": (
         {},
-        {"outer_rate": 2e-3},
+        {"outer_rate": 5e-3},
         {"reg_strength": 0.03},
         {"num_steps": 12, "eval_num_steps": 12},
         {"curvature": "hessian"},
     ),
     "imaml_hf": (
         {},
-        {"outer_rate": 2e-3},
+        {"outer_rate": 5e-3},
         {"reg_strength": 0.5},
         {"num_steps": 2, "eval_num_steps": 2},
         {"cg_steps": 12},

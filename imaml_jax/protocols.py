@@ -228,7 +228,7 @@ def _recommended(algorithm: str, ways: int, shots: int) -> Protocol:
         meta_batch=8,
         train_queries=5,
         test_queries=5,
-        outer_rate=5e-3,
+        outer_rate=2e-3,
         outer_epsilon=1e-8,
         schedule="cosine",
         meta_steps=5_000,
