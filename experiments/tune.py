@@ -17,7 +17,7 @@ from imaml_jax.data import omniglot
 
 _MAML = (
     {},
-    {"outer_rate": 5e-3},
+    {"outer_rate": 1e-3},
     {"inner_rate": 0.4},
     {"inner_rate": 0.4, "num_steps": 1, "eval_num_steps": 3},
     {"inner_rate": 0.03},
@@ -32,14 +32,14 @@ _REPTILE = (
 TRIALS: dict[few_shot.Algorithm, tuple[dict[str, Any], ...]] = {
     "imaml": (
         {},
-        {"outer_rate": 5e-3},
+        {"outer_rate": 1e-3},
         {"reg_strength": 0.03},
         {"num_steps": 12, "eval_num_steps": 12},
         {"curvature": "hessian"},
     ),
     "imaml_hf": (
         {},
-        {"outer_rate": 5e-3},
+        {"outer_rate": 1e-3},
         {"reg_strength": 0.5},
         {"num_steps": 2, "eval_num_steps": 2},
         {"cg_steps": 12},
@@ -74,7 +74,7 @@ def main(config: Config) -> list[dict[str, Any]]:
     path = config.output / f"{config.algorithm}.json"
     rows = json.loads(path.read_text(encoding="utf-8")) if path.exists() else []
     config.output.mkdir(parents=True, exist_ok=True)
-    for changes in TRIALS[config.algorithm][len(rows) :]:
+    for changes in TRIALS[config.algorithm]:
         settings = few_shot.Config(
             algorithm=config.algorithm,
             meta_steps=config.meta_steps,
@@ -84,6 +84,9 @@ def main(config: Config) -> list[dict[str, Any]]:
             **changes,
         )
         protocol = few_shot.resolve(settings)
+        trial = {"settings": protocol._asdict(), "seed": config.seed}
+        if any(all(row[k] == v for k, v in trial.items()) for row in rows):
+            continue
         splits = omniglot.load(config.data_dir, split=protocol.split)
         started = time.perf_counter()
         history = few_shot.meta_train(settings, protocol, splits, "Omniglot").history
@@ -91,7 +94,8 @@ def main(config: Config) -> list[dict[str, Any]]:
             {
                 "algorithm": config.algorithm,
                 "changes": changes,
-                "meta_steps": config.meta_steps,
+                **trial,
+                "validation_tasks": config.validation_tasks,
                 "validation": history[-1]["validation"],
                 "validation_ci95": history[-1]["validation_ci95"],
                 "inner_residual": history[-1].get("inner_residual"),
