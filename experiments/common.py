@@ -17,6 +17,8 @@ import imaml_jax
 from imaml_jax.data import cache
 from imaml_jax.training import NonFiniteError
 
+# Keys of the validation and test tasks, of a form that no `--seed` gives to training.
+VALIDATION_KEY, TEST_KEY = (20190909, 1), (20190909, 2)
 # What may change between the parts of a run that was stopped and resumed.
 _CHANGEABLE = {"workdir", "max_seconds", "devices", "data_dir", "download"}
 
@@ -53,6 +55,23 @@ def run_cli(
         if isinstance(error, ValueError) and not _is_ours(error):
             raise
         _exit(2, error)
+
+
+def fixed_key(seed: tuple[int, int]) -> jax.Array:
+    """One of the keys above."""
+    return jax.random.fold_in(jax.random.key(seed[0]), seed[1])
+
+
+def check_seed(seed: int) -> None:
+    """Raises ValueError for a seed that is no key."""
+    if not 0 <= seed < 2**32:
+        raise ValueError(f"seed={seed} must lie between 0 and {2**32 - 1}")
+
+
+def best_validation(history: Sequence[dict[str, Any]]) -> float | None:
+    """The highest validation score of a run; None where there was none."""
+    scores = [row["validation"] for row in history if row.get("validation") is not None]
+    return max(scores, default=None)
 
 
 def task_devices(limit: int | None, num_tasks: int) -> Sequence[Any] | None:

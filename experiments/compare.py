@@ -55,8 +55,16 @@ def main(config: Config) -> list[dict[str, Any]]:
 def _row(run: Path) -> dict[str, Any]:
     try:
         results = json.loads((run / "results.json").read_text(encoding="utf-8"))
-    except FileNotFoundError:
-        raise ValueError(f"{run}/results.json is missing: finish that run first") from None
+    except (OSError, json.JSONDecodeError) as error:
+        raise ValueError(
+            f"{run}/results.json cannot be read ({error}): finish that run first"
+        ) from None
+    missing = [name for name in (*_SAME, "settings", "test_accuracy") if name not in results]
+    if missing:
+        raise ValueError(
+            f"{run}/results.json lacks {missing}: only runs of the few-shot classification "
+            "experiments are compared"
+        )
     history = read_json_lines(run / "metrics.jsonl")
     curve = [
         {name: row.get(name) for name in ("step", "seconds", "validation", "validation_ci95")}
@@ -72,7 +80,7 @@ def _row(run: Path) -> dict[str, Any]:
         "settings": results["settings"],
         "test_tasks": {name: results[name] for name in _SAME}
         | {name: results["settings"][name] for name in _SAME_SETTINGS},
-        "last_inner_residual": history[-1].get("inner_residual"),
+        "last_inner_residual": history[-1].get("inner_residual") if history else None,
         "curve": curve,
     }
 

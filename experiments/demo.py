@@ -5,12 +5,13 @@ beside that of the untrained initialisation. Exits with 1 unless implicit MAML's
 above the untrained one's.
 """
 
+import dataclasses
 import json
 import sys
 from pathlib import Path
 from typing import Any
 
-from experiments import few_shot, glyphs
+from experiments import common, few_shot, glyphs
 
 WORKDIR = Path("runs/demo")
 META_STEPS: dict[few_shot.Algorithm, int] = {"fomaml": 400, "imaml": 400}
@@ -56,5 +57,13 @@ def main(
     return mean - half_width > base.mean + base.ci95
 
 
+@dataclasses.dataclass(frozen=True)
+class Config:
+    """The demo has no settings but its folder."""
+
+    workdir: Path = WORKDIR
+    """Where runs are kept; a finished one is not repeated."""
+
+
 if __name__ == "__main__":
-    sys.exit(not main())
+    sys.exit(not common.run_cli(lambda config: main(config.workdir), Config, __doc__))

@@ -3,43 +3,26 @@
 import dataclasses
 import time
 from collections.abc import Callable
-from functools import partial
 from pathlib import Path
 from typing import Any, Literal
 
-import flax.linen as nn
 import jax
 import jax.numpy as jnp
-import optax
 
-import imaml_jax
-from experiments import common
+from experiments import build, common
 from imaml_jax import protocols
 from imaml_jax.data import episodes
 from imaml_jax.evaluation import Evaluation, make_evaluate
-from imaml_jax.networks import conv4
 from imaml_jax.protocols import Protocol
 from imaml_jax.training import TrainResult, init_meta_params, train
-from imaml_jax.types import MetaLearner
 
 Algorithm = Literal["fomaml", "imaml", "imaml_hf", "maml", "reptile", "reptile_transductive"]
 ProtocolName = Literal["finn", "imaml", "recommended", "reptile"]
 _TASKS_A_CALL = 40  # whatever the number of devices, so that all runs meet the same tasks
-_TEST_STREAM, _VALIDATION_STREAM = 1, 2
 _POSITIVE = (
     *("shots", "log_every", "validate_every", "validation_tasks", "meta_steps", "test_tasks"),
     *("meta_batch", "num_steps", "eval_num_steps", "inner_rate", "outer_rate"),
 )
-_HEADS = {
-    "zero": nn.initializers.zeros,
-    "normal": nn.initializers.normal(1.0),
-    "xavier": nn.initializers.xavier_uniform(),
-}
-_SOLVERS = {
-    "cg": lambda steps: partial(imaml_jax.solve_cg, max_steps=steps),
-    "cg_steihaug": lambda steps: partial(imaml_jax.solve_cg_steihaug, max_steps=steps),
-    "woodbury": lambda steps: imaml_jax.solve_woodbury,
-}
 
 
 @dataclasses.dataclass(frozen=True)
@@ -114,7 +97,7 @@ def run(
     Raises:
       ValueError: a setting out of its range, before anything is compiled.
     """
-    on_test = _make_scorer(protocol, config, splits.test, protocol.test_tasks, _TEST_STREAM)
+    on_test = _make_scorer(protocol, config, splits.test, protocol.test_tasks, common.TEST_KEY)
     started = time.perf_counter()
     result = meta_train(config, protocol, splits, dataset)
     test = on_test(result.best_meta_params)
@@ -124,7 +107,7 @@ def run(
         "best_step": result.best_step,
         "seconds": round(result.history[-1]["seconds"] if result.history else 0.0, 1),
         "seconds_of_this_call": round(time.perf_counter() - started, 1),
-        "validation_accuracy": _best_validation(result.history),
+        "validation_accuracy": common.best_validation(result.history),
         "test_accuracy": test.mean,
         "test_ci95": test.ci95,
         "test_info": test.info,
@@ -157,12 +140,12 @@ def meta_train(
     validate = None
     if splits.val is not None:
         validate = _make_scorer(
-            protocol, config, splits.val, config.validation_tasks, _VALIDATION_STREAM
+            protocol, config, splits.val, config.validation_tasks, common.VALIDATION_KEY
         )
     print(describe(config, protocol, dataset), flush=True)
     return train(
-        build_learner(protocol, config.ways),
-        make_outer(protocol, protocol.meta_steps),
+        build.build_learner(protocol, config.ways),
+        build.make_outer(protocol, protocol.meta_steps),
         sample_train,
         key=jax.random.key(config.seed),
         num_steps=protocol.meta_steps,
@@ -197,69 +180,37 @@ def resolve(config: Config) -> Protocol:
     return protocol
 
 
-def build_learner(protocol: Protocol, ways: int) -> MetaLearner:
-    """The learner of a protocol, on `conv4`."""
-    settings = dict(protocol.network)
-    network = conv4(ways, head_init=_HEADS[settings.pop("head", "zero")], **settings)
-    shared = {
-        "inner": _make_inner(protocol),
-        "num_steps": protocol.num_steps,
-        "eval_num_steps": protocol.eval_num_steps,
-        "fast": None if protocol.adapts_norm else _is_not_norm,
-        "statistics": protocol.statistics,
-    }
-    loss_fn = imaml_jax.cross_entropy
-    if protocol.algorithm == "maml":
-        return imaml_jax.maml(network, loss_fn, **shared)
-    if protocol.algorithm == "fomaml":
-        return imaml_jax.fomaml(network, loss_fn, **shared)
-    if protocol.algorithm.startswith("reptile"):
-        return imaml_jax.reptile(
-            network,
-            loss_fn,
-            **shared,
-            batch_size=protocol.batch_size,
-            eval_batch_size=protocol.eval_batch_size,
-        )
-    return imaml_jax.imaml(
-        network,
-        loss_fn,
-        **shared,
-        reg_strength=protocol.reg_strength,
-        curvature=protocol.curvature,
-        solve=_SOLVERS[protocol.solve](protocol.cg_steps),
-    )
-
-
-def make_outer(protocol: Protocol, meta_steps: int) -> optax.GradientTransformation:
-    """The outer optimiser of a protocol, with its schedule over `meta_steps`."""
-    rate = {
-        "constant": lambda: protocol.outer_rate,
-        "linear": lambda: optax.linear_schedule(protocol.outer_rate, 0.0, meta_steps),
-        "cosine": lambda: optax.cosine_decay_schedule(protocol.outer_rate, meta_steps),
-    }[protocol.schedule]()
-    if protocol.outer == "sgd":
-        return optax.sgd(rate)
-    return optax.adam(rate, eps=protocol.outer_epsilon)
-
-
 def describe(config: Config, protocol: Protocol, dataset: str) -> str:
     """The protocol in words, printed beside every number."""
+    rate = "" if protocol.inner == "newton_cg" else f" rate {protocol.inner_rate:g}"
+    implicit = ""
+    if protocol.algorithm.startswith("imaml"):
+        at_test = protocol.eval_reg_strength
+        implicit = (
+            f"; lambda {protocol.reg_strength:g}"
+            + ("" if at_test is None else f" (at test {at_test:g})")
+            + f", {protocol.curvature} curvature, solver {protocol.solve}"
+            + ("" if protocol.solve == "woodbury" else f" with {protocol.cg_steps} steps")
+        )
     return (
         f"{dataset} {config.ways}-way {config.shots}-shot, {config.algorithm}, protocol "
         f"{protocol.name} ({protocol.source}): split {protocol.split}, rotations "
         f"{protocol.train_rotations} in training and {protocol.test_rotations} at test, "
         f"{protocol.test_queries} queries a class at test, batch norm by {protocol.statistics}, "
-        f"inner {protocol.inner} rate {protocol.inner_rate:g}, {protocol.num_steps} steps in "
-        f"training and {protocol.eval_num_steps} at test, {protocol.meta_batch} tasks a meta-step"
+        f"ink {1 if protocol.invert else 0}; {protocol.meta_batch} tasks a meta-step of "
+        f"{protocol.train_shots} support and {protocol.train_queries} query examples a class, "
+        f"outer {protocol.outer} {protocol.outer_rate:g} {protocol.schedule}; inner "
+        f"{protocol.inner}{rate}, {protocol.num_steps} steps in training and "
+        f"{protocol.eval_num_steps} at test{implicit}"
     )
 
 
 def report(results: dict[str, Any]) -> str:
     """The outcome in words."""
+    which = "last" if results["validation_accuracy"] is None else "best"
     return (
         f"test accuracy {100 * results['test_accuracy']:.2f} ± {100 * results['test_ci95']:.2f}% "
-        f"(95% CI over {results['settings']['test_tasks']} tasks of unseen classes; best "
+        f"(95% CI over {results['settings']['test_tasks']} tasks of unseen classes; {which} "
         f"checkpoint, step {results['best_step']} of {results['trained_meta_steps']}; "
         f"{results['seconds']:.0f} s)"
     )
@@ -268,9 +219,9 @@ def report(results: dict[str, Any]) -> str:
 def untrained(config: Config, protocol: Protocol, splits: episodes.Splits) -> Evaluation:
     """Test accuracy of the initialisation before any meta-training, on the test tasks of `run`."""
     common.cache_compilations()
-    learner = build_learner(protocol, config.ways)
+    learner = build.build_learner(protocol, config.ways)
     meta_params = init_meta_params(learner, jax.random.key(config.seed), _example(splits))
-    score = _make_scorer(protocol, config, splits.test, protocol.test_tasks, _TEST_STREAM)
+    score = _make_scorer(protocol, config, splits.test, protocol.test_tasks, common.TEST_KEY)
     return score(meta_params)
 
 
@@ -283,9 +234,9 @@ def _make_scorer(
     config: Config,
     dataset: episodes.Dataset,
     num_tasks: int,
-    stream: int,
+    seed: tuple[int, int],
 ) -> Callable[[Any], Evaluation]:
-    """Accuracy on `num_tasks` tasks that only the stream and the data decide."""
+    """Accuracy on `num_tasks` tasks that only the key and the data decide."""
     tasks_a_call = min(num_tasks, _TASKS_A_CALL)
 
     def sample(key):
@@ -301,27 +252,13 @@ def _make_scorer(
         )
 
     score = make_evaluate(
-        build_learner(protocol, config.ways),
+        build.build_learner(protocol, config.ways),
         sample,
         num_tasks=num_tasks,
         map_tasks=config.map_tasks,
         devices=common.task_devices(config.devices, tasks_a_call),
     )
-    return lambda meta_params: score(meta_params, jax.random.key(stream))
-
-
-def _make_inner(protocol: Protocol) -> optax.GradientTransformation:
-    return {
-        "sgd": lambda: optax.sgd(protocol.inner_rate),
-        "nesterov": lambda: optax.sgd(protocol.inner_rate, momentum=0.8, nesterov=True),
-        "adam": lambda: optax.adam(protocol.inner_rate, b1=0.0),
-        "adaptive_gd": lambda: imaml_jax.adaptive_gd(protocol.inner_rate),
-        "newton_cg": lambda: imaml_jax.newton_cg(max_cg_steps=protocol.cg_steps),
-    }[protocol.inner]()
-
-
-def _is_not_norm(path: str) -> bool:
-    return not path.endswith(("/scale", "/offset"))
+    return lambda meta_params: score(meta_params, common.fixed_key(seed))
 
 
 def _check_settings(config: Config, protocol: Protocol) -> None:
@@ -337,6 +274,17 @@ def _check_settings(config: Config, protocol: Protocol) -> None:
                     f"{name}={getattr(config, name)} has no effect on {protocol.algorithm}; "
                     "leave it out or choose imaml or imaml_hf"
                 )
+    common.check_seed(config.seed)
+    if (protocol.inner == "newton_cg") != (protocol.algorithm == "imaml_hf"):
+        raise ValueError(
+            f"inner={protocol.inner} does not go with algorithm={protocol.algorithm}: newton_cg "
+            "is the inner solver of imaml_hf, and of no other"
+        )
+    if protocol.inner == "newton_cg" and config.inner_rate is not None:
+        raise ValueError(f"inner_rate={config.inner_rate} has no effect on newton_cg; leave it out")
+    no_cg = protocol.solve == "woodbury" and protocol.inner != "newton_cg"
+    if no_cg and config.cg_steps is not None:
+        raise ValueError(f"cg_steps={config.cg_steps} has no effect on woodbury; leave it out")
     if config.max_seconds is not None:
         positive.append("max_seconds")
     for name in positive:
@@ -371,8 +319,3 @@ def _check_data(config: Config, protocol: Protocol, splits: episodes.Splits) -> 
 
 def _recorded(config: Config, protocol: Protocol, dataset: str) -> dict[str, Any]:
     return {"dataset": dataset, **common.recorded(config), "settings": protocol._asdict()}
-
-
-def _best_validation(history) -> float | None:
-    scores = [row["validation"] for row in history if row.get("validation") is not None]
-    return max(scores, default=None)

@@ -28,7 +28,6 @@ from imaml_jax.training import train
 from imaml_jax.types import MetaLearner
 
 _META_BATCH, _TRAIN_QUERIES, _TEST_QUERIES = 25, 10, 100
-_TEST_STREAM, _VALIDATION_STREAM = 1, 2
 _NETWORK = mlp([40, 40, 1])
 
 
@@ -118,9 +117,9 @@ def main(config: Config) -> dict[str, Any]:
         adapt=lambda meta_params, support, key: (meta_params, MetaInfo()), predict=_NETWORK.apply
     )
     scorer = partial(_make_scorer, shots=config.shots)
-    validate = scorer(learner, config.validation_tasks, _VALIDATION_STREAM)
-    on_test = scorer(learner, config.test_tasks, _TEST_STREAM)
-    before_on_test = scorer(unadapted, config.test_tasks, _TEST_STREAM)
+    validate = scorer(learner, config.validation_tasks, common.VALIDATION_KEY)
+    on_test = scorer(learner, config.test_tasks, common.TEST_KEY)
+    before_on_test = scorer(unadapted, config.test_tasks, common.TEST_KEY)
     recorded = {"dataset": "sinusoid"} | common.recorded(config) | {"settings": settings._asdict()}
     print(describe(config, settings), flush=True)
     started = time.perf_counter()
@@ -139,13 +138,14 @@ def main(config: Config) -> dict[str, Any]:
         config=recorded,
     )
     test, before = on_test(result.best_meta_params), before_on_test(result.best_meta_params)
+    validation = common.best_validation(result.history)
     results = recorded | common.provenance()
     results |= {
         "trained_meta_steps": int(result.state.step),
         "best_step": result.best_step,
         "seconds": round(result.history[-1]["seconds"] if result.history else 0.0, 1),
         "seconds_of_this_call": round(time.perf_counter() - started, 1),
-        "validation_mse": min((-row["validation"] for row in result.history), default=None),
+        "validation_mse": -validation if validation is not None else None,
         "test_mse": -test.mean,
         "test_ci95": test.ci95,
         "test_mse_before": -before.mean,
@@ -171,6 +171,12 @@ def resolve(config: Config) -> Settings:
         raise ValueError(
             f"reg_strength={settings.reg_strength} is a setting of imaml; leave it out for "
             f"algorithm={config.algorithm}"
+        )
+    common.check_seed(config.seed)
+    if settings.inner == "newton_cg" and config.algorithm == "maml":
+        raise ValueError(
+            "inner=newton_cg cannot be differentiated by unrolling, as algorithm=maml does; "
+            "choose another inner or algorithm=fomaml"
         )
     values = dataclasses.asdict(config) | settings._asdict()
     positive = ("shots", "log_every", "validation_tasks", "test_tasks")
@@ -237,8 +243,8 @@ def report(results: dict[str, Any]) -> str:
     )
 
 
-def _make_scorer(learner: MetaLearner, num_tasks: int, stream: int, *, shots: int):
-    """Negative squared error, for higher is better, on tasks that only the stream decides."""
+def _make_scorer(learner: MetaLearner, num_tasks: int, seed: tuple[int, int], *, shots: int):
+    """Negative squared error, for higher is better, on tasks that only the key decides."""
 
     def sample(key):
         return sinusoid.sample_tasks(key, num_tasks=100, shots=shots, queries=_TEST_QUERIES)
@@ -250,7 +256,7 @@ def _make_scorer(learner: MetaLearner, num_tasks: int, stream: int, *, shots: in
         score_fn=lambda outputs, targets: -imaml_jax.mean_squared_error(outputs, targets),
         map_tasks="vmap",
     )
-    return lambda meta_params: score(meta_params, jax.random.key(stream))
+    return lambda meta_params: score(meta_params, common.fixed_key(seed))
 
 
 if __name__ == "__main__":

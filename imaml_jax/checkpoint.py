@@ -123,7 +123,8 @@ def claim(workdir: str | os.PathLike, config: Mapping[str, Any]) -> None:
       config: what JSON can hold.
 
     Raises:
-      ValueError: if a run of another config lives there; names each field with both values.
+      ValueError: if a run of another config lives there, naming each field with both values, or
+        its `config.json` cannot be read.
     """
     path = Path(workdir) / "config.json"
     wanted = _flat(json.loads(json.dumps(config)))
@@ -133,7 +134,13 @@ def claim(workdir: str | os.PathLike, config: Mapping[str, Any]) -> None:
         temporary.write_text(json.dumps(config, indent=1) + "\n", encoding="utf-8")
         os.replace(temporary, path)
         return
-    saved = _flat(json.loads(path.read_text(encoding="utf-8")))
+    try:
+        saved = _flat(dict(json.loads(path.read_text(encoding="utf-8"))))
+    except (ValueError, TypeError) as error:
+        raise ValueError(
+            f"{path} is damaged ({error}): move it away to go on with the run, or choose another "
+            "workdir"
+        ) from None
     differences = [
         f"{name}: was {saved.get(name, 'absent')!r}, now {wanted.get(name, 'absent')!r}"
         for name in {**saved, **wanted}

@@ -41,7 +41,8 @@ def convolve(x: Array, kernel: Array, stride: int = 1) -> Array:
     Returns:
       `[n, ceil(height / stride), ceil(width / stride), out]`.
     """
-    return _convolve_p.bind(x, kernel, stride=stride)
+    dtype = jnp.result_type(x, kernel)
+    return _convolve_p.bind(x.astype(dtype), kernel.astype(dtype), stride=stride)
 
 
 def _convolve(x, kernel, *, stride):

@@ -151,7 +151,11 @@ def custom_root(
                 return root, tangent
             return result, (tangent, jax.tree.map(_zero_tangent, aux))
 
-        return wraps(solver)(find_root)
+        @wraps(solver, updated=())  # a solver that is itself a custom_jvp keeps its rule to itself
+        def differentiable(init, *args):
+            return find_root(init, *args)
+
+        return differentiable
 
     return decorate
 

@@ -73,7 +73,14 @@ def minimize(
 
     Returns:
       `(params, MinimizeInfo)`. With `batches` the report is for the last batch.
+
+    Raises:
+      ValueError: a negative `num_steps`, or 0 with batches.
     """
+    if num_steps < 0:
+        raise ValueError(f"minimize: num_steps={num_steps} must be at least 0")
+    if batches is not None and num_steps == 0:
+        raise ValueError("minimize: num_steps=0 leaves no batch to report on; leave batches out")
     update = optax.with_extra_args_support(tx).update
 
     def step(carry, batch):

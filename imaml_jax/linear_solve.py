@@ -10,6 +10,7 @@ outputs; `solve_cg` is the plain path of the original description.
 """
 
 from collections.abc import Callable
+from functools import partial
 from typing import NamedTuple
 
 import jax
@@ -36,6 +37,9 @@ class SolveInfo(NamedTuple):
     num_steps: Array | None
     min_curvature: Array | None
     converged: Array
+
+
+_dot = partial(jnp.matmul, precision=lax.Precision.HIGHEST)
 
 
 class _CGState(NamedTuple):
@@ -129,10 +133,7 @@ def solve_cg_steihaug(
     """
     del key
     flat_b, matvec, unravel = _ravel(operator, b)
-    largest = jnp.max(jnp.abs(flat_b), initial=0)
-    scale = jnp.where(largest > 0, largest, 1)  # squares of tiny or huge numbers leave the range
-    flat_b = flat_b / scale
-    squared_b = flat_b @ flat_b
+    squared_b = _dot(flat_b, flat_b)
     threshold = tol**2 * squared_b
 
     def keep_going(state: _CGState) -> Array:
@@ -141,13 +142,13 @@ def solve_cg_steihaug(
 
     def step(state: _CGState) -> _CGState:
         product = matvec(state.direction)
-        curvature = state.direction @ product
+        curvature = _dot(state.direction, product)
         positive = curvature > 0
         length = jnp.where(positive, state.squared_residual / curvature, 0.0)
         residual = state.residual - length * product
-        squared_residual = residual @ residual
+        squared_residual = _dot(residual, residual)
         direction = residual + squared_residual / state.squared_residual * state.direction
-        rayleigh = curvature / (state.direction @ state.direction)
+        rayleigh = curvature / _dot(state.direction, state.direction)
         return _CGState(
             x=state.x + length * state.direction,
             residual=residual,
@@ -173,7 +174,7 @@ def solve_cg_steihaug(
     )
     relative = jnp.sqrt(_safe_ratio(state.squared_residual, squared_b))
     info = SolveInfo(relative, state.num_steps, state.min_curvature, relative <= tol)
-    return unravel(scale * state.x), info
+    return unravel(state.x), info
 
 
 def solve_dense(
@@ -194,7 +195,7 @@ def solve_dense(
     flat_b, matvec, unravel = _ravel(operator, b)
     matrix = jax.vmap(matvec, out_axes=1)(jnp.eye(flat_b.size, dtype=flat_b.dtype))
     x = jnp.linalg.solve(matrix, flat_b)
-    relative = _relative_residual(flat_b - matrix @ x, flat_b)
+    relative = _relative_residual(flat_b - _dot(matrix, x), flat_b)
     min_curvature = jnp.linalg.eigvalsh((matrix + matrix.T) / 2)[0]
     return unravel(x), SolveInfo(relative, None, min_curvature, relative <= tol)
 
@@ -232,16 +233,15 @@ def solve_woodbury(
     jacobian, output_hessian, dampings = operator.factor()
     if not dampings:
         raise ValueError("solve_woodbury needs damping > 0; wrap the operator in damped(...)")
-    flat_b, unravel = ravel_pytree(b)
+    flat_b, _, unravel = _ravel(operator, b)
     diagonal = jnp.zeros_like(flat_b)
     for damping in dampings:
         diagonal = diagonal + ravel_pytree(_broadcast_to_leaves(damping, b))[0]
-    small_matrix = jnp.eye(jacobian.shape[0], dtype=flat_b.dtype) + output_hessian @ (
-        (jacobian / diagonal[None, :]) @ jacobian.T
-    )
-    right = output_hessian @ (jacobian @ (flat_b / diagonal))
-    x = (flat_b - jnp.linalg.solve(small_matrix, right) @ jacobian) / diagonal
-    product = diagonal * x + (output_hessian @ (jacobian @ x)) @ jacobian
+    gram = _dot(jacobian / diagonal[None, :], jacobian.T)
+    small_matrix = jnp.eye(gram.shape[0], dtype=gram.dtype) + _dot(output_hessian, gram)
+    right = _dot(output_hessian, _dot(jacobian, flat_b / diagonal))
+    x = (flat_b - _dot(jnp.linalg.solve(small_matrix, right), jacobian)) / diagonal
+    product = diagonal * x + _dot(_dot(output_hessian, _dot(jacobian, x)), jacobian)
     relative = _relative_residual(flat_b - product, flat_b)
     return unravel(x), SolveInfo(relative, None, None, relative <= tol)
 
@@ -257,8 +257,18 @@ def _broadcast_to_leaves(prefix: PyTree, tree: PyTree) -> PyTree:
 def _ravel(
     operator: LinearOperator, b: PyTree
 ) -> tuple[Array, Callable[[Array], Array], Callable[[Array], PyTree]]:
+    """Right-hand side scaled to largest entry 1, the matrix, and back to a tree and its scale.
+
+    Squares of tiny or huge numbers leave the range. What is not finite becomes NaN everywhere.
+    """
     flat_b, unravel = ravel_pytree(b)
-    return flat_b, lambda flat: ravel_pytree(operator.matvec(unravel(flat)))[0], unravel
+    largest = lax.stop_gradient(jnp.max(jnp.abs(flat_b), initial=0))
+    scale = jnp.where(largest == 0, 1, jnp.where(jnp.isfinite(largest), largest, jnp.nan))
+    return (
+        flat_b / scale,
+        lambda flat: ravel_pytree(operator.matvec(unravel(flat)))[0],
+        lambda flat: unravel(scale * flat),
+    )
 
 
 def _solve_with(solver, operator: LinearOperator, b: PyTree, *, tol: float, **settings):
@@ -269,8 +279,9 @@ def _solve_with(solver, operator: LinearOperator, b: PyTree, *, tol: float, **se
 
 
 def _relative_residual(residual: Array, b: Array) -> Array:
-    return jnp.sqrt(_safe_ratio(residual @ residual, b @ b))
+    return jnp.sqrt(_safe_ratio(_dot(residual, residual), _dot(b, b)))
 
 
 def _safe_ratio(numerator: Array, denominator: Array) -> Array:
-    return jnp.where(denominator > 0, numerator / jnp.where(denominator > 0, denominator, 1), 0.0)
+    zero = denominator == 0  # and not `denominator > 0`, which would take NaN for solved
+    return jnp.where(zero, 0.0, numerator / jnp.where(zero, 1, denominator))

@@ -87,8 +87,9 @@ def reporter(progress: bool, step: int, num_steps: int) -> Iterator[Callable[[di
 
 
 def _summary(row: Mapping[str, Any]) -> str:
-    shown = [name for name in row if name.endswith(("loss", "accuracy")) or name == "validation"]
-    parts = [f"{name} {row[name]:.4f}" for name in shown if row[name] is not None]
+    endings = ("loss", "accuracy", "residual", "curvature", "cosine", "validation")
+    shown = [name for name in row if name.endswith(endings) and row[name] is not None]
+    parts = [f"{name} {row[name]:.4g}" for name in shown]
     if row.get("validation_ci95") is not None:
         parts[-1] += f" ± {row['validation_ci95']:.4f}"
     return "  ".join(parts)

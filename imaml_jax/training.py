@@ -97,8 +97,8 @@ def make_train_step(
     """Makes the pure function of one meta-step.
 
     It draws task batch number `state.step`, averages `learner.meta_grad` over the tasks and feeds
-    the mean to `tx`. If the mean gradient or a field of `info` that ends in `loss` is not finite,
-    it changes nothing but `failed_step`, then and ever after.
+    the mean to `tx`. If the mean gradient, the new parameters or a field of `info` that ends in
+    `loss` is not finite, it changes nothing but `failed_step`, then and ever after.
 
     Args:
       learner: the algorithm.
@@ -129,11 +129,12 @@ def make_train_step(
         grads = jax.tree.map(lambda g: jnp.mean(g, axis=0), grads)
         scalars = metrics.reduce_scalars(infos) | {"gradient_norm": optax.tree.norm(grads)}
         losses = [value for name, value in scalars.items() if name.endswith("loss")]
-        finite = [jnp.all(jnp.isfinite(x)) for x in [*jax.tree.leaves(grads), *losses]]
-        good = jnp.all(jnp.stack(finite)) & (state.failed_step < 0)
-
         updates, opt_state = tx.update(grads, state.opt_state, state.meta_params)
         meta_params = optax.apply_updates(state.meta_params, updates)
+        watched = [*jax.tree.leaves((grads, meta_params)), *losses]
+        finite = [jnp.all(jnp.isfinite(x)) for x in watched]
+        good = jnp.all(jnp.stack(finite)) & (state.failed_step < 0)
+
         new = TrainState(state.step + 1, meta_params, opt_state, state.failed_step)
         # A frozen state meets the same batch again, so `failed_step` keeps its first value.
         failed = state._replace(failed_step=state.step)
@@ -246,14 +247,16 @@ def train(
         return step >= num_steps or (step > 0 and out_of_time)
 
     with plots.reporter(progress, step, num_steps) as report:
-        while not stop():
+        last = stop()
+        while not last:
             state, scalars = run_chunk(state, key)
             scalars, failed_step = jax.device_get((scalars, state.failed_step))
             if failed_step >= 0:
                 raise NonFiniteError(int(failed_step), key, last_checkpoint)
             step += log_every
             row = {"step": step, **scalars}
-            if validate and (step % validate_every == 0 or step == num_steps):
+            last = stop()
+            if validate and (step % validate_every == 0 or last):
                 evaluation = validate(state.meta_params)
                 row |= {"validation": evaluation.mean, "validation_ci95": evaluation.ci95}
                 best = best.update(state.meta_params, step, evaluation.mean)
@@ -262,7 +265,7 @@ def train(
             if workdir is None:
                 continue
             metrics.append_json_line(workdir / _METRICS, history[-1])
-            if step % checkpoint_every == 0 or stop():
+            if step % checkpoint_every == 0 or last:
                 notes = {
                     "best_step": best.step,
                     "best_score": best.score,

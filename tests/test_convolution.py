@@ -101,3 +101,11 @@ def test_float32_stays_float32():
     x, kernel = x.astype(jnp.float32), kernel.astype(jnp.float32)
     gradient = jax.grad(loss(convolve, 2), 1)(x, kernel)
     assert convolve(x, kernel, 2).dtype == gradient.dtype == jnp.float32
+
+
+def test_mixed_dtypes_are_promoted_and_gradients_keep_those_of_the_arguments():
+    x, kernel, _, _ = data((6, 6))
+    x = x.astype(jnp.float32)
+    gradients = jax.grad(lambda x, k: convolve(x, k, 2).sum() + x.sum(), (0, 1))(x, kernel)
+    assert convolve(x, kernel, 2).dtype == jnp.float64
+    assert [g.dtype for g in gradients] == [jnp.float32, jnp.float64]

@@ -1,5 +1,6 @@
 """The command lines, end to end on tiny budgets, and what they refuse."""
 
+import importlib
 import json
 import os
 import shutil
@@ -59,9 +60,8 @@ def environment(tmp_path_factory):
 def modules():
     """The experiments by name; importing them must not change the devices of the other tests."""
     with mock.patch.dict(os.environ, XLA_FLAGS=os.environ.get("XLA_FLAGS", "")):
-        from experiments import common, demo, few_shot, glyphs, omniglot, sinusoid
-    names = ("common", "demo", "few_shot", "glyphs", "omniglot", "sinusoid")
-    return dict(zip(names, (common, demo, few_shot, glyphs, omniglot, sinusoid), strict=True))
+        names = ("build", "common", "demo", "few_shot", "glyphs", "omniglot", "sinusoid")
+        return {name: importlib.import_module(f"experiments.{name}") for name in names}
 
 
 @pytest.fixture
@@ -178,6 +178,12 @@ REFUSED_SETTINGS = {
     "--max-seconds -1": ("max_seconds=-1", "positive"),
     "--solve woodbury --curvature hessian": ("woodbury", "gauss_newton"),
     "--algorithm maml --reg-strength 1": ("reg_strength=1.0", "no effect on maml"),
+    "--algorithm maml --inner newton_cg": ("inner=newton_cg", "imaml_hf"),
+    "--algorithm imaml_hf --inner sgd": ("inner=sgd", "imaml_hf"),
+    "--algorithm imaml_hf --inner-rate 1": ("inner_rate=1.0", "no effect on newton_cg"),
+    "--solve woodbury --cg-steps 3": ("cg_steps=3", "no effect on woodbury"),
+    "--seed -1": ("seed=-1", "between 0 and"),
+    "--seed 99999999999999999999": ("seed=99999999999999999999", "between 0 and"),
     "--protocol finn": ("protocol='finn'", "maml and fomaml", "algorithm='imaml'"),
     "--protocol reptile --algorithm maml": ("protocol='reptile'", "algorithm='maml'"),
     "--protocol imaml --algorithm fomaml": ("protocol='imaml'", "algorithm='fomaml'"),
@@ -195,6 +201,7 @@ REFUSED_SINUSOID = {
     "--reg-strength 0": ("reg_strength=0", "positive"),
     "--reg-strength 1 --algorithm maml": ("reg_strength=1", "leave it out"),
     "--inner-rate -1": ("inner_rate=-1", "positive"),
+    "--inner newton_cg --algorithm maml": ("inner=newton_cg", "unrolling"),
     "--max-seconds -1": ("max_seconds=-1", "positive"),
     "--test-tasks 0": ("test_tasks=0", "positive"),
 }
@@ -357,11 +364,12 @@ def test_a_protocol_makes_a_learner_or_says_what_it_covers(modules, name, algori
         return
     protocol = few_shot.resolve(config)
     assert (protocol.name, protocol.algorithm) == (name, algorithm)
-    learner = few_shot.build_learner(protocol, ways)
+    build = modules["build"]
+    learner = build.build_learner(protocol, ways)
     images = jax.ShapeDtypeStruct((1, 28, 28, 1), np.float32)
     params = jax.eval_shape(learner.init, jax.random.key(0), images)
     assert params["head"]["bias"].shape == (ways,)
-    few_shot.make_outer(protocol, protocol.meta_steps).init({"w": np.zeros(1)})
+    build.make_outer(protocol, protocol.meta_steps).init({"w": np.zeros(1)})
     assert protocol.source in few_shot.describe(config, protocol, "Omniglot")
 
 

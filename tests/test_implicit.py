@@ -436,3 +436,13 @@ def test_damping_in_the_solver_is_a_bias_of_the_derivative_alone():
     value, slope = jax.value_and_grad(lambda a: solver(jnp.zeros(1), a)[0])(jnp.ones(1))
     assert value == 1
     np.testing.assert_allclose(slope, 0.5)
+
+
+def test_a_solver_that_brings_its_own_rule_gets_ours():
+    @jax.custom_jvp
+    def solver(init, a):
+        return jnp.sqrt(a)
+
+    solver.defjvp(lambda primals, tangents: (solver(*primals), jnp.zeros(())))
+    root = custom_root(lambda x, a: x**2 - a)(solver)
+    np.testing.assert_allclose(jax.grad(root, argnums=1)(1.0, 4.0), 0.25, rtol=1e-6)

@@ -391,9 +391,18 @@ def test_cg_is_differentiable_under_vmap_on_a_conv_net():
 
 
 @pytest.mark.parametrize("scale", [1e-30, 1e30])
-def test_steihaug_solves_for_right_hand_sides_whose_squares_leave_the_range(scale):
+@pytest.mark.parametrize("solve", [solve_cg, solve_cg_steihaug, solve_gmres, solve_dense])
+def test_right_hand_sides_whose_squares_leave_the_range_are_solved(solve, scale):
     b = jnp.array([1.0, -2.0, 3.0], jnp.float32) * scale
     diagonal = jnp.array([1.0, 2.0, 4.0], jnp.float32)
-    x, info = solve_cg_steihaug(LinearOperator(lambda v: diagonal * v), b, max_steps=10)
+    x, info = solve(LinearOperator(lambda v: diagonal * v), b)
     np.testing.assert_allclose(x / scale, np.array([1.0, -1.0, 0.75]), rtol=1e-5)
     assert bool(info.converged)
+
+
+@pytest.mark.parametrize("solve", [solve_cg, solve_cg_steihaug, solve_gmres, solve_dense])
+@pytest.mark.parametrize("bad", [np.nan, np.inf])
+def test_a_right_hand_side_that_is_not_finite_is_never_solved(solve, bad):
+    x, info = solve(LinearOperator(lambda v: 2 * v), jnp.array([bad, 1.0]))
+    assert not np.isfinite(x).any()
+    assert not bool(info.converged)

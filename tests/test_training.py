@@ -157,6 +157,14 @@ def test_a_non_finite_step_freezes_the_state(key, learner):
     assert_same_bits(states[1][:3], states[-1][:3])
 
 
+def test_parameters_that_the_optimiser_spoils_freeze_the_state(key):
+    spoil = optax.stateless(lambda updates, params: jax.tree.map(lambda u: u * jnp.nan, updates))
+    state = training.init_state(spoil, init(key, sample(key).support.inputs[0]))
+    new, _ = training.make_train_step(LEARNER, spoil, sample)(state, key)
+    assert (int(new.step), int(new.failed_step)) == (0, 0)
+    assert_same_bits(new.meta_params, state.meta_params)
+
+
 def test_bad_arguments_of_a_step():
     with pytest.raises(ValueError, match=r"map_tasks.*'tasks'"):
         training.make_train_step(LEARNER, TX, sample, map_tasks="tasks")

@@ -212,13 +212,6 @@ def _apply_given_support(apply, statistics: Statistics, params, support_inputs, 
     return apply(params, both, statistics_weights=weights)[num_support:]
 
 
-def check_positive(name: str, **values: float) -> None:
-    """Raises ValueError for the first concrete value that is not positive."""
-    for argument, value in values.items():
-        if not value > 0:
-            raise ValueError(f"{name}: {argument}={value} must be positive")
-
-
 def check_steps(name: str, **values: int | None) -> None:
     """Raises ValueError for the first step count that is not an integer of at least 1.
 

@@ -79,9 +79,11 @@ def imaml(
       Algorithms 1 and 2, Eq. 6.
     """
     check_steps("imaml", num_steps=num_steps, eval_num_steps=eval_num_steps)
+    if not jax.tree.leaves(reg_strength):
+        raise ValueError(f"imaml: reg_strength={reg_strength!r} must be a scalar or a tree of them")
     for leaf in jax.tree.leaves(reg_strength):
-        if not bool(jnp.all(leaf > 0)):
-            raise ValueError(f"imaml: reg_strength={leaf} must be positive")
+        if not bool(jnp.all((leaf > 0) & jnp.isfinite(leaf))):
+            raise ValueError(f"imaml: reg_strength={leaf} must be positive and finite")
     for leaf in jax.tree.leaves(eval_reg_strength):
         if not bool(jnp.all(leaf >= 0)):
             raise ValueError(f"imaml: eval_reg_strength={leaf} must be at least 0")

@@ -70,9 +70,7 @@ def reptile(
     problem = supervised(network, loss_fn, fast=fast, statistics=statistics)
 
     def run(fast_params, slow_params, support, key, steps, size):
-        def loss(params, slow, batch):
-            return problem.support_loss(params, slow, batch)
-
+        loss = problem.support_loss
         if size is None:
             return minimize(loss, fast_params, slow_params, support, tx=inner, num_steps=steps)
         return minimize(

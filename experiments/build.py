@@ -1,0 +1,89 @@
+"""From a protocol's words to a learner and an optimiser."""
+
+from functools import partial
+
+import flax.linen as nn
+import optax
+
+import imaml_jax
+from imaml_jax.networks import conv4
+from imaml_jax.protocols import Protocol
+from imaml_jax.types import MetaLearner
+
+_INITIALIZERS = {
+    "zero": nn.initializers.zeros,
+    "normal": nn.initializers.normal(1.0),
+    "xavier": nn.initializers.xavier_uniform(),
+    "xavier_1.73": nn.initializers.variance_scaling(1.73**2, "fan_avg", "uniform"),
+}
+_SOLVERS = {
+    "cg": lambda steps: partial(imaml_jax.solve_cg, max_steps=steps),
+    "cg_steihaug": lambda steps: partial(imaml_jax.solve_cg_steihaug, max_steps=steps),
+    "woodbury": lambda steps: imaml_jax.solve_woodbury,
+}
+
+
+def build_learner(protocol: Protocol, ways: int) -> MetaLearner:
+    """The learner of a protocol, on `conv4`."""
+    settings = dict(protocol.network)
+    network = conv4(
+        ways,
+        kernel_init=_INITIALIZERS[settings.pop("kernel", "xavier")],
+        head_init=_INITIALIZERS[settings.pop("head", "zero")],
+        **settings,
+    )
+    shared = {
+        "inner": _make_inner(protocol),
+        "num_steps": protocol.num_steps,
+        "eval_num_steps": protocol.eval_num_steps,
+        "fast": None if protocol.adapts_norm else _is_not_norm,
+        "statistics": protocol.statistics,
+    }
+    loss_fn = imaml_jax.cross_entropy
+    if protocol.algorithm == "maml":
+        return imaml_jax.maml(network, loss_fn, **shared)
+    if protocol.algorithm == "fomaml":
+        return imaml_jax.fomaml(network, loss_fn, **shared)
+    if protocol.algorithm.startswith("reptile"):
+        return imaml_jax.reptile(
+            network,
+            loss_fn,
+            **shared,
+            batch_size=protocol.batch_size,
+            eval_batch_size=protocol.eval_batch_size,
+        )
+    return imaml_jax.imaml(
+        network,
+        loss_fn,
+        **shared,
+        reg_strength=protocol.reg_strength,
+        eval_reg_strength=protocol.eval_reg_strength,
+        curvature=protocol.curvature,
+        solve=_SOLVERS[protocol.solve](protocol.cg_steps),
+    )
+
+
+def make_outer(protocol: Protocol, meta_steps: int) -> optax.GradientTransformation:
+    """The outer optimiser of a protocol, with its schedule over `meta_steps`."""
+    rate = {
+        "constant": lambda: protocol.outer_rate,
+        "linear": lambda: optax.linear_schedule(protocol.outer_rate, 0.0, meta_steps),
+        "cosine": lambda: optax.cosine_decay_schedule(protocol.outer_rate, meta_steps),
+    }[protocol.schedule]()
+    if protocol.outer == "sgd":
+        return optax.sgd(rate)
+    return optax.adam(rate, eps=protocol.outer_epsilon)
+
+
+def _make_inner(protocol: Protocol) -> optax.GradientTransformation:
+    return {
+        "sgd": lambda: optax.sgd(protocol.inner_rate),
+        "nesterov": lambda: optax.sgd(protocol.inner_rate, momentum=0.8, nesterov=True),
+        "adam": lambda: optax.adam(protocol.inner_rate, b1=0.0),
+        "adaptive_gd": lambda: imaml_jax.adaptive_gd(protocol.inner_rate),
+        "newton_cg": lambda: imaml_jax.newton_cg(max_cg_steps=protocol.cg_steps),
+    }[protocol.inner]()
+
+
+def _is_not_norm(path: str) -> bool:
+    return not path.endswith(("/scale", "/offset"))
