@@ -55,6 +55,7 @@ def mlp(
     class MLP(nn.Module):
         @nn.compact
         def __call__(self, x):
+            _check_inputs("mlp", x, 2, "[n, d]")
             for width in features[:-1]:
                 x = activation(_dense(x, width, kernel_init))
             return _dense(x, features[-1], kernel_init, name="head")
@@ -129,6 +130,7 @@ def conv4(
     class Conv4(nn.Module):
         @nn.compact
         def __call__(self, x, statistics_weights=None):
+            _check_inputs("conv4", x, 4, "[n, height, width, channels]")
             height, width = x.shape[1:3]
             if pools and min(height, width) < 2**num_blocks:
                 raise ValueError(
@@ -207,6 +209,14 @@ def _init_of(module: nn.Module) -> Callable[[Array, Array], Params]:
 
 def _apply(module: nn.Module, params: Params, *inputs: Array | None) -> Any:
     return module.apply({"params": params}, *inputs)
+
+
+def _check_inputs(name: str, x: Array, rank: int, shape: str) -> None:
+    if x.ndim != rank or not jnp.issubdtype(x.dtype, jnp.floating):
+        raise ValueError(
+            f"{name}: inputs are {x.dtype}{list(x.shape)}, must be floating {shape}; scale uint8 "
+            "images to [0, 1] and keep the axis of examples"
+        )
 
 
 def _check_widths(name: str, widths: Sequence[int]) -> None:

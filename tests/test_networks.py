@@ -284,3 +284,17 @@ def test_images_too_small_for_the_blocks_are_refused(readout):
     network = conv4(5, filters=2, downsample="max_pool", readout=readout)
     with pytest.raises(ValueError, match="8x8"):
         jax.eval_shape(network.init, jax.random.key(0), jnp.zeros((1, 8, 8, 1)))
+
+
+@pytest.mark.parametrize(
+    ("network", "inputs"),
+    [
+        (conv4(5), jnp.zeros((1, 28, 28, 1), jnp.uint8)),
+        (conv4(5), jnp.zeros((1, 784))),
+        (mlp([1]), jnp.zeros(3)),
+        (mlp([1]), jnp.zeros((1, 3), int)),
+    ],
+)
+def test_inputs_of_another_kind_are_refused(network, inputs):
+    with pytest.raises(ValueError, match="must be floating"):
+        network.init(jax.random.key(0), inputs)

@@ -3,6 +3,7 @@
 import inspect
 from collections.abc import Callable
 from functools import partial
+from numbers import Integral
 from typing import Any, Literal, NamedTuple, get_args
 
 import jax
@@ -212,7 +213,7 @@ def _apply_given_support(apply, statistics: Statistics, params, support_inputs, 
     return apply(params, both, statistics_weights=weights)[num_support:]
 
 
-def check_steps(name: str, **values: int | None) -> None:
+def check_steps(name: str, **values: Any) -> None:
     """Raises ValueError for the first step count that is not an integer of at least 1.
 
     None stands for a default, which all but `num_steps` have.
@@ -220,5 +221,5 @@ def check_steps(name: str, **values: int | None) -> None:
     for argument, value in values.items():
         if value is None and argument != "num_steps":
             continue
-        if value is None or value % 1 != 0 or value < 1:
-            raise ValueError(f"{name}: {argument}={value} must be an integer >= 1")
+        if isinstance(value, bool) or not isinstance(value, Integral) or int(value) < 1:
+            raise ValueError(f"{name}: {argument}={value!r} must be an integer >= 1")
