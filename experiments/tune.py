@@ -15,34 +15,25 @@ from typing import Any
 from experiments import common, few_shot
 from imaml_jax.data import omniglot
 
-_MAML = (
-    {},
-    {"outer_rate": 1e-3},
-    {"inner_rate": 0.4},
-    {"inner_rate": 0.4, "num_steps": 1, "eval_num_steps": 3},
-    {"inner_rate": 0.03},
-)
+_MAML = ({}, {"outer_rate": 1e-3}, {"inner_rate": 0.4}, {"inner_rate": 0.03})
 _REPTILE = (
     {},
     {"inner_rate": 3e-3},
     {"num_steps": 10},
     {"inner_rate": 3e-3, "num_steps": 10},
-    {"inner": "sgd", "inner_rate": 0.1},
 )
 TRIALS: dict[few_shot.Algorithm, tuple[dict[str, Any], ...]] = {
     "imaml": (
         {},
         {"outer_rate": 1e-3},
         {"reg_strength": 0.03},
-        {"num_steps": 12, "eval_num_steps": 12},
         {"curvature": "hessian"},
     ),
     "imaml_hf": (
         {},
-        {"outer_rate": 1e-3},
-        {"reg_strength": 0.5},
-        {"num_steps": 2, "eval_num_steps": 2},
-        {"cg_steps": 12},
+        {"num_steps": 2, "eval_num_steps": 2, "cg_steps": 5},
+        {"num_steps": 1, "eval_num_steps": 1, "cg_steps": 5},
+        {"num_steps": 2, "eval_num_steps": 2, "cg_steps": 5, "reg_strength": 0.5},
     ),
     "maml": _MAML,
     "fomaml": _MAML,
@@ -103,7 +94,9 @@ def main(config: Config) -> list[dict[str, Any]]:
                 **common.provenance(),
             }
         )
-        path.write_text(json.dumps(rows, indent=1) + "\n", encoding="utf-8")
+        unfinished = path.with_suffix(".tmp")
+        unfinished.write_text(json.dumps(rows, indent=1) + "\n", encoding="utf-8")
+        unfinished.replace(path)
         print(f"{changes}: {100 * rows[-1]['validation']:.2f}%", flush=True)
     return rows
 
