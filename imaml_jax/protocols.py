@@ -31,19 +31,19 @@ class Protocol(NamedTuple):
       inner_rate: its learning rate, where it has one.
       num_steps: inner steps in training.
       eval_num_steps: inner steps at validation and test.
-      batch_size: examples an inner step in training; None for all.
-      eval_batch_size: the same at validation and test.
       outer: name of the outer transform: "adam" or "sgd".
       outer_rate: its learning rate at the start.
       outer_epsilon: Adam's epsilon.
       schedule: "constant", "linear" (to 0) or "cosine" (to 0).
       meta_steps: meta-steps of the full budget.
-      reg_strength: lambda of iMAML.
-      eval_reg_strength: the same at validation and test; None for the same value, 0 for no
+      batch_size: of Reptile: examples an inner step in training; None for all.
+      eval_batch_size: of Reptile: the same at validation and test.
+      reg_strength: of iMAML: lambda.
+      eval_reg_strength: of iMAML: lambda at validation and test; None for the same value, 0 for no
         proximal term.
-      curvature: "hessian" or "gauss_newton".
-      solve: "cg" (jax.scipy), "cg_steihaug" or "woodbury".
-      cg_steps: CG steps of the linear solve, and of a Newton direction.
+      curvature: of iMAML: "hessian" or "gauss_newton".
+      solve: of iMAML: "cg" (jax.scipy), "cg_steihaug" or "woodbury".
+      cg_steps: of iMAML: CG steps of the linear solve, and of a Newton direction.
     """
 
     name: str
@@ -65,18 +65,18 @@ class Protocol(NamedTuple):
     inner_rate: float
     num_steps: int
     eval_num_steps: int
-    batch_size: int | None
-    eval_batch_size: int | None
     outer: str
     outer_rate: float
     outer_epsilon: float
     schedule: str
     meta_steps: int
-    reg_strength: float
-    eval_reg_strength: float | None
-    curvature: Literal["hessian", "gauss_newton"]
-    solve: str
-    cg_steps: int
+    batch_size: int | None = None
+    eval_batch_size: int | None = None
+    reg_strength: float = 0.0
+    eval_reg_strength: float | None = None
+    curvature: Literal["hessian", "gauss_newton"] = "hessian"
+    solve: str = "cg"
+    cg_steps: int = 0
 
 
 def get(name: str, *, algorithm: str, ways: int, shots: int) -> Protocol:
@@ -131,18 +131,11 @@ def _finn(algorithm: str, ways: int, shots: int) -> Protocol:
         inner_rate=(0.4 if few else 0.1) * ways,
         num_steps=1 if few else 5,
         eval_num_steps=10,
-        batch_size=None,
-        eval_batch_size=None,
         outer="adam",
         outer_rate=1e-3,
         outer_epsilon=1e-8,
         schedule="constant",
         meta_steps=60_000,
-        reg_strength=0.0,
-        eval_reg_strength=None,
-        curvature="hessian",
-        solve="cg",
-        cg_steps=0,
     )
 
 
@@ -177,11 +170,6 @@ def _reptile(algorithm: str, ways: int, shots: int) -> Protocol:
         outer_epsilon=0.0,
         schedule="linear",
         meta_steps=100_000 if few else 200_000,
-        reg_strength=0.0,
-        eval_reg_strength=None,
-        curvature="hessian",
-        solve="cg",
-        cg_steps=0,
     )
 
 
@@ -217,8 +205,6 @@ def _imaml(algorithm: str, ways: int, shots: int) -> Protocol:
         inner_rate=0.1,
         num_steps=steps,
         eval_num_steps=steps,
-        batch_size=None,
-        eval_batch_size=None,
         outer="adam",
         outer_rate=1e-3,
         outer_epsilon=1e-3,
@@ -234,16 +220,27 @@ def _imaml(algorithm: str, ways: int, shots: int) -> Protocol:
 
 
 def _recommended(algorithm: str, ways: int, shots: int) -> Protocol:
-    common = _imaml("imaml", ways, shots)._replace(
+    common = Protocol(
         name="recommended",
         algorithm=algorithm,
         source="this library, chosen on validation characters",
+        split="finn",
         invert=True,
+        train_rotations="augment",
+        test_rotations="augment",
         network={},
-        eval_reg_strength=None,
+        statistics="batch",
+        adapts_norm=True,
         meta_batch=8,
+        train_shots=shots,
         train_queries=5,
         test_queries=5,
+        test_tasks=600,
+        inner="sgd",
+        inner_rate=0.1,
+        num_steps=5,
+        eval_num_steps=5,
+        outer="adam",
         outer_rate=2e-3,
         outer_epsilon=1e-8,
         schedule="cosine",
@@ -259,7 +256,7 @@ def _recommended(algorithm: str, ways: int, shots: int) -> Protocol:
     if algorithm == "imaml_hf":
         return implicit._replace(inner="newton_cg", num_steps=3, eval_num_steps=3)
     if algorithm in ("maml", "fomaml"):
-        return common._replace(inner_rate=0.1, num_steps=5, eval_num_steps=5)
+        return common
     return common._replace(
         statistics="batch" if algorithm == "reptile_transductive" else "support_and_one",
         meta_batch=5,
@@ -267,14 +264,13 @@ def _recommended(algorithm: str, ways: int, shots: int) -> Protocol:
         train_queries=1,
         inner="adam",
         inner_rate=1e-3,
-        num_steps=5,
         eval_num_steps=50,
-        batch_size=10,
-        eval_batch_size=5,
         outer="sgd",
         outer_rate=1.0,
         outer_epsilon=0.0,
         schedule="linear",
+        batch_size=10,
+        eval_batch_size=5,
     )
 
 
