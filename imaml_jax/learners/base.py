@@ -10,6 +10,7 @@ import jax
 import jax.numpy as jnp
 import optax
 
+from imaml_jax.inner import MinimizeInfo
 from imaml_jax.types import Array, Batch, Params, PyTree, Task
 
 LossFn = Callable[[Any, Any], Array]
@@ -190,6 +191,32 @@ def supervised(
         finish,
         predict,
     )
+
+
+def make_adapt(
+    problem: Problem, run: Callable[[PyTree, PyTree, Batch, Array], tuple[PyTree, MinimizeInfo]]
+) -> Callable[[Params, Batch, Array], tuple[Adapted, MetaInfo]]:
+    """The `adapt` of a learner.
+
+    Args:
+      problem: the few-shot problem.
+      run: `(fast, slow, support, key) -> (adapted fast, MinimizeInfo)`, by the evaluation settings.
+
+    Returns:
+      `(meta_params, support, key) -> (Adapted, MetaInfo)`.
+    """
+
+    def adapt(meta_params, support, key):
+        fast, slow = problem.split(meta_params)
+        adapted, info = run(fast, slow, support, key)
+        return problem.finish(adapted, slow, support), inner_report(info)
+
+    return adapt
+
+
+def inner_report(info: MinimizeInfo, **others: Array | None) -> MetaInfo:
+    """The `MetaInfo` of an inner solve, and what else is known."""
+    return MetaInfo(support_loss=info.loss, inner_residual=info.relative_residual, **others)
 
 
 def _takes_weights(apply: Callable[..., Any]) -> bool:

@@ -14,10 +14,11 @@ from imaml_jax.inner import minimize, proximal_objective
 from imaml_jax.learners.base import (
     FastPredicate,
     LossFn,
-    MetaInfo,
     Statistics,
     check_steps,
     combine,
+    inner_report,
+    make_adapt,
     supervised,
 )
 from imaml_jax.linear_solve import SolveInfo, solve_cg_steihaug
@@ -118,14 +119,9 @@ def imaml(
             curvature=inner_curvature,
         )
 
-    def adapt(meta_params, support, key):
+    def run_at_evaluation(fast_params, slow_params, support, key):
         del key
-        fast_params, slow_params = problem.split(meta_params)
-        steps = eval_num_steps or num_steps
-        adapted, info = run(fast_params, slow_params, support, eval_strength, steps)
-        return problem.finish(adapted, slow_params, support), MetaInfo(
-            support_loss=info.loss, inner_residual=info.relative_residual
-        )
+        return run(fast_params, slow_params, support, eval_strength, eval_num_steps or num_steps)
 
     def meta_grad(meta_params, task, key, step):
         del step
@@ -145,15 +141,15 @@ def imaml(
         )
         tiny = jnp.finfo(loss.dtype).tiny
         norms = optax.tree.norm(grads) * optax.tree.norm(query_grad)
-        return combine(grads, optax.tree.add(direct, through_adaptation)), MetaInfo(
+        return combine(grads, optax.tree.add(direct, through_adaptation)), inner_report(
+            inner_info,
             query_loss=loss,
             query_accuracy=accuracy,
-            support_loss=inner_info.loss,
-            inner_residual=inner_info.relative_residual,
             solve_residual=solve_info.relative_residual,
             solve_steps=solve_info.num_steps,
             min_curvature=solve_info.min_curvature,
             cosine=jnp.asarray(optax.tree.vdot(grads, query_grad)) / jnp.maximum(norms, tiny),
         )
 
+    adapt = make_adapt(problem, run_at_evaluation)
     return MetaLearner(problem.init, adapt, problem.predict, meta_grad)

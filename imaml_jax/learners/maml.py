@@ -10,10 +10,11 @@ from imaml_jax.inner import minimize
 from imaml_jax.learners.base import (
     FastPredicate,
     LossFn,
-    MetaInfo,
     Statistics,
     check_steps,
     combine,
+    inner_report,
+    make_adapt,
     supervised,
 )
 from imaml_jax.types import MetaLearner
@@ -70,13 +71,9 @@ def maml(
             remat=remat,
         )
 
-    def adapt(meta_params, support, key):
+    def run_at_evaluation(fast_params, slow_params, support, key):
         del key
-        fast_params, slow_params = problem.split(meta_params)
-        adapted, info = run(fast_params, slow_params, support, eval_num_steps or num_steps)
-        return problem.finish(adapted, slow_params, support), MetaInfo(
-            support_loss=info.loss, inner_residual=info.relative_residual
-        )
+        return run(fast_params, slow_params, support, eval_num_steps or num_steps)
 
     def meta_grad(meta_params, task, key, step):
         del key, step
@@ -96,13 +93,9 @@ def maml(
             (loss, (accuracy, info)), grads = grad(query_loss)(adapted, slow_params, info)
         else:
             (loss, (accuracy, info)), grads = grad(unrolled_loss)(fast_params, slow_params)
-        return combine(*grads), MetaInfo(
-            query_loss=loss,
-            query_accuracy=accuracy,
-            support_loss=info.loss,
-            inner_residual=info.relative_residual,
-        )
+        return combine(*grads), inner_report(info, query_loss=loss, query_accuracy=accuracy)
 
+    adapt = make_adapt(problem, run_at_evaluation)
     return MetaLearner(problem.init, adapt, problem.predict, meta_grad)
 
 

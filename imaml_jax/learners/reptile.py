@@ -10,10 +10,11 @@ from imaml_jax.inner import minimize
 from imaml_jax.learners.base import (
     FastPredicate,
     LossFn,
-    MetaInfo,
     Statistics,
     check_steps,
     combine,
+    inner_report,
+    make_adapt,
     supervised,
 )
 from imaml_jax.types import MetaLearner
@@ -82,19 +83,9 @@ def reptile(
             batches=mini_batches(key, support, steps, size),
         )
 
-    def adapt(meta_params, support, key):
-        fast_params, slow_params = problem.split(meta_params)
-        adapted, info = run(
-            fast_params,
-            slow_params,
-            support,
-            key,
-            eval_num_steps or num_steps,
-            eval_batch_size or batch_size,
-        )
-        return problem.finish(adapted, slow_params, support), MetaInfo(
-            support_loss=info.loss, inner_residual=info.relative_residual
-        )
+    def run_at_evaluation(fast_params, slow_params, support, key):
+        steps, size = eval_num_steps or num_steps, eval_batch_size or batch_size
+        return run(fast_params, slow_params, support, key, steps, size)
 
     def meta_grad(meta_params, task, key, step):
         del step
@@ -104,13 +95,9 @@ def reptile(
             optax.tree.sub(fast_params, adapted), jax.tree.map(jnp.zeros_like, slow_params)
         )
         loss, accuracy = problem.query_loss(adapted, slow_params, task)
-        return grads, MetaInfo(
-            query_loss=loss,
-            query_accuracy=accuracy,
-            support_loss=info.loss,
-            inner_residual=info.relative_residual,
-        )
+        return grads, inner_report(info, query_loss=loss, query_accuracy=accuracy)
 
+    adapt = make_adapt(problem, run_at_evaluation)
     return MetaLearner(problem.init, adapt, problem.predict, meta_grad)
 
 
