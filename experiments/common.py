@@ -6,6 +6,7 @@ import json
 import os
 import platform
 import sys
+import time
 import traceback
 from collections.abc import Callable, Sequence
 from pathlib import Path
@@ -15,12 +16,40 @@ import jax
 
 import imaml_jax
 from imaml_jax.data import cache
-from imaml_jax.training import NonFiniteError
+from imaml_jax.training import NonFiniteError, TrainResult
 
 # Keys of the validation and test tasks, of a form that no `--seed` gives to training.
 VALIDATION_KEY, TEST_KEY = (20190909, 1), (20190909, 2)
 # What may change between the parts of a run that was stopped and resumed.
 _CHANGEABLE = {"workdir", "max_seconds", "devices", "data_dir", "download"}
+
+
+@dataclasses.dataclass(frozen=True)
+class RunConfig:
+    """The settings that every training run has."""
+
+    meta_steps: int | None = None
+    """Meta-steps in all, a multiple of log_every; the schedule of the outer rate ends there."""
+    max_seconds: float | None = None
+    """Stop after the first log point past this many seconds of wall clock."""
+    seed: int = 0
+    """Seed of the initialisation and of the training tasks; validation and test tasks stay."""
+    workdir: Path | None = None
+    """Where checkpoints, metrics, learning curve and results go; an earlier run there goes on."""
+    log_every: int = 100
+    """Meta-steps between two log points, one compiled call."""
+    validation_tasks: int = 300
+    """Validation tasks, the same each time."""
+    inner_rate: float | None = None
+    """Learning rate of the inner loop; newton_cg has none."""
+    num_steps: int | None = None
+    """Inner steps in training."""
+    eval_num_steps: int | None = None
+    """Inner steps at validation and test."""
+    outer_rate: float | None = None
+    """Learning rate of the outer optimiser at the start."""
+    reg_strength: float | None = None
+    """Lambda, the strength of iMAML's proximal term."""
 
 
 def run_cli(
@@ -113,10 +142,20 @@ def provenance() -> dict[str, Any]:
     return {
         "device": str(jax.devices()[0].device_kind),
         "cores": os.cpu_count(),
-        "machine": platform.processor() or platform.machine(),
+        "machine": _machine(),
         "versions": {"imaml_jax": imaml_jax.__version__, "jax": jax.__version__},
         "date": datetime.date.today().isoformat(),
         "command": " ".join(["python -m", *_module_and_arguments()]),
+    }
+
+
+def outcome(result: TrainResult, started: float) -> dict[str, Any]:
+    """What the results of every run say of its training, begun at `started` of `perf_counter`."""
+    return {
+        "trained_meta_steps": int(result.state.step),
+        "best_step": result.best_step,
+        "seconds": round(result.history[-1]["seconds"] if result.history else 0.0, 1),
+        "seconds_of_this_call": round(time.perf_counter() - started, 1),
     }
 
 
@@ -125,6 +164,16 @@ def write_results(workdir: str | os.PathLike | None, results: dict[str, Any]) ->
     if workdir is not None:
         path = Path(workdir) / "results.json"
         path.write_text(json.dumps(results, indent=1, default=str) + "\n", encoding="utf-8")
+
+
+def _machine() -> str:
+    """The processor's name where the system tells it."""
+    try:
+        lines = Path("/proc/cpuinfo").read_text(encoding="utf-8").splitlines()
+    except OSError:
+        lines = []
+    names = [line.split(":", 1)[1].strip() for line in lines if line.startswith("model name")]
+    return names[0] if names else platform.processor() or platform.machine()
 
 
 def _is_ours(error: BaseException) -> bool:

@@ -3,7 +3,6 @@
 import dataclasses
 import time
 from collections.abc import Callable
-from pathlib import Path
 from typing import Any, Literal
 
 import jax
@@ -26,7 +25,7 @@ _POSITIVE = (
 
 
 @dataclasses.dataclass(frozen=True)
-class Config:
+class Config(common.RunConfig):
     """What a run is; fields that are None take the protocol's value."""
 
     algorithm: Algorithm = "imaml"
@@ -37,20 +36,8 @@ class Config:
     """Classes a task, at least 2."""
     shots: int = 1
     """Support examples a class, at least 1."""
-    meta_steps: int | None = None
-    """Meta-steps in all; the schedule of the outer rate ends there."""
-    max_seconds: float | None = None
-    """Stop after the first log point past this many seconds of wall clock."""
-    seed: int = 0
-    """Seed of the initialisation and of the training tasks; validation and test tasks stay."""
-    workdir: Path | None = None
-    """Where checkpoints, metrics, learning curve and results go; an earlier run there goes on."""
-    log_every: int = 100
-    """Meta-steps between two log points, one compiled call."""
     validate_every: int = 500
     """Meta-steps between two validations; a multiple of log_every."""
-    validation_tasks: int = 300
-    """Validation tasks, the same each time."""
     test_tasks: int | None = None
     """Test tasks."""
     map_tasks: Literal["map", "vmap"] | int | None = None
@@ -59,16 +46,6 @@ class Config:
     """At most so many devices share the tasks of a batch, as many as divide it; default all."""
     meta_batch: int | None = None
     """Tasks a meta-step."""
-    inner_rate: float | None = None
-    """Learning rate of the inner loop."""
-    num_steps: int | None = None
-    """Inner steps in training."""
-    eval_num_steps: int | None = None
-    """Inner steps at validation and test."""
-    outer_rate: float | None = None
-    """Learning rate of the outer optimiser at the start."""
-    reg_strength: float | None = None
-    """Lambda, the strength of iMAML's proximal term."""
     curvature: Literal["hessian", "gauss_newton"] | None = None
     """Curvature matrix of iMAML's linear system."""
     solve: Literal["cg", "cg_steihaug", "woodbury"] | None = None
@@ -102,11 +79,7 @@ def run(
     result = meta_train(config, protocol, splits, dataset)
     test = on_test(result.best_meta_params)
     results = _recorded(config, protocol, dataset) | common.provenance()
-    results |= {
-        "trained_meta_steps": int(result.state.step),
-        "best_step": result.best_step,
-        "seconds": round(result.history[-1]["seconds"] if result.history else 0.0, 1),
-        "seconds_of_this_call": round(time.perf_counter() - started, 1),
+    results |= common.outcome(result, started) | {
         "validation_accuracy": common.best_validation(result.history),
         "test_accuracy": test.mean,
         "test_ci95": test.ci95,

@@ -11,7 +11,6 @@ implicit MAML were chosen on validation tasks.
 import dataclasses
 import time
 from functools import partial
-from pathlib import Path
 from typing import Any, Literal, NamedTuple
 
 import jax
@@ -52,39 +51,19 @@ SETTINGS = {
 
 
 @dataclasses.dataclass(frozen=True)
-class Config:
+class Config(common.RunConfig):
     """Sinusoid regression; fields that are None take the algorithm's value."""
 
     algorithm: Literal["fomaml", "imaml", "maml", "reptile"] = "imaml"
     """Meta-learning algorithm."""
     shots: int = 10
     """Points of a task that the network is adapted to, at least 1."""
-    meta_steps: int | None = None
-    """Meta-steps in all, of 25 tasks each; a multiple of log_every."""
-    max_seconds: float | None = None
-    """Stop after the first log point past this many seconds of wall clock."""
-    seed: int = 0
-    """Seed of the initialisation and of the training tasks; validation and test tasks stay."""
-    workdir: Path | None = None
-    """Where checkpoints, metrics, learning curve and results go; an earlier run there goes on."""
     log_every: int = 1000
     """Meta-steps between two log points, each with a validation; one compiled call."""
-    validation_tasks: int = 300
-    """Validation tasks, the same each time."""
     test_tasks: int = 600
     """Test tasks."""
     inner: Literal["adaptive_gd", "newton_cg", "sgd"] | None = None
     """Inner optimiser."""
-    inner_rate: float | None = None
-    """Learning rate of the inner loop; newton_cg has none."""
-    num_steps: int | None = None
-    """Inner steps in training."""
-    eval_num_steps: int | None = None
-    """Inner steps at validation and test."""
-    outer_rate: float | None = None
-    """Learning rate of the outer optimiser."""
-    reg_strength: float | None = None
-    """Lambda, the strength of iMAML's proximal term."""
 
 
 def main(config: Config) -> dict[str, Any]:
@@ -140,11 +119,7 @@ def main(config: Config) -> dict[str, Any]:
     test, before = on_test(result.best_meta_params), before_on_test(result.best_meta_params)
     validation = common.best_validation(result.history)
     results = recorded | common.provenance()
-    results |= {
-        "trained_meta_steps": int(result.state.step),
-        "best_step": result.best_step,
-        "seconds": round(result.history[-1]["seconds"] if result.history else 0.0, 1),
-        "seconds_of_this_call": round(time.perf_counter() - started, 1),
+    results |= common.outcome(result, started) | {
         "validation_mse": -validation if validation is not None else None,
         "test_mse": -test.mean,
         "test_ci95": test.ci95,
