@@ -1,0 +1,323 @@
+"""Error of the meta-gradient against the number of inner steps, where the exact one is known.
+
+    python -m experiments.meta_gradient_accuracy
+
+Questions 1 and 2 and figure 2a of Rajeswaran et al., NeurIPS 2019: regression tasks whose inner
+problem has a closed-form solution. The second panel, which the paper does not have, is a tanh
+network with a reference solved to machine precision and a dense Hessian. Both in float64. Writes
+OUTPUT.json and OUTPUT.png.
+"""
+
+import dataclasses
+import json
+import math
+from collections.abc import Callable, Sequence
+from functools import partial
+from pathlib import Path
+from typing import Any, NamedTuple
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import optax
+
+import imaml_jax
+from experiments import common
+from imaml_jax.data import sinusoid
+from imaml_jax.networks import Network, mlp
+from imaml_jax.types import Batch, Task
+
+NUM_PARAMS, NUM_POINTS, REG_STRENGTH = 50, 100, 1.0
+CG_STEPS = (1, 2, 5, 10, 20, 50)
+_STYLES = {"MAML": "s-", "plain": "x-", "Nesterov": "^-", "Hessian-free": "v-"}
+
+
+@dataclasses.dataclass(frozen=True)
+class Config:
+    """What is measured."""
+
+    condition: float = 50.0
+    """Condition number of the regularised inner problem of the regression, above 1."""
+    num_steps: tuple[int, ...] = (1, 2, 4, 8, 16, 32, 64, 128, 256, 512, 1024)
+    """Inner steps, each at least 1."""
+    num_tasks: int = 10
+    """Random tasks of each kind; medians and ranges are over them."""
+    seed: int = 0
+    """Seed of the tasks."""
+    output: Path = Path("runs/meta_gradient_accuracy")
+    """Where to write, without an ending."""
+
+
+class Problem(NamedTuple):
+    """Tasks with what is known of them."""
+
+    network: Network
+    params: Any
+    tasks: Task
+    exact: Any  # meta-gradients
+    smallest: float  # curvature of the regularised inner problem: its least and greatest
+    largest: float
+
+
+def half_squared_error(outputs: jax.Array, targets: jax.Array) -> jax.Array:
+    """Half the mean squared error, so that its Hessian is the second moment of the inputs."""
+    return 0.5 * imaml_jax.mean_squared_error(outputs, targets)
+
+
+def main(config: Config) -> dict[str, Any]:
+    """Measures the errors, writes and prints them.
+
+    Returns:
+      For each problem the curves `{name: {"median": [...], "low": [...], "high": [...]}}` over
+      `num_steps`, relative errors in the Euclidean norm, and the theoretical rates.
+
+    Raises:
+      ValueError: a setting out of its range.
+    """
+    _check(config)
+    with jax.enable_x64(True):
+        problems = {
+            "regression": regression(config.condition, config.num_tasks, config.seed),
+            "tanh network": tanh_network(config.num_tasks, config.seed),
+        }
+        curves = {name: measure(problem, config.num_steps) for name, problem in problems.items()}
+    results = {
+        "num_steps": config.num_steps,
+        "condition": {name: p.largest / p.smallest for name, p in problems.items()},
+        "rate": {name: descent_rate(p.smallest, p.largest) for name, p in problems.items()},
+        "cg_bound": {k: cg_bound(config.condition, k) for k in CG_STEPS},
+        "curves": curves,
+        **common.provenance(),
+    }
+    config.output.parent.mkdir(parents=True, exist_ok=True)
+    path = config.output.with_name(config.output.name + ".json")
+    path.write_text(json.dumps(results, indent=1) + "\n", encoding="utf-8")
+    draw(results, path.with_suffix(".png"))
+    print(table(results))
+    return results
+
+
+def descent_rate(smallest: float, largest: float) -> float:
+    """Factor of the error in one step of gradient descent at its best rate, `2 / (mu + L)`."""
+    return (largest - smallest) / (largest + smallest)
+
+
+def cg_bound(condition: float, num_steps: int) -> float:
+    """Bound on CG's relative error in the Euclidean norm.
+
+    `2 sqrt(k) ((sqrt(k) - 1) / (sqrt(k) + 1))^K` with `k` the condition number, `K` the steps.
+    """
+    root = math.sqrt(condition)
+    return 2 * root * ((root - 1) / (root + 1)) ** num_steps
+
+
+def regression(condition: float, num_tasks: int, seed: int) -> Problem:
+    """Linear regression tasks; the regularised Hessian has the given condition number.
+
+    Its eigenvalues are spaced evenly in their logarithm from lambda, so that one direction is flat
+    in the support loss, up to `condition * lambda`.
+    """
+    rng = np.random.default_rng(seed)
+    eigenvalues = REG_STRENGTH * np.geomspace(1.0, condition, NUM_PARAMS)
+    params = rng.normal(size=NUM_PARAMS)
+    tasks, exact = [], []
+    for _ in range(num_tasks):
+        right, _ = np.linalg.qr(rng.normal(size=(NUM_PARAMS, NUM_PARAMS)))
+        left, _ = np.linalg.qr(rng.normal(size=(NUM_POINTS, NUM_PARAMS)))
+        moments = np.sqrt(NUM_POINTS * (eigenvalues - REG_STRENGTH))
+        x, z = left * moments @ right.T, rng.normal(size=(NUM_POINTS, NUM_PARAMS))
+        weights = rng.normal(size=NUM_PARAMS)
+        y, u = (a @ weights + 0.1 * rng.normal(size=NUM_POINTS) for a in (x, z))
+        system = x.T @ x / NUM_POINTS + REG_STRENGTH * np.eye(NUM_PARAMS)
+        minimizer = np.linalg.solve(system, x.T @ y / NUM_POINTS + REG_STRENGTH * params)
+        query_grad = z.T @ (z @ minimizer - u) / NUM_POINTS
+        tasks.append(Task(Batch(x, y), Batch(z, u)))
+        exact.append(REG_STRENGTH * np.linalg.solve(system, query_grad))
+    network = Network(lambda key, inputs: jnp.asarray(params), lambda w, inputs: inputs @ w)
+    return Problem(
+        network,
+        jnp.asarray(params),
+        jax.tree.map(lambda *leaves: jnp.stack(leaves), *tasks),
+        jnp.asarray(np.stack(exact)),
+        float(eigenvalues[0]),
+        float(eigenvalues[-1]),
+    )
+
+
+def tanh_network(num_tasks: int, seed: int) -> Problem:
+    """Sinusoid tasks and a small network; the reference takes Newton steps and a dense solve.
+
+    Raises:
+      RuntimeError: the reference did not reach a minimum to machine precision.
+    """
+    network = mlp([8, 8, 1], activation=jnp.tanh, kernel_init=jax.nn.initializers.normal(0.5))
+    tasks = sinusoid.sample_tasks(
+        jax.random.key(seed), num_tasks=num_tasks, shots=10, queries=10, amplitude=(0.5, 2.0)
+    )
+    params = network.init(jax.random.key(seed + 1), jnp.zeros((1, 1)))
+    num_params = sum(leaf.size for leaf in jax.tree.leaves(params))
+    reference = imaml_jax.imaml(
+        network,
+        half_squared_error,
+        inner=imaml_jax.newton_cg(max_cg_steps=2 * num_params, cg_tol=1e-14),
+        num_steps=30,
+        reg_strength=REG_STRENGTH,
+        solve=imaml_jax.solve_dense,
+    )
+    meta_grad = jax.jit(jax.vmap(reference.meta_grad, (None, 0, None, None)))
+    exact, info = meta_grad(params, tasks, jax.random.key(0), 0)
+    if not (info.inner_residual.max() < 1e-12 and info.min_curvature.min() > 0):
+        raise RuntimeError(
+            f"the reference is no minimum: inner residual {info.inner_residual.max():.1e}, "
+            f"smallest curvature {info.min_curvature.min():.1e}; try another seed"
+        )
+    adapted, _ = jax.jit(jax.vmap(reference.adapt, (None, 0, None)))(
+        params, tasks.support, jax.random.key(0)
+    )
+    at_start = jax.vmap(partial(_largest_curvature, network), (None, 0))(params, tasks)
+    at_end = jax.vmap(partial(_largest_curvature, network))(adapted.params, tasks)
+    largest = float(jnp.maximum(at_start, at_end).max())
+    return Problem(network, params, tasks, exact, float(info.min_curvature.min()), largest)
+
+
+def measure(problem: Problem, num_steps: Sequence[int]) -> dict[str, dict[str, list[float]]]:
+    """Relative errors of every way to the meta-gradient, over the inner steps."""
+    rows = [jax.device_get(_errors(problem, steps)) for steps in num_steps]
+    return {
+        name: {
+            "median": [float(np.median(row[name])) for row in rows],
+            "low": [float(row[name].min()) for row in rows],
+            "high": [float(row[name].max()) for row in rows],
+        }
+        for name in rows[0]
+    }
+
+
+def _errors(problem: Problem, steps: int) -> dict[str, jax.Array]:
+    descent = optax.sgd(2 / (problem.smallest + problem.largest))
+    root = math.sqrt(problem.largest / problem.smallest)
+    nesterov = optax.sgd(1 / problem.largest, momentum=(root - 1) / (root + 1), nesterov=True)
+    exact_solve = imaml_jax.solve_dense
+    ways: dict[str, Callable[[Any, Task], Any]] = {
+        f"iMAML, {k} CG": _implicit(problem, descent, steps, _cg(k)) for k in CG_STEPS
+    }
+    ways["iMAML, dense solve"] = _implicit(problem, descent, steps, exact_solve)
+    ways["iMAML, Nesterov"] = _implicit(problem, nesterov, steps, exact_solve)
+    hessian_free = imaml_jax.newton_cg(max_cg_steps=5)
+    ways["iMAML, Hessian-free"] = _implicit(problem, hessian_free, steps, exact_solve)
+    ways["MAML, regularised"] = jax.grad(partial(_unrolled_loss, problem, descent, steps))
+    plain = imaml_jax.maml(problem.network, half_squared_error, inner=descent, num_steps=steps)
+    ways["MAML, plain"] = lambda params, task: plain.meta_grad(params, task, None, 0)[0]
+
+    def errors(params, task, exact):
+        def relative_error(grads):
+            return optax.tree.norm(optax.tree.sub(grads, exact)) / optax.tree.norm(exact)
+
+        return {name: relative_error(way(params, task)) for name, way in ways.items()}
+
+    # Many small programs: LLVM's optimisations would take longer than they save.
+    options = {"xla_backend_optimization_level": 0}
+    mapped = jax.jit(jax.vmap(errors, (None, 0, 0)), compiler_options=options)
+    measured = mapped(problem.params, problem.tasks, problem.exact)
+    return {name: measured[name] for name in ways}
+
+
+def _cg(steps: int) -> Callable[..., Any]:
+    return partial(imaml_jax.solve_cg_steihaug, tol=0.0, max_steps=steps)
+
+
+def _implicit(problem: Problem, inner, steps: int, solve) -> Callable[[Any, Task], Any]:
+    learner = imaml_jax.imaml(
+        problem.network,
+        half_squared_error,
+        inner=inner,
+        num_steps=steps,
+        reg_strength=REG_STRENGTH,
+        solve=solve,
+    )
+    return lambda params, task: learner.meta_grad(params, task, jax.random.key(0), 0)[0]
+
+
+def _loss(network: Network, params: Any, batch: Batch) -> jax.Array:
+    return half_squared_error(network.apply(params, batch.inputs), batch.targets)
+
+
+def _unrolled_loss(problem: Problem, inner, steps: int, params: Any, task: Task) -> jax.Array:
+    loss = partial(_loss, problem.network)
+    adapted, _ = imaml_jax.minimize(
+        imaml_jax.proximal_objective(loss),
+        params,
+        params,
+        REG_STRENGTH,
+        task.support,
+        tx=inner,
+        num_steps=steps,
+    )
+    return loss(adapted, task.query)
+
+
+def _largest_curvature(network: Network, params: Any, task: Task) -> jax.Array:
+    """That of the regularised inner problem."""
+    flat, unravel = jax.flatten_util.ravel_pytree(params)
+    matrix = jax.hessian(lambda w: _loss(network, unravel(w), task.support))(flat)
+    return jnp.linalg.eigvalsh(matrix)[-1] + REG_STRENGTH
+
+
+def table(results: dict[str, Any]) -> str:
+    """The medians as text."""
+    lines = []
+    for name, curves in results["curves"].items():
+        lines.append(
+            f"{name}: condition number {results['condition'][name]:.1f}, gradient descent "
+            f"contracts by {results['rate'][name]:.4f} a step"
+        )
+        lines.append(f"{'relative error after steps':28}" + _row(results["num_steps"], "d"))
+        lines += [f"{way:28}" + _row(curve["median"], ".0e") for way, curve in curves.items()]
+    return "\n".join(lines)
+
+
+def _row(values: Sequence[float], form: str) -> str:
+    return "".join(f"{value:>8{form}}" for value in values)
+
+
+def draw(results: dict[str, Any], path: Path) -> None:
+    """The curves, with the rates of theory dotted."""
+    from matplotlib.backends.backend_agg import FigureCanvasAgg
+    from matplotlib.figure import Figure
+
+    figure = Figure(figsize=(12, 5), layout="constrained")
+    FigureCanvasAgg(figure)
+    steps = np.asarray(results["num_steps"])
+    for axes, (name, curves) in zip(figure.subplots(1, 2), results["curves"].items(), strict=True):
+        for way, curve in curves.items():
+            style = next((s for word, s in _STYLES.items() if word in way), "o-")
+            line = axes.plot(steps, curve["median"], style, markersize=4, label=way)[0]
+            axes.fill_between(
+                steps, curve["low"], curve["high"], alpha=0.15, color=line.get_color()
+            )
+        decay = results["rate"][name] ** steps.astype(float)
+        axes.plot(steps, np.maximum(decay, 1e-17), "k:", label="theory: gradient descent")
+        axes.set(xscale="log", yscale="log", ylim=(1e-16, 30), xlabel="inner steps", title=name)
+        axes.grid(alpha=0.3)
+    first, last = figure.axes
+    for k, bound in results["cg_bound"].items():
+        if bound < 1:
+            first.axhline(bound, color="gray", linestyle="--", linewidth=0.8)
+            first.annotate(f"bound, {k} CG", (steps[0], bound), color="gray", fontsize=7)
+    first.set(ylabel="relative error of the meta-gradient")
+    last.legend(fontsize=7, loc="lower left")
+    figure.savefig(path, dpi=120)
+
+
+def _check(config: Config) -> None:
+    if not (math.isfinite(config.condition) and config.condition > 1):
+        raise ValueError(f"condition={config.condition} must be above 1 and finite")
+    if not config.num_steps or min(config.num_steps) < 1:
+        raise ValueError(f"num_steps={config.num_steps} must name step counts of at least 1")
+    if config.num_tasks < 1:
+        raise ValueError(f"num_tasks={config.num_tasks} must be at least 1")
+    common.check_seed(config.seed)
+
+
+if __name__ == "__main__":
+    common.run_cli(main, Config, __doc__)

@@ -1,0 +1,60 @@
+"""The experiments that reproduce the paper's figures: their claims, at a small size."""
+
+import json
+import os
+from unittest import mock
+
+import numpy as np
+import pytest
+
+# Importing the experiments must not change the devices of the other tests.
+with mock.patch.dict(os.environ, XLA_FLAGS=os.environ.get("XLA_FLAGS", "")):
+    from experiments import meta_gradient_accuracy
+
+
+def test_meta_gradients_of_regression_tasks(x64):
+    problem = meta_gradient_accuracy.regression(condition=50.0, num_tasks=2, seed=0)
+    curves = meta_gradient_accuracy.measure(problem, (512, 1024))
+    errors = {name: curve["high"] for name, curve in curves.items()}
+    floors = {k: errors[f"iMAML, {k} CG"][1] for k in meta_gradient_accuracy.CG_STEPS}
+    assert floors[1] > floors[2] > 2 * floors[5] and floors[5] > 2 * floors[10]
+    assert floors[20] < 1e-2 and floors[50] < 1e-8
+    assert all(floor < meta_gradient_accuracy.cg_bound(50.0, k) for k, floor in floors.items())
+    exact = ("dense solve", "Nesterov", "Hessian-free")
+    assert all(errors[f"iMAML, {name}"][1] < 1e-12 for name in exact)
+    assert errors["MAML, regularised"][1] < 1e-12
+    assert errors["MAML, plain"][1] > 0.1
+
+
+@pytest.mark.slow
+def test_meta_gradient_accuracy(tmp_path, capsys):
+    output = tmp_path / "out" / "figure"
+    steps = (64, 128, 256, 1024)
+    config = meta_gradient_accuracy.Config(num_steps=steps, output=output)
+    results = meta_gradient_accuracy.main(config)
+    assert json.loads(output.with_name("figure.json").read_text())["curves"] == results["curves"]
+    assert output.with_name("figure.png").stat().st_size > 10_000
+    assert "iMAML, Nesterov" in capsys.readouterr().out
+    for curves in results["curves"].values():
+        assert curves["iMAML, dense solve"]["high"][-1] < 1e-8
+        assert curves["iMAML, 5 CG"]["median"][-1] < 0.5 * curves["iMAML, 2 CG"]["median"][-1]
+        assert curves["MAML, plain"]["median"][-1] > 0.1
+    curve = results["curves"]["regression"]["iMAML, dense solve"]["median"]
+    rate = (curve[2] / curve[1]) ** (1 / (steps[2] - steps[1]))
+    np.testing.assert_allclose(rate, results["rate"]["regression"], rtol=1e-3)
+
+
+@pytest.mark.parametrize(
+    "changes, message",
+    [
+        ({"condition": 1.0}, "condition=1.0 must be above 1"),
+        ({"condition": float("nan")}, "condition=nan"),
+        ({"num_steps": ()}, "num_steps"),
+        ({"num_steps": (4, 0)}, "num_steps"),
+        ({"num_tasks": 0}, "num_tasks=0"),
+        ({"seed": -1}, "seed=-1"),
+    ],
+)
+def test_meta_gradient_accuracy_refuses(changes, message):
+    with pytest.raises(ValueError, match=message):
+        meta_gradient_accuracy.main(meta_gradient_accuracy.Config(**changes))
