@@ -20,6 +20,7 @@ import jax.numpy as jnp
 import optax
 
 import imaml_jax
+from experiments import common
 from imaml_jax.mapping import jit_lifted, map_over_tasks, replicated
 from imaml_jax.networks import conv4
 from imaml_jax.types import Batch, Task
@@ -118,7 +119,7 @@ def main(config: Config) -> dict[str, Any]:
         "ceiling_flops": ceiling,
         "meta_step_flops": meta_step_flops(),
         "share": {name: value for name, value in share.items() if "Hessian" in name},
-        "jax": jax.__version__,
+        **common.provenance(),
     }
     if config.output is not None:
         config.output.write_text(json.dumps(results, indent=1) + "\n", encoding="utf-8")
@@ -136,11 +137,8 @@ def _inputs(name: str, key: jax.Array) -> Any:
 
 
 def _meta_step(learner: imaml_jax.MetaLearner, devices) -> Any:
-    def grads_of_task(params, task):
-        return learner.meta_grad(params, task, jax.random.key(0), jnp.zeros((), jnp.int32))[0]
-
     def step(params, tasks):
-        grads = map_over_tasks(grads_of_task, None, devices)(params, tasks)
+        grads = map_over_tasks(partial(common.meta_gradient, learner), None, devices)(params, tasks)
         return jax.tree.map(lambda g: g.mean(0), grads)
 
     return jit_lifted(step, devices=devices)
@@ -160,6 +158,4 @@ def _matmul(devices) -> Any:
 
 
 if __name__ == "__main__":
-    import tyro
-
-    main(tyro.cli(Config, description=__doc__))
+    common.run_cli(main, Config, __doc__)

@@ -13,10 +13,12 @@ from pathlib import Path
 from typing import Any, NoReturn
 
 import jax
+import jax.numpy as jnp
 
 import imaml_jax
 from imaml_jax.data import cache
 from imaml_jax.training import NonFiniteError, TrainResult
+from imaml_jax.types import MetaLearner, Task
 
 # Keys of the validation and test tasks, of a form that no `--seed` gives to training.
 VALIDATION_KEY, TEST_KEY = (20190909, 1), (20190909, 2)
@@ -84,6 +86,11 @@ def run_cli(
         if isinstance(error, ValueError) and not _is_ours(error):
             raise
         _exit(2, error)
+
+
+def meta_gradient(learner: MetaLearner, meta_params: Any, task: Task) -> Any:
+    """That of one task, for learners in which neither the key nor the meta-step plays a part."""
+    return learner.meta_grad(meta_params, task, jax.random.key(0), jnp.zeros((), jnp.int32))[0]
 
 
 def fixed_key(seed: tuple[int, int]) -> jax.Array:

@@ -20,6 +20,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import optax
+from jax.flatten_util import ravel_pytree
 
 import imaml_jax
 from experiments import common
@@ -131,7 +132,7 @@ def regression(condition: float, num_tasks: int, seed: int) -> Problem:
         system = x.T @ x / NUM_POINTS + REG_STRENGTH * np.eye(NUM_PARAMS)
         minimizer = np.linalg.solve(system, x.T @ y / NUM_POINTS + REG_STRENGTH * params)
         query_grad = z.T @ (z @ minimizer - u) / NUM_POINTS
-        tasks.append(Task(Batch(x, y), Batch(z, u)))
+        tasks.append(Task(*(Batch(*map(jnp.asarray, pair)) for pair in ((x, y), (z, u)))))
         exact.append(REG_STRENGTH * np.linalg.solve(system, query_grad))
     network = Network(lambda key, inputs: jnp.asarray(params), lambda w, inputs: inputs @ w)
     return Problem(
@@ -207,7 +208,7 @@ def _errors(problem: Problem, steps: int) -> dict[str, jax.Array]:
     ways["iMAML, Hessian-free"] = _implicit(problem, hessian_free, steps, exact_solve)
     ways["MAML, regularised"] = jax.grad(partial(_unrolled_loss, problem, descent, steps))
     plain = imaml_jax.maml(problem.network, half_squared_error, inner=descent, num_steps=steps)
-    ways["MAML, plain"] = lambda params, task: plain.meta_grad(params, task, None, 0)[0]
+    ways["MAML, plain"] = partial(common.meta_gradient, plain)
 
     def errors(params, task, exact):
         def relative_error(grads):
@@ -235,7 +236,7 @@ def _implicit(problem: Problem, inner, steps: int, solve) -> Callable[[Any, Task
         reg_strength=REG_STRENGTH,
         solve=solve,
     )
-    return lambda params, task: learner.meta_grad(params, task, jax.random.key(0), 0)[0]
+    return partial(common.meta_gradient, learner)
 
 
 def _loss(network: Network, params: Any, batch: Batch) -> jax.Array:
@@ -258,7 +259,7 @@ def _unrolled_loss(problem: Problem, inner, steps: int, params: Any, task: Task)
 
 def _largest_curvature(network: Network, params: Any, task: Task) -> jax.Array:
     """That of the regularised inner problem."""
-    flat, unravel = jax.flatten_util.ravel_pytree(params)
+    flat, unravel = ravel_pytree(params)
     matrix = jax.hessian(lambda w: _loss(network, unravel(w), task.support))(flat)
     return jnp.linalg.eigvalsh(matrix)[-1] + REG_STRENGTH
 

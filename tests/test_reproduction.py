@@ -9,7 +9,7 @@ import pytest
 
 # Importing the experiments must not change the devices of the other tests.
 with mock.patch.dict(os.environ, XLA_FLAGS=os.environ.get("XLA_FLAGS", "")):
-    from experiments import meta_gradient_accuracy
+    from experiments import compute_and_memory, meta_gradient_accuracy
 
 
 def test_meta_gradients_of_regression_tasks(x64):
@@ -58,3 +58,44 @@ def test_meta_gradient_accuracy(tmp_path, capsys):
 def test_meta_gradient_accuracy_refuses(changes, message):
     with pytest.raises(ValueError, match=message):
         meta_gradient_accuracy.main(meta_gradient_accuracy.Config(**changes))
+
+
+@pytest.mark.slow
+def test_memory_against_inner_steps(tmp_path, capsys):
+    output = tmp_path / "out" / "figure"
+    config = compute_and_memory.Config(
+        ways=2, shots=1, filters=8, num_steps=(2, 4, 8, 16), rounds=1, output=output
+    )
+    results = compute_and_memory.main(config)
+    rows = json.loads(output.with_name("figure.json").read_text())["algorithms"]
+    assert rows == results["algorithms"]
+    assert output.with_name("figure.png").stat().st_size > 10_000
+    assert "iMAML, 5 CG, MiB" in capsys.readouterr().out
+    for flat in ("iMAML, 5 CG", "first-order MAML"):
+        used = rows[flat]["temp_bytes"]
+        assert max(used) < 1.01 * min(used)
+    unrolled, recomputed = rows["MAML"]["bytes_line"], rows["MAML, steps recomputed"]["bytes_line"]
+    assert unrolled["r_squared"] > 0.99
+    assert unrolled["slope"] > 3 * recomputed["slope"] > 0
+    assert all(len(row["seconds"]) == 4 for row in rows.values())
+
+
+def test_a_line_is_fitted_by_least_squares():
+    line = compute_and_memory.fit((2, 4, 8), (5.0, 9.0, 17.0))
+    np.testing.assert_allclose(line, (2.0, 1.0, 1.0), atol=1e-12)
+    assert compute_and_memory.fit((2, 4), (3.0, 3.0)).r_squared == 1.0
+
+
+@pytest.mark.parametrize(
+    "changes, message",
+    [
+        ({"num_steps": (4,)}, "two counts"),
+        ({"num_steps": (1, 2)}, "all >= 2"),
+        ({"ways": 1}, "ways=1"),
+        ({"rounds": -1}, "rounds=-1"),
+        ({"filters": 0}, "filters=0"),
+    ],
+)
+def test_compute_and_memory_refuses(changes, message):
+    with pytest.raises(ValueError, match=message):
+        compute_and_memory.main(compute_and_memory.Config(**changes))
