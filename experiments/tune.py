@@ -2,8 +2,9 @@
 
     python -m experiments.tune --algorithm imaml --data-dir DIR --output experiments/results/tuning
 
-Trial 0 is the `recommended` protocol as it stands; the others each change what is named. Finished
-trials are skipped, so that a run that was stopped goes on.
+Each trial is the `recommended` protocol but for what is named here; that protocol has what came out
+best (of two within each other's interval, the faster). Finished trials are skipped, so that a run
+that was stopped goes on.
 """
 
 import dataclasses
@@ -15,25 +16,31 @@ from typing import Any
 from experiments import common, few_shot
 from imaml_jax.data import omniglot
 
-_MAML = ({}, {"outer_rate": 1e-3}, {"inner_rate": 0.4}, {"inner_rate": 0.03})
-_REPTILE = (
-    {},
-    {"inner_rate": 3e-3},
-    {"num_steps": 10},
-    {"inner_rate": 3e-3, "num_steps": 10},
+_MAML = (
+    {"inner_rate": 0.1},
+    {"inner_rate": 0.1, "outer_rate": 1e-3},
+    {"inner_rate": 0.4},
+    {"inner_rate": 0.03},
 )
+_REPTILE = (
+    {"meta_batch": 5, "inner_rate": 1e-3},
+    {"meta_batch": 5, "inner_rate": 3e-3},
+    {"meta_batch": 5, "inner_rate": 1e-3, "num_steps": 10},
+    {"meta_batch": 5, "inner_rate": 3e-3, "num_steps": 10},
+)
+_FEWER = {"num_steps": 2, "eval_num_steps": 2, "cg_steps": 5}
 TRIALS: dict[few_shot.Algorithm, tuple[dict[str, Any], ...]] = {
     "imaml": (
-        {},
-        {"outer_rate": 1e-3},
+        {"reg_strength": 0.1},
+        {"reg_strength": 0.1, "outer_rate": 1e-3},
         {"reg_strength": 0.03},
-        {"curvature": "hessian"},
+        {"reg_strength": 0.1, "curvature": "hessian"},
     ),
     "imaml_hf": (
-        {},
-        {"num_steps": 2, "eval_num_steps": 2, "cg_steps": 5},
-        {"num_steps": 1, "eval_num_steps": 1, "cg_steps": 5},
-        {"num_steps": 2, "eval_num_steps": 2, "cg_steps": 5, "reg_strength": 0.5},
+        {"reg_strength": 0.1, "num_steps": 3, "eval_num_steps": 3, "cg_steps": 8},
+        {"reg_strength": 0.1, **_FEWER},
+        {"reg_strength": 0.1, **_FEWER, "num_steps": 1, "eval_num_steps": 1},
+        {"reg_strength": 0.5, **_FEWER},
     ),
     "maml": _MAML,
     "fomaml": _MAML,

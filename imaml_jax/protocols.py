@@ -246,24 +246,28 @@ def _recommended(algorithm: str, ways: int, shots: int) -> Protocol:
         schedule="cosine",
         meta_steps=5_000,
     )
-    implicit = common._replace(
-        reg_strength=0.1, curvature="gauss_newton", solve="cg_steihaug", cg_steps=8
-    )
+    implicit = common._replace(curvature="gauss_newton", solve="cg_steihaug")
     if algorithm == "imaml":
         return implicit._replace(
-            inner="adaptive_gd", inner_rate=0.05, num_steps=8, eval_num_steps=8
+            reg_strength=0.03,
+            inner="adaptive_gd",
+            inner_rate=0.05,
+            num_steps=8,
+            eval_num_steps=8,
+            cg_steps=8,
         )
     if algorithm == "imaml_hf":
-        return implicit._replace(inner="newton_cg", num_steps=3, eval_num_steps=3)
+        return implicit._replace(
+            reg_strength=0.5, inner="newton_cg", num_steps=2, eval_num_steps=2, cg_steps=5
+        )
     if algorithm in ("maml", "fomaml"):
-        return common
+        return common._replace(inner_rate=0.03)
     return common._replace(
         statistics="batch" if algorithm == "reptile_transductive" else "support_and_one",
-        meta_batch=5,
         train_shots=10,
         train_queries=1,
         inner="adam",
-        inner_rate=1e-3,
+        inner_rate=3e-3,
         eval_num_steps=50,
         outer="sgd",
         outer_rate=1.0,
