@@ -54,6 +54,7 @@ def learners() -> dict[str, MetaLearner]:
 
 def meta_step(name: str, num_devices: int | None) -> workload.Contender:
     """The meta-gradient averaged over tasks, sharded over the devices."""
+    learner = learners()[name]
     devices = jax.local_devices()[:num_devices]
     devices = devices if len(devices) > 1 else None
     place = replicated(devices) if devices else None
@@ -65,7 +66,7 @@ def meta_step(name: str, num_devices: int | None) -> workload.Contender:
         inputs = jax.block_until_ready(jax.device_put(_task(tasks), place))
         if program is None:
             program = (
-                jax.jit(partial(_mean_gradient, name, devices)).lower(params, inputs).compile()
+                jax.jit(partial(_mean_gradient, learner, devices)).lower(params, inputs).compile()
             )
         return inputs
 
@@ -78,7 +79,7 @@ def meta_step(name: str, num_devices: int | None) -> workload.Contender:
         options = {"xla_backend_optimization_level": 0}
         with jax.enable_x64(True):
             inputs = jax.tree.map(lambda x: jnp.asarray(x, _double(x)), (params, _task(tasks)))
-            check = jax.jit(partial(_mean_gradient, name, None), compiler_options=options)
+            check = jax.jit(partial(_mean_gradient, learner, None), compiler_options=options)
             leaves = tree_leaves_with_path(check(*inputs))
         return {path_string(path): np.asarray(leaf) for path, leaf in leaves}
 
@@ -114,8 +115,8 @@ def nested(named: dict[str, np.ndarray]) -> dict[str, dict[str, jax.Array]]:
     return tree
 
 
-def _mean_gradient(name: str, devices, params: Any, tasks: Task) -> Any:
-    one = partial(common.meta_gradient, learners()[name])
+def _mean_gradient(learner: MetaLearner, devices, params: Any, tasks: Task) -> Any:
+    one = partial(common.meta_gradient, learner)
     return jax.tree.map(lambda g: g.mean(0), map_over_tasks(one, None, devices)(params, tasks))
 
 

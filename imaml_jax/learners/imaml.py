@@ -6,6 +6,7 @@ from typing import Any, Literal
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 import optax
 
 from imaml_jax.curvature import damped, gauss_newton, hessian
@@ -58,7 +59,9 @@ def imaml(
       inner: any Optax transform for the inner problem: `optax.sgd(rate)` with a rate below
         `2 / (largest curvature + lambda)`, `adaptive_gd`, `newton_cg()` (Hessian-free), ...
       num_steps: inner steps in training.
-      reg_strength: lambda, positive: a scalar or a tree prefix of the adapted parameters.
+      reg_strength: lambda, positive: a scalar or a tree prefix of the adapted parameters. May be
+        traced, so that the factory can be called inside a function that is transformed; then it
+        is not checked.
       solve: a solver of `imaml_jax.linear_solve`; `partial(solve_cg, max_steps=5)` is the original
         description's, `solve_woodbury` is exact for the Gauss-Newton matrix.
       curvature: "hessian" (exact), or "gauss_newton": positive semi-definite whatever batch norm
@@ -82,12 +85,12 @@ def imaml(
     check_steps("imaml", num_steps=num_steps, eval_num_steps=eval_num_steps)
     if not jax.tree.leaves(reg_strength):
         raise ValueError(f"imaml: reg_strength={reg_strength!r} must be a scalar or a tree of them")
-    for leaf in jax.tree.leaves(reg_strength):
-        if not bool(jnp.all((leaf > 0) & jnp.isfinite(leaf))):
+    for leaf in _concrete_leaves(reg_strength):
+        if not np.all((leaf > 0) & np.isfinite(leaf)):
             raise ValueError(f"imaml: reg_strength={leaf} must be positive and finite")
-    for leaf in jax.tree.leaves(eval_reg_strength):
-        if not bool(jnp.all(leaf >= 0)):
-            raise ValueError(f"imaml: eval_reg_strength={leaf} must be at least 0")
+    for leaf in _concrete_leaves(eval_reg_strength):
+        if not np.all((leaf >= 0) & np.isfinite(leaf)):
+            raise ValueError(f"imaml: eval_reg_strength={leaf} must be at least 0 and finite")
     if curvature not in ("hessian", "gauss_newton"):
         raise ValueError(f"imaml: curvature={curvature!r} must be 'hessian' or 'gauss_newton'")
     problem = supervised(network, loss_fn, fast=fast, statistics=statistics)
@@ -153,3 +156,9 @@ def imaml(
 
     adapt = make_adapt(problem, run_at_evaluation)
     return MetaLearner(problem.init, adapt, problem.predict, meta_grad)
+
+
+def _concrete_leaves(tree: PyTree) -> list[np.ndarray]:
+    """The leaves whose values are known."""
+    leaves = jax.tree.leaves(tree)
+    return [np.asarray(leaf) for leaf in leaves if not isinstance(leaf, jax.core.Tracer)]

@@ -113,6 +113,20 @@ def test_closed_form_on_a_quadratic(quadratic, inner, solve):
     assert info.solve_residual < 1e-10
 
 
+def test_strength_may_be_traced(quadratic):
+    network, params, task, reg_strength, expected = quadratic
+    tx, num_steps = INNERS["gradient_descent"]
+
+    def meta_grad(strength):
+        settings = {"inner": tx, "num_steps": num_steps, **EXACT["steihaug"]}
+        learner = imaml(network, mean_squared_error, reg_strength=strength, **settings)
+        return learner.meta_grad(params, task, KEY, 0)[0]
+
+    grads = jit(jax.vmap(meta_grad))(jnp.array([reg_strength, 2 * reg_strength]))
+    assert relative_error(jax.tree.map(lambda g: g[0], grads), expected) < 1e-10
+    assert relative_error(jax.tree.map(lambda g: g[1], grads), expected) > 1e-3
+
+
 # Problems that are not quadratic, and references on flat parameters.
 
 
