@@ -8,7 +8,7 @@ def _one_device_a_core() -> None:
 
     JAX reads this when it first looks for devices. No effect on GPUs and TPUs.
     """
-    cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else 1
+    cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count()
     flags = f"--xla_force_host_platform_device_count={cores} --xla_cpu_multi_thread_eigen=false"
     os.environ.setdefault("XLA_FLAGS", flags)
 

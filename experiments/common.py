@@ -6,6 +6,7 @@ import json
 import os
 import platform
 import sys
+import tempfile
 import time
 import traceback
 from collections.abc import Callable, Sequence
@@ -164,6 +165,35 @@ def outcome(result: TrainResult, started: float) -> dict[str, Any]:
         "seconds": round(result.history[-1]["seconds"] if result.history else 0.0, 1),
         "seconds_of_this_call": round(time.perf_counter() - started, 1),
     }
+
+
+def check_output(output: Path) -> None:
+    """Makes the folder of a report, before anything is computed.
+
+    Raises:
+      ValueError: a name that no file can have, or a folder that cannot be written.
+    """
+    if not output.name:
+        raise ValueError(f"output={output} must name a file, without an ending")
+    try:
+        output.parent.mkdir(parents=True, exist_ok=True)
+        with tempfile.TemporaryFile(dir=output.parent):
+            pass
+    except OSError as error:
+        raise ValueError(f"output={output} cannot be written ({error}); choose another") from error
+
+
+def write_report(
+    output: Path,
+    results: Any,
+    table: Callable[[Any], str],
+    draw: Callable[[Any, Path], None],
+) -> None:
+    """Writes `output`.json and `output`.png and prints the table."""
+    text = json.dumps(results, indent=1, default=str)
+    output.with_name(output.name + ".json").write_text(text + "\n", encoding="utf-8")
+    draw(results, output.with_name(output.name + ".png"))
+    print(table(results), flush=True)
 
 
 def write_results(workdir: str | os.PathLike | None, results: dict[str, Any]) -> None:

@@ -13,6 +13,7 @@ from typing import Any
 
 from experiments import common
 from imaml_jax.metrics import read_json_lines
+from imaml_jax.plots import new_figure
 
 _SAME = ("dataset", "ways", "shots")
 _SAME_SETTINGS = ("split", "test_rotations", "test_queries", "test_tasks", "invert")
@@ -44,11 +45,10 @@ def main(config: Config) -> list[dict[str, Any]]:
     if len(tasks) > 1:
         raise ValueError(f"runs were tested on different tasks: {sorted(tasks)}")
     rows.sort(key=lambda row: -row["test_accuracy"])
-    config.output.parent.mkdir(parents=True, exist_ok=True)
-    _write(config.output, ".json", json.dumps(rows, indent=1) + "\n")
-    _write(config.output, ".md", _table(rows))
-    _draw(rows, config.output.with_name(config.output.name + ".png"))
-    print(_table(rows))
+    common.check_output(config.output)
+    common.write_report(config.output, rows, _table, _draw)
+    markdown = config.output.with_name(config.output.name + ".md")
+    markdown.write_text(_table(rows), encoding="utf-8")
     return rows
 
 
@@ -101,11 +101,7 @@ def _table(rows: list[dict[str, Any]]) -> str:
 
 
 def _draw(rows: list[dict[str, Any]], path: Path) -> None:
-    from matplotlib.backends.backend_agg import FigureCanvasAgg
-    from matplotlib.figure import Figure
-
-    figure = Figure(figsize=(10, 4), layout="constrained")
-    FigureCanvasAgg(figure)
+    figure = new_figure(10, 4)
     for axes, abscissa in zip(figure.subplots(1, 2, sharey=True), ("step", "seconds"), strict=True):
         for row in rows:
             points = row["curve"]
@@ -116,10 +112,6 @@ def _draw(rows: list[dict[str, Any]], path: Path) -> None:
     figure.axes[0].set(ylabel="validation error (%)")
     figure.axes[0].legend()
     figure.savefig(path, dpi=110)
-
-
-def _write(output: Path, ending: str, text: str) -> None:
-    output.with_name(output.name + ending).write_text(text, encoding="utf-8")
 
 
 if __name__ == "__main__":

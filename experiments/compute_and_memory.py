@@ -1,21 +1,22 @@
-"""Memory and time of one meta-gradient against the number of inner steps.
+"""Memory and time of a meta-gradient against inner steps, tasks, classes, examples or channels.
 
     python -m experiments.compute_and_memory
+    python -m experiments.compute_and_memory --axis filters --ways 5 --shots 1
 
-Question 3 and figures 2b and 2c of Rajeswaran et al., NeurIPS 2019: one task of 20-way 5-shot
-Omniglot shapes, conv4 with 64 filters, random images. Memory is what the compiled program allocates
-besides its arguments and results, and the device's own peak where it reports one; time is the
-median of interleaved rounds on one device. Writes OUTPUT.json and OUTPUT.png.
+The default is question 3 and figures 2b and 2c of Rajeswaran et al., NeurIPS 2019: one task of
+20-way 5-shot Omniglot shapes, conv4 with 64 filters, growing inner steps; random images. Memory is
+what the compiled program allocates besides its arguments and results, and the device's own peak
+where it reports one; time is the median of interleaved rounds. One device, one task after another.
+Writes OUTPUT.json and OUTPUT.png.
 """
 
 import dataclasses
-import json
 import statistics
 import time
 from collections.abc import Sequence
 from functools import partial
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import Any, Literal, NamedTuple
 
 import jax
 import jax.numpy as jnp
@@ -24,22 +25,40 @@ import optax
 
 import imaml_jax
 from experiments import common
+from imaml_jax.mapping import map_over_tasks
 from imaml_jax.networks import conv4
+from imaml_jax.plots import new_figure
 from imaml_jax.types import Batch, Task
+
+VALUES = {
+    "num_steps": (2, 4, 8, 16, 32),
+    "num_tasks": (1, 2, 4, 8, 16, 32, 64, 128),
+    "ways": (2, 5, 10, 20),
+    "shots": (1, 2, 5, 10),
+    "filters": (16, 32, 64, 128, 256),
+}
+# A loop of one step is compiled away.
+_LEAST = {"num_steps": 2, "num_tasks": 1, "ways": 2, "shots": 1, "filters": 1}
 
 
 @dataclasses.dataclass(frozen=True)
 class Config:
     """What is measured."""
 
+    axis: Literal["num_steps", "num_tasks", "ways", "shots", "filters"] = "num_steps"
+    """What grows."""
+    values: tuple[int, ...] = ()
+    """Its values, two or more; none for the defaults."""
+    num_steps: int = 16
+    """Inner steps, at least 2."""
+    num_tasks: int = 1
+    """Tasks a meta-gradient."""
     ways: int = 20
-    """Classes of the task, at least 2."""
+    """Classes a task, at least 2."""
     shots: int = 5
     """Support and query examples a class."""
     filters: int = 64
     """Channels of the network."""
-    num_steps: tuple[int, ...] = (2, 4, 8, 16, 32)
-    """Inner steps, each at least 2: a loop of one step is compiled away."""
     rounds: int = 5
     """Interleaved rounds of the timing; 0 measures memory only."""
     output: Path = Path("runs/compute_and_memory")
@@ -47,70 +66,95 @@ class Config:
 
 
 class Line(NamedTuple):
-    """A least-squares line: how much a step costs, what remains without steps, and the fit."""
+    """A least-squares line, and the exponent of the power law that fits best.
+
+    Attributes:
+      slope: growth a unit.
+      intercept: what remains at 0.
+      r_squared: the share of the variance that the line explains.
+      exponent: slope of the logarithms.
+    """
 
     slope: float
     intercept: float
     r_squared: float
+    exponent: float
 
 
 def main(config: Config) -> dict[str, Any]:
     """Measures, writes and prints.
 
     Returns:
-      For each algorithm its temporary bytes, seconds and peak device bytes (None where the device
-      does not tell) over `num_steps`, and the lines fitted to bytes and seconds.
+      For each algorithm its temporary bytes, seconds and the device's peak bytes so far, smaller
+      programs first (None where the device does not tell), over the values, and the lines fitted to
+      bytes and seconds.
 
     Raises:
       ValueError: a setting out of its range.
     """
-    _check(config)
-    network = conv4(config.ways, filters=config.filters)
-    params = network.init(jax.random.key(0), jnp.zeros((1, 28, 28, 1)))
-    cells = [(name, steps) for steps in config.num_steps for name in contenders(config, 2)]
-    programs, temp = {}, {}
-    for name, steps in cells:
-        learner = contenders(config, steps)[name]
-        lowered = jax.jit(partial(common.meta_gradient, learner)).lower(params, _task(config, 0))
-        programs[name, steps] = lowered.compile()
-        temp[name, steps] = programs[name, steps].memory_analysis().temp_size_in_bytes
-    # The device's peak only grows: the smallest programs first.
-    peak = {}
-    for cell in sorted(cells, key=lambda cell: temp[cell]):
-        jax.block_until_ready(programs[cell](params, _task(config, 0)))
-        peak[cell] = (jax.devices()[0].memory_stats() or {}).get("peak_bytes_in_use")
-    times = {cell: [] for cell in cells}
+    config = resolve(config)
+    common.check_output(config.output)
+    common.cache_compilations()
+    sizes = [dataclasses.replace(config, **{config.axis: value}) for value in config.values]
+    programs = {}
+    for size in sizes:
+        params = conv4(size.ways, filters=size.filters).init(
+            jax.random.key(0), jnp.zeros((1, 28, 28, 1))
+        )
+        for name, learner in contenders(size).items():
+            program = jax.jit(partial(_meta_gradient, learner)).lower(params, _tasks(size, 0))
+            programs[name, size] = partial(_run, program.compile(), params)
+    temp = {cell: _temp_bytes(run) for cell, run in programs.items()}
+    peak = dict.fromkeys(programs)
+    if config.rounds or jax.devices()[0].memory_stats():
+        for name, size in sorted(programs, key=lambda cell: temp[cell]):  # the peak only grows
+            programs[name, size](_tasks(size, 0))
+            of_device = jax.devices()[0].memory_stats() or {}
+            peak[name, size] = of_device.get("peak_bytes_in_use")
+    times: dict[Any, list[float]] = {cell: [] for cell in programs}
     for round_number in range(config.rounds):
-        task = jax.block_until_ready(_task(config, round_number + 1))
-        for cell in cells:
+        for (name, size), run in programs.items():
+            tasks = jax.block_until_ready(_tasks(size, round_number + 1))
             started = time.perf_counter()
-            jax.block_until_ready(programs[cell](params, task))
-            times[cell].append(time.perf_counter() - started)
+            run(tasks)
+            times[name, size].append(time.perf_counter() - started)
     rows = {}
-    for name in contenders(config, 2):
-        own = [(name, steps) for steps in config.num_steps]
+    for name in contenders(config):
+        own = [(name, size) for size in sizes]
         seconds = [statistics.median(times[cell]) for cell in own] if config.rounds else None
+        used = [temp[cell] for cell in own]
         rows[name] = {
-            "temp_bytes": [temp[cell] for cell in own],
+            "temp_bytes": used,
             "peak_device_bytes": [peak[cell] for cell in own],
             "seconds": seconds,
-            "bytes_line": fit(config.num_steps, [temp[cell] for cell in own])._asdict(),
-            "seconds_line": seconds and fit(config.num_steps, seconds)._asdict(),
+            "bytes_line": fit(config.values, used)._asdict(),
+            "seconds_line": seconds and fit(config.values, seconds)._asdict(),
         }
-    settings = dataclasses.asdict(config) | {"output": str(config.output)}
-    results = {**settings, "algorithms": rows, **common.provenance()}
-    config.output.parent.mkdir(parents=True, exist_ok=True)
-    path = config.output.with_name(config.output.name + ".json")
-    path.write_text(json.dumps(results, indent=1) + "\n", encoding="utf-8")
-    draw(results, path.with_suffix(".png"))
-    print(table(results))
+    results = {**dataclasses.asdict(config), "algorithms": rows, **common.provenance()}
+    common.write_report(config.output, results, table, draw)
     return results
 
 
-def contenders(config: Config, steps: int) -> dict[str, imaml_jax.MetaLearner]:
+def resolve(config: Config) -> Config:
+    """The config with its values in place.
+
+    Raises:
+      ValueError: a setting out of its range.
+    """
+    values = config.values or VALUES[config.axis]
+    if len(set(values)) < 2:
+        raise ValueError(f"values={values} must name two different ones or more")
+    for name, least in (*_LEAST.items(), ("rounds", 0)):
+        smallest = min(values) if name == config.axis else getattr(config, name)
+        if smallest < least:
+            raise ValueError(f"{name}={smallest} must be at least {least}")
+    return dataclasses.replace(config, values=values)
+
+
+def contenders(size: Config) -> dict[str, imaml_jax.MetaLearner]:
     """The learners measured, by name."""
-    network, loss = conv4(config.ways, filters=config.filters), imaml_jax.cross_entropy
-    settings = {"inner": optax.sgd(0.05), "num_steps": steps}
+    network, loss = conv4(size.ways, filters=size.filters), imaml_jax.cross_entropy
+    settings: dict[str, Any] = {"inner": optax.sgd(0.05), "num_steps": size.num_steps}
     solve = partial(imaml_jax.solve_cg_steihaug, tol=0.0, max_steps=5)
     return {
         "MAML": imaml_jax.maml(network, loss, **settings, remat=False),
@@ -120,68 +164,73 @@ def contenders(config: Config, steps: int) -> dict[str, imaml_jax.MetaLearner]:
     }
 
 
-def fit(steps: Sequence[int], values: Sequence[float]) -> Line:
-    """Least squares; a constant fits a flat line with `r_squared` 1."""
-    slope, intercept = np.polyfit(steps, values, 1)
-    residual = np.var(np.asarray(values) - slope * np.asarray(steps) - intercept)
-    total = np.var(values)
-    return Line(float(slope), float(intercept), float(1 - residual / total) if total else 1.0)
+def fit(values: Sequence[int], costs: Sequence[float]) -> Line:
+    """Least squares; constant costs fit a flat line with `r_squared` 1."""
+    slope, intercept = np.polyfit(values, costs, 1)
+    residual = np.var(np.asarray(costs) - slope * np.asarray(values) - intercept)
+    total = np.var(costs)
+    exponent = np.polyfit(np.log(values), np.log(costs), 1)[0]
+    r_squared = 1 - residual / total if total else 1.0
+    return Line(float(slope), float(intercept), float(r_squared), float(exponent))
 
 
-def _task(config: Config, seed: int) -> Task:
-    labels = jnp.tile(jnp.arange(config.ways), config.shots)
-    images = jax.random.uniform(jax.random.key(seed), (2, labels.size, 28, 28, 1))
+def _meta_gradient(learner: imaml_jax.MetaLearner, params: Any, tasks: Task) -> Any:
+    grads = map_over_tasks(partial(common.meta_gradient, learner), "map")(params, tasks)
+    return jax.tree.map(lambda g: g.mean(0), grads)
+
+
+def _run(program: Any, params: Any, tasks: Task) -> None:
+    jax.block_until_ready(program(params, tasks))
+
+
+def _temp_bytes(run: partial) -> int:
+    return run.args[0].memory_analysis().temp_size_in_bytes
+
+
+def _tasks(size: Config, seed: int) -> Task:
+    labels = jnp.tile(jnp.arange(size.ways), (size.num_tasks, size.shots))
+    shape = (2, *labels.shape, 28, 28, 1)
+    images = jax.random.uniform(jax.random.key(seed), shape)
     return Task(Batch(images[0], labels), Batch(images[1], labels))
 
 
 def table(results: dict[str, Any]) -> str:
     """The measurements as text."""
-    steps = results["num_steps"]
+    values = results["values"]
+    fixed = [f"{name} {results[name]}" for name in VALUES if name != results["axis"]]
     lines = [
-        f"one meta-gradient, {results['ways']}-way {results['shots']}-shot, "
-        f"{results['filters']} filters, one device of {results['device']}",
-        f"{'inner steps':32}" + "".join(f"{count:>9}" for count in steps) + "   a step      R²",
+        f"one meta-gradient on one device ({results['machine']}): {', '.join(fixed)}",
+        f"{results['axis']:32}"
+        + "".join(f"{value:>9}" for value in values)
+        + "   a unit      R²  exponent",
     ]
-    for name, row in results["algorithms"].items():
-        line = row["bytes_line"]
-        values = "".join(f"{value / 2**20:9.1f}" for value in row["temp_bytes"])
-        fitted = f"{line['slope'] / 2**20:9.3f} {line['r_squared']:7.4f}"
-        lines.append(f"{name + ', MiB':32}{values}{fitted}")
-    for name, row in results["algorithms"].items():
-        if row["seconds"]:
-            line = row["seconds_line"]
-            values = "".join(f"{1e3 * value:9.0f}" for value in row["seconds"])
-            fitted = f"{1e3 * line['slope']:9.3f} {line['r_squared']:7.4f}"
-            lines.append(f"{name + ', ms':32}{values}{fitted}")
+    for unit, name, scale in (("MiB", "temp_bytes", 2**-20), ("ms", "seconds", 1e3)):
+        for algorithm, row in results["algorithms"].items():
+            if row[name]:
+                line = row["bytes_line" if unit == "MiB" else "seconds_line"]
+                costs = "".join(f"{scale * cost:9.1f}" for cost in row[name])
+                lines.append(
+                    f"{algorithm + ', ' + unit:32}{costs}{scale * line['slope']:9.3f} "
+                    f"{line['r_squared']:7.4f} {line['exponent']:9.2f}"
+                )
     return "\n".join(lines)
 
 
 def draw(results: dict[str, Any], path: Path) -> None:
-    """Both figures."""
-    from matplotlib.backends.backend_agg import FigureCanvasAgg
-    from matplotlib.figure import Figure
-
-    figure = Figure(figsize=(10, 4), layout="constrained")
-    FigureCanvasAgg(figure)
+    """Memory and time side by side."""
+    figure = new_figure(10, 4)
     memory, seconds = figure.subplots(1, 2)
     for name, row in results["algorithms"].items():
-        memory.plot(results["num_steps"], [b / 2**20 for b in row["temp_bytes"]], "o-", label=name)
+        memory.plot(results["values"], [b / 2**20 for b in row["temp_bytes"]], "o-", label=name)
         if row["seconds"]:
-            seconds.plot(results["num_steps"], row["seconds"], "o-", label=name)
-    memory.set(xlabel="inner steps", ylabel="temporary memory (MiB)")
-    seconds.set(xlabel="inner steps", ylabel="seconds a meta-gradient")
+            seconds.plot(results["values"], row["seconds"], "o-", label=name)
+    label = {"num_steps": "inner steps", "num_tasks": "tasks"}.get(results["axis"], results["axis"])
+    memory.set(xlabel=label, ylabel="temporary memory (MiB)")
+    seconds.set(xlabel=label, ylabel="seconds a meta-gradient")
     for axes in figure.axes:
         axes.grid(alpha=0.3)
     memory.legend()
     figure.savefig(path, dpi=120)
-
-
-def _check(config: Config) -> None:
-    if len(config.num_steps) < 2 or min(config.num_steps) < 2:
-        raise ValueError(f"num_steps={config.num_steps} must name two counts or more, all >= 2")
-    for name, least in (("ways", 2), ("shots", 1), ("filters", 1), ("rounds", 0)):
-        if getattr(config, name) < least:
-            raise ValueError(f"{name}={getattr(config, name)} must be at least {least}")
 
 
 if __name__ == "__main__":

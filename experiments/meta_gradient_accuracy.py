@@ -9,7 +9,6 @@ OUTPUT.json and OUTPUT.png.
 """
 
 import dataclasses
-import json
 import math
 from collections.abc import Callable, Sequence
 from functools import partial
@@ -26,11 +25,21 @@ import imaml_jax
 from experiments import common
 from imaml_jax.data import sinusoid
 from imaml_jax.networks import Network, mlp
+from imaml_jax.plots import new_figure
 from imaml_jax.types import Batch, Task
 
 NUM_PARAMS, NUM_POINTS, REG_STRENGTH = 50, 100, 1.0
 CG_STEPS = (1, 2, 5, 10, 20, 50)
-_STYLES = {"MAML": "s-", "plain": "x-", "Nesterov": "^-", "Hessian-free": "v-"}
+_MOST = 1e12  # beyond it, float64 cannot hold the regression's curvatures
+# Of every way: its marker and its colour.
+_STYLES = {
+    **{f"iMAML, {k} CG": ("o", f"C{i}") for i, k in enumerate(CG_STEPS)},
+    "iMAML, dense solve": ("s", "C6"),
+    "iMAML, Nesterov": ("^", "C8"),
+    "iMAML, Hessian-free": ("v", "C9"),
+    "MAML, regularised": ("x", "black"),
+    "MAML, plain": ("+", "gray"),
+}
 
 
 @dataclasses.dataclass(frozen=True)
@@ -50,13 +59,22 @@ class Config:
 
 
 class Problem(NamedTuple):
-    """Tasks with what is known of them."""
+    """Tasks with what is known of them.
+
+    Attributes:
+      network: its parameters are adapted in all.
+      params: the meta-parameters.
+      tasks: stacked.
+      exact: their meta-gradients, and those that plain MAML tends to, where that is known.
+      smallest, largest: curvature of the regularised inner problem.
+    """
 
     network: Network
     params: Any
     tasks: Task
-    exact: Any  # meta-gradients
-    smallest: float  # curvature of the regularised inner problem: its least and greatest
+    exact: Any
+    plain_limit: Any | None
+    smallest: float
     largest: float
 
 
@@ -76,31 +94,40 @@ def main(config: Config) -> dict[str, Any]:
       ValueError: a setting out of its range.
     """
     _check(config)
+    common.check_output(config.output)
+    common.cache_compilations()
     with jax.enable_x64(True):
         problems = {
             "regression": regression(config.condition, config.num_tasks, config.seed),
             "tanh network": tanh_network(config.num_tasks, config.seed),
         }
         curves = {name: measure(problem, config.num_steps) for name, problem in problems.items()}
+        limits = {name: _plain_limit_error(problem) for name, problem in problems.items()}
+    rates = {name: (p.smallest, p.largest) for name, p in problems.items()}
     results = {
-        "num_steps": config.num_steps,
-        "condition": {name: p.largest / p.smallest for name, p in problems.items()},
-        "rate": {name: descent_rate(p.smallest, p.largest) for name, p in problems.items()},
+        **dataclasses.asdict(config),
+        "condition_number": {
+            name: largest / smallest for name, (smallest, largest) in rates.items()
+        },
+        "descent_rate": {name: descent_rate(*ends) for name, ends in rates.items()},
+        "nesterov_rate": {name: nesterov_rate(*ends) for name, ends in rates.items()},
         "cg_bound": {k: cg_bound(config.condition, k) for k in CG_STEPS},
+        "plain_limit": limits,
         "curves": curves,
         **common.provenance(),
     }
-    config.output.parent.mkdir(parents=True, exist_ok=True)
-    path = config.output.with_name(config.output.name + ".json")
-    path.write_text(json.dumps(results, indent=1) + "\n", encoding="utf-8")
-    draw(results, path.with_suffix(".png"))
-    print(table(results))
+    common.write_report(config.output, results, table, draw)
     return results
 
 
 def descent_rate(smallest: float, largest: float) -> float:
     """Factor of the error in one step of gradient descent at its best rate, `2 / (mu + L)`."""
     return (largest - smallest) / (largest + smallest)
+
+
+def nesterov_rate(smallest: float, largest: float) -> float:
+    """That of Nesterov's method with constant momentum, in the long run, `1 - sqrt(mu / L)`."""
+    return 1 - math.sqrt(smallest / largest)
 
 
 def cg_bound(condition: float, num_steps: int) -> float:
@@ -116,12 +143,14 @@ def regression(condition: float, num_tasks: int, seed: int) -> Problem:
     """Linear regression tasks; the regularised Hessian has the given condition number.
 
     Its eigenvalues are spaced evenly in their logarithm from lambda, so that one direction is flat
-    in the support loss, up to `condition * lambda`.
+    in the support loss (there the inner problem starts at its solution), up to
+    `condition * lambda`. Plain MAML tends to the query gradient at the nearest minimiser of the
+    support loss, projected on that direction.
     """
     rng = np.random.default_rng(seed)
     eigenvalues = REG_STRENGTH * np.geomspace(1.0, condition, NUM_PARAMS)
     params = rng.normal(size=NUM_PARAMS)
-    tasks, exact = [], []
+    tasks, exact, plain_limits = [], [], []
     for _ in range(num_tasks):
         right, _ = np.linalg.qr(rng.normal(size=(NUM_PARAMS, NUM_PARAMS)))
         left, _ = np.linalg.qr(rng.normal(size=(NUM_POINTS, NUM_PARAMS)))
@@ -134,51 +163,61 @@ def regression(condition: float, num_tasks: int, seed: int) -> Problem:
         query_grad = z.T @ (z @ minimizer - u) / NUM_POINTS
         tasks.append(Task(*(Batch(*map(jnp.asarray, pair)) for pair in ((x, y), (z, u)))))
         exact.append(REG_STRENGTH * np.linalg.solve(system, query_grad))
+        flat = np.outer(right[:, 0], right[:, 0])
+        nearest = np.linalg.pinv(x, 1e-10) @ y + flat @ params
+        plain_limits.append(flat @ (z.T @ (z @ nearest - u)) / NUM_POINTS)
     network = Network(lambda key, inputs: jnp.asarray(params), lambda w, inputs: inputs @ w)
     return Problem(
         network,
         jnp.asarray(params),
         jax.tree.map(lambda *leaves: jnp.stack(leaves), *tasks),
         jnp.asarray(np.stack(exact)),
+        jnp.asarray(np.stack(plain_limits)),
         float(eigenvalues[0]),
         float(eigenvalues[-1]),
     )
 
 
 def tanh_network(num_tasks: int, seed: int) -> Problem:
-    """Sinusoid tasks and a small network; the reference takes Newton steps and a dense solve.
+    """Sinusoid tasks and a small network; the reference is Newton's method with dense Hessians.
 
     Raises:
-      RuntimeError: the reference did not reach a minimum to machine precision.
+      ValueError: the reference did not reach a minimum to machine precision.
     """
     network = mlp([8, 8, 1], activation=jnp.tanh, kernel_init=jax.nn.initializers.normal(0.5))
     tasks = sinusoid.sample_tasks(
         jax.random.key(seed), num_tasks=num_tasks, shots=10, queries=10, amplitude=(0.5, 2.0)
     )
     params = network.init(jax.random.key(seed + 1), jnp.zeros((1, 1)))
-    num_params = sum(leaf.size for leaf in jax.tree.leaves(params))
-    reference = imaml_jax.imaml(
-        network,
-        half_squared_error,
-        inner=imaml_jax.newton_cg(max_cg_steps=2 * num_params, cg_tol=1e-14),
-        num_steps=30,
-        reg_strength=REG_STRENGTH,
-        solve=imaml_jax.solve_dense,
-    )
-    meta_grad = jax.jit(jax.vmap(reference.meta_grad, (None, 0, None, None)))
-    exact, info = meta_grad(params, tasks, jax.random.key(0), 0)
-    if not (info.inner_residual.max() < 1e-12 and info.min_curvature.min() > 0):
-        raise RuntimeError(
-            f"the reference is no minimum: inner residual {info.inner_residual.max():.1e}, "
-            f"smallest curvature {info.min_curvature.min():.1e}; try another seed"
+    start, unravel = ravel_pytree(params)
+
+    def reference(task):
+        def inner(flat):
+            proximal = 0.5 * REG_STRENGTH * jnp.sum((flat - start) ** 2)
+            return _loss(network, unravel(flat), task.support) + proximal
+
+        def step(flat, _):
+            # Gradient descent until the Hessian is positive definite, then Newton's method.
+            curvatures = jnp.linalg.eigvalsh(jax.hessian(inner)(flat))
+            gradient = jax.grad(inner)(flat)
+            newton = jnp.linalg.solve(jax.hessian(inner)(flat), gradient)
+            near = (curvatures[0] > 0) & (jnp.linalg.norm(gradient) < 0.1)
+            return flat - jnp.where(near, newton, gradient / curvatures[-1]), curvatures[-1]
+
+        flat, largest = jax.lax.scan(step, start, length=200)
+        matrix = jax.hessian(inner)(flat)
+        query_grad = jax.grad(lambda flat: _loss(network, unravel(flat), task.query))(flat)
+        exact = unravel(REG_STRENGTH * jnp.linalg.solve(matrix, query_grad))
+        residual = jnp.linalg.norm(jax.grad(inner)(flat))
+        return exact, residual, jnp.linalg.eigvalsh(matrix)[0], largest.max()
+
+    exact, residual, smallest, largest = jax.jit(jax.vmap(reference))(tasks)
+    if not (residual.max() < 1e-12 and smallest.min() > 0):
+        raise ValueError(
+            f"seed={seed}: the reference is no minimum (gradient {residual.max():.1e}, smallest "
+            f"curvature {smallest.min():.1e}); choose another"
         )
-    adapted, _ = jax.jit(jax.vmap(reference.adapt, (None, 0, None)))(
-        params, tasks.support, jax.random.key(0)
-    )
-    at_start = jax.vmap(partial(_largest_curvature, network), (None, 0))(params, tasks)
-    at_end = jax.vmap(partial(_largest_curvature, network))(adapted.params, tasks)
-    largest = float(jnp.maximum(at_start, at_end).max())
-    return Problem(network, params, tasks, exact, float(info.min_curvature.min()), largest)
+    return Problem(network, params, tasks, exact, None, float(smallest.min()), float(largest.max()))
 
 
 def measure(problem: Problem, num_steps: Sequence[int]) -> dict[str, dict[str, list[float]]]:
@@ -190,7 +229,7 @@ def measure(problem: Problem, num_steps: Sequence[int]) -> dict[str, dict[str, l
             "low": [float(row[name].min()) for row in rows],
             "high": [float(row[name].max()) for row in rows],
         }
-        for name in rows[0]
+        for name in _STYLES
     }
 
 
@@ -211,16 +250,23 @@ def _errors(problem: Problem, steps: int) -> dict[str, jax.Array]:
     ways["MAML, plain"] = partial(common.meta_gradient, plain)
 
     def errors(params, task, exact):
-        def relative_error(grads):
-            return optax.tree.norm(optax.tree.sub(grads, exact)) / optax.tree.norm(exact)
-
-        return {name: relative_error(way(params, task)) for name, way in ways.items()}
+        return {name: _relative_error(way(params, task), exact) for name, way in ways.items()}
 
     # Many small programs: LLVM's optimisations would take longer than they save.
     options = {"xla_backend_optimization_level": 0}
     mapped = jax.jit(jax.vmap(errors, (None, 0, 0)), compiler_options=options)
-    measured = mapped(problem.params, problem.tasks, problem.exact)
-    return {name: measured[name] for name in ways}
+    return mapped(problem.params, problem.tasks, problem.exact)
+
+
+def _relative_error(grads: Any, exact: Any) -> jax.Array:
+    return optax.tree.norm(optax.tree.sub(grads, exact)) / optax.tree.norm(exact)
+
+
+def _plain_limit_error(problem: Problem) -> float | None:
+    """Median error of the limit of plain MAML; None where it is not known."""
+    if problem.plain_limit is None:
+        return None
+    return float(jnp.median(jax.vmap(_relative_error)(problem.plain_limit, problem.exact)))
 
 
 def _cg(steps: int) -> Callable[..., Any]:
@@ -257,20 +303,14 @@ def _unrolled_loss(problem: Problem, inner, steps: int, params: Any, task: Task)
     return loss(adapted, task.query)
 
 
-def _largest_curvature(network: Network, params: Any, task: Task) -> jax.Array:
-    """That of the regularised inner problem."""
-    flat, unravel = ravel_pytree(params)
-    matrix = jax.hessian(lambda w: _loss(network, unravel(w), task.support))(flat)
-    return jnp.linalg.eigvalsh(matrix)[-1] + REG_STRENGTH
-
-
 def table(results: dict[str, Any]) -> str:
     """The medians as text."""
     lines = []
     for name, curves in results["curves"].items():
         lines.append(
-            f"{name}: condition number {results['condition'][name]:.1f}, gradient descent "
-            f"contracts by {results['rate'][name]:.4f} a step"
+            f"{name}: condition number {results['condition_number'][name]:.1f}, gradient descent "
+            f"contracts by {results['descent_rate'][name]:.4f} a step, Nesterov's method by "
+            f"{results['nesterov_rate'][name]:.4f}"
         )
         lines.append(f"{'relative error after steps':28}" + _row(results["num_steps"], "d"))
         lines += [f"{way:28}" + _row(curve["median"], ".0e") for way, curve in curves.items()]
@@ -282,37 +322,36 @@ def _row(values: Sequence[float], form: str) -> str:
 
 
 def draw(results: dict[str, Any], path: Path) -> None:
-    """The curves, with the rates of theory dotted."""
-    from matplotlib.backends.backend_agg import FigureCanvasAgg
-    from matplotlib.figure import Figure
-
-    figure = Figure(figsize=(12, 5), layout="constrained")
-    FigureCanvasAgg(figure)
+    """The curves and their range over tasks; dots for theory, for the network near its minima."""
+    figure = new_figure(13, 5)
     steps = np.asarray(results["num_steps"])
     for axes, (name, curves) in zip(figure.subplots(1, 2), results["curves"].items(), strict=True):
         for way, curve in curves.items():
-            style = next((s for word, s in _STYLES.items() if word in way), "o-")
-            line = axes.plot(steps, curve["median"], style, markersize=4, label=way)[0]
-            axes.fill_between(
-                steps, curve["low"], curve["high"], alpha=0.15, color=line.get_color()
-            )
-        decay = results["rate"][name] ** steps.astype(float)
-        axes.plot(steps, np.maximum(decay, 1e-17), "k:", label="theory: gradient descent")
+            marker, color = _STYLES[way]
+            axes.plot(steps, curve["median"], marker, ls="-", color=color, ms=4, label=way)
+            axes.fill_between(steps, curve["low"], curve["high"], alpha=0.12, color=color)
+        for method, color in (("descent", "C6"), ("nesterov", "C8")):
+            decay = results[f"{method}_rate"][name] ** steps.astype(float)
+            label = f"theory: {method}"
+            axes.plot(steps, np.maximum(decay, 1e-17), ":", color=color, lw=2, label=label)
+        if results["plain_limit"][name]:
+            axes.axhline(results["plain_limit"][name], color="gray", ls=":", lw=2)
         axes.set(xscale="log", yscale="log", ylim=(1e-16, 30), xlabel="inner steps", title=name)
         axes.grid(alpha=0.3)
-    first, last = figure.axes
+    first = figure.axes[0]
     for k, bound in results["cg_bound"].items():
         if bound < 1:
-            first.axhline(bound, color="gray", linestyle="--", linewidth=0.8)
-            first.annotate(f"bound, {k} CG", (steps[0], bound), color="gray", fontsize=7)
+            first.axhline(bound, color=_STYLES[f"iMAML, {k} CG"][1], ls="--", lw=0.8)
+            first.annotate(f"bound, {k} CG", (steps[0], bound), fontsize=7)
     first.set(ylabel="relative error of the meta-gradient")
-    last.legend(fontsize=7, loc="lower left")
+    handles, labels = first.get_legend_handles_labels()
+    figure.legend(handles, labels, loc="outside right upper", fontsize=8)
     figure.savefig(path, dpi=120)
 
 
 def _check(config: Config) -> None:
-    if not (math.isfinite(config.condition) and config.condition > 1):
-        raise ValueError(f"condition={config.condition} must be above 1 and finite")
+    if not 1 < config.condition <= _MOST:
+        raise ValueError(f"condition={config.condition} must be above 1 and at most {_MOST:g}")
     if not config.num_steps or min(config.num_steps) < 1:
         raise ValueError(f"num_steps={config.num_steps} must name step counts of at least 1")
     if config.num_tasks < 1:

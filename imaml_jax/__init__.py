@@ -21,6 +21,8 @@ from imaml_jax.linear_solve import (
     solve_cg_steihaug,
     solve_dense,
     solve_gmres,
+    solve_neumann,
+    solve_nystrom,
     solve_woodbury,
 )
 from imaml_jax.types import Batch, LinearOperator, LowRank, MetaLearner, Task
@@ -60,5 +62,7 @@ __all__ = [
     "solve_cg_steihaug",
     "solve_dense",
     "solve_gmres",
+    "solve_neumann",
+    "solve_nystrom",
     "solve_woodbury",
 ]

@@ -105,7 +105,7 @@ def gauss_newton(
 
         basis = jnp.eye(flat_outputs.size, dtype=flat_outputs.dtype)
         output_hessian = jax.hessian(lambda flat: loss_fn(unravel(flat)))(flat_outputs)
-        return LowRank(jax.vmap(jacobian_row)(basis), output_hessian, ())
+        return LowRank(jax.vmap(jacobian_row)(basis), output_hessian)
 
     return LinearOperator(ggnvp_fn(apply_fn, loss_fn, params), factor)
 
@@ -118,7 +118,8 @@ def damped(operator: LinearOperator, damping: PyTree) -> LinearOperator:
       damping: a scalar, or a tree prefix of the parameters whose leaves broadcast to theirs.
 
     Returns:
-      The damped operator; it keeps the low-rank factor of `A`, if there is one.
+      The damped operator; it keeps the low-rank factor of `A`, if there is one, and knows what was
+      added.
     """
 
     def matvec(v: PyTree) -> PyTree:
@@ -129,12 +130,4 @@ def damped(operator: LinearOperator, damping: PyTree) -> LinearOperator:
             v,
         )
 
-    if operator.factor is None:
-        return LinearOperator(matvec)
-    undamped = operator.factor
-
-    def factor() -> LowRank:
-        low_rank = undamped()
-        return low_rank._replace(dampings=(*low_rank.dampings, damping))
-
-    return LinearOperator(matvec, factor)
+    return LinearOperator(matvec, operator.factor, (*operator.dampings, damping))

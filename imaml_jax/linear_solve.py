@@ -6,7 +6,8 @@ fails under `vmap(grad(...))` of convolutions, and one long vector means few ker
 
 Which to use for a meta-gradient: `solve_cg_steihaug` in general (it stops where the curvature turns
 negative and says so); `solve_woodbury` with the Gauss-Newton matrix when the support set has few
-outputs; `solve_cg` is the plain path of the original description.
+outputs; `solve_cg` is the plain path of the original description. `solve_neumann` and
+`solve_nystrom` are what other bilevel methods use.
 """
 
 from collections.abc import Callable
@@ -230,13 +231,9 @@ def solve_woodbury(
             "solve_woodbury needs an operator with a low-rank factor, such as "
             "damped(gauss_newton(...), damping); for a Hessian use solve_cg_steihaug"
         )
-    jacobian, output_hessian, dampings = operator.factor()
-    if not dampings:
-        raise ValueError("solve_woodbury needs damping > 0; wrap the operator in damped(...)")
+    jacobian, output_hessian = operator.factor()
     flat_b, _, unravel = _ravel(operator, b)
-    diagonal = jnp.zeros_like(flat_b)
-    for damping in dampings:
-        diagonal = diagonal + ravel_pytree(_broadcast_to_leaves(damping, b))[0]
+    diagonal = _diagonal("solve_woodbury", operator, b)
     gram = _dot(jacobian / diagonal[None, :], jacobian.T)
     small_matrix = jnp.eye(gram.shape[0], dtype=gram.dtype) + _dot(output_hessian, gram)
     right = _dot(output_hessian, _dot(jacobian, flat_b / diagonal))
@@ -244,6 +241,131 @@ def solve_woodbury(
     product = diagonal * x + _dot(_dot(output_hessian, _dot(jacobian, x)), jacobian)
     relative = _relative_residual(flat_b - product, flat_b)
     return unravel(x), SolveInfo(relative, None, None, relative <= tol)
+
+
+def solve_neumann(
+    operator: LinearOperator,
+    b: PyTree,
+    *,
+    step_size: float,
+    key: Array | None = None,
+    tol: float = 1e-5,
+    max_steps: int = 100,
+) -> tuple[PyTree, SolveInfo]:
+    """Truncated Neumann series `step_size * sum_k (I - step_size A)^k b`.
+
+    The same as gradient descent on `x^T A x / 2 - b^T x`; CG with as many products is closer. Needs
+    `0 < step_size < 2 / (largest eigenvalue)`, beyond which it diverges and says so.
+
+    Args:
+      operator: symmetric positive definite `A`.
+      b: right-hand side.
+      step_size: the factor above.
+      key: unused.
+      tol: relative tolerance on the residual.
+      max_steps: most terms, one product each.
+
+    Returns:
+      `(x, SolveInfo)`.
+
+    References:
+      Lorraine, Vicol, Duvenaud, "Optimizing millions of hyperparameters by implicit
+      differentiation", AISTATS 2020, Algorithm 3.
+    """
+    del key
+    flat_b, matvec, unravel = _ravel(operator, b)
+    squared_b = _dot(flat_b, flat_b)
+
+    def keep_going(state) -> Array:
+        _, residual, num_steps, _ = state
+        return (_dot(residual, residual) > tol**2 * squared_b) & (num_steps < max_steps)
+
+    def step(state):
+        x, residual, num_steps, min_curvature = state
+        product = matvec(residual)
+        rayleigh = _dot(residual, product) / _dot(residual, residual)
+        return (
+            x + step_size * residual,
+            residual - step_size * product,
+            num_steps + 1,
+            jnp.minimum(min_curvature, rayleigh),
+        )
+
+    start = (
+        jnp.zeros_like(flat_b),
+        flat_b,
+        jnp.zeros((), jnp.int32),
+        jnp.full((), jnp.inf, flat_b.dtype),
+    )
+    x, residual, num_steps, min_curvature = lax.while_loop(keep_going, step, start)
+    relative = _relative_residual(residual, flat_b)
+    return unravel(x), SolveInfo(relative, num_steps, min_curvature, relative <= tol)
+
+
+def solve_nystrom(
+    operator: LinearOperator,
+    b: PyTree,
+    *,
+    rank: int,
+    key: Array | None = None,
+    tol: float = 1e-5,
+) -> tuple[PyTree, SolveInfo]:
+    """Direct solve with a random low-rank approximation of the undamped matrix.
+
+    With `A = B + D` and `Y = B Q` for an orthonormal basis `Q [P, rank]` of random directions, `B`
+    is replaced by `Y (Q^T Y)^+ Y^T` and the sum inverted by Woodbury's formula. Exact where the
+    rank of `B` is not above `rank`, up to rounding; else watch the residual, which is that of `A`.
+    `B` should be positive semi-definite, as the Gauss-Newton matrix is; negative directions are
+    left out.
+
+    Args:
+      operator: `damped(..., damping)` with positive damping.
+      b: right-hand side.
+      rank: random directions, at least 1; as many products, taken at once, and `[P, rank]` of
+        memory.
+      key: of the directions; default a fixed one.
+      tol: relative residual up to which the solve counts as converged.
+
+    Returns:
+      `(x, SolveInfo)` with `num_steps` and `min_curvature` None.
+
+    Raises:
+      ValueError: a rank below 1, or an operator without damping.
+
+    References:
+      Hataya and Yamada, "Nyström method for accurate and scalable implicit differentiation",
+      AISTATS 2023.
+      Frangella, Tropp, Udell, "Randomized Nyström preconditioning", 2021.
+    """
+    if rank < 1:
+        raise ValueError(f"solve_nystrom: rank={rank} must be at least 1")
+    flat_b, matvec, unravel = _ravel(operator, b)
+    diagonal = _diagonal("solve_nystrom", operator, b)
+    shape = (flat_b.size, min(rank, flat_b.size))
+    key = jax.random.key(0) if key is None else key
+    basis, _ = jnp.linalg.qr(jax.random.normal(key, shape, flat_b.dtype))
+    image = jax.vmap(matvec, 1, 1)(basis) - diagonal[:, None] * basis
+    core = _dot(basis.T, image)
+    values, vectors = jnp.linalg.eigh((core + core.T) / 2)
+    positive = values > shape[1] * jnp.finfo(values.dtype).eps * jnp.abs(values).max()
+    root = _dot(image, vectors) * jnp.where(positive, lax.rsqrt(jnp.where(positive, values, 1)), 0)
+    scaled = root / diagonal[:, None]
+    small_matrix = jnp.eye(shape[1], dtype=flat_b.dtype) + _dot(root.T, scaled)
+    x = flat_b / diagonal - _dot(scaled, jnp.linalg.solve(small_matrix, _dot(scaled.T, flat_b)))
+    relative = _relative_residual(flat_b - matvec(x), flat_b)
+    return unravel(x), SolveInfo(relative, None, None, relative <= tol)
+
+
+def _diagonal(name: str, operator: LinearOperator, b: PyTree) -> Array:
+    """What was added to the operator's diagonal, raveled.
+
+    Raises:
+      ValueError: nothing was.
+    """
+    if not operator.dampings:
+        raise ValueError(f"{name} needs damping > 0; wrap the operator in damped(...)")
+    diagonals = [ravel_pytree(_broadcast_to_leaves(d, b))[0] for d in operator.dampings]
+    return sum(diagonals[1:], diagonals[0])
 
 
 def _broadcast_to_leaves(prefix: PyTree, tree: PyTree) -> PyTree:

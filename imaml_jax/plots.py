@@ -10,10 +10,18 @@ from typing import Any
 from tqdm import tqdm
 
 
+def new_figure(width: float, height: float) -> Any:
+    """An empty Matplotlib figure of that many inches, without pyplot and its global state."""
+    from matplotlib.backends.backend_agg import FigureCanvasAgg
+    from matplotlib.figure import Figure
+
+    figure = Figure(figsize=(width, height), layout="constrained")
+    FigureCanvasAgg(figure)
+    return figure
+
+
 def learning_curve(history: Sequence[Mapping[str, Any]], path: str | os.PathLike) -> None:
     """Draws losses and accuracies over meta-steps into an image file.
-
-    No pyplot, so no global state changes.
 
     Args:
       history: rows with a field `step`, as `training.train` returns them. Fields that end in `loss`
@@ -21,11 +29,7 @@ def learning_curve(history: Sequence[Mapping[str, Any]], path: str | os.PathLike
         `validation_ci95`) into the other; missing and null values are skipped.
       path: the image to write; its ending chooses the format.
     """
-    from matplotlib.backends.backend_agg import FigureCanvasAgg
-    from matplotlib.figure import Figure
-
-    figure = Figure(figsize=(9, 3.5), layout="constrained")
-    FigureCanvasAgg(figure)
+    figure = new_figure(9, 3.5)
     loss_axes, score_axes = figure.subplots(1, 2)
     names = sorted({name for row in history for name in row})
     for name in names:

@@ -33,30 +33,31 @@ class Task(NamedTuple):
 
 
 class LowRank(NamedTuple):
-    """The pieces of `J^T S J + diag(sum of dampings)` that a Woodbury solve needs.
+    """The pieces of `J^T S J` that a Woodbury solve needs.
 
     Attributes:
       jacobian: `[m, P]`, the derivative of the `m` raveled outputs in the `P` raveled parameters.
       output_hessian: `[m, m]`, the Hessian of the loss in the raveled outputs.
-      dampings: what was added to the diagonal, each a scalar or a tree prefix of the parameters.
     """
 
     jacobian: Array
     output_hessian: Array
-    dampings: tuple[PyTree, ...]
 
 
 class LinearOperator(NamedTuple):
-    """A symmetric linear map on parameter-shaped pytrees.
+    """A symmetric linear map on parameter-shaped pytrees, `A = B + diag(sum of dampings)`.
 
     Attributes:
       matvec: `v -> A v`; input and output share their tree structure, shapes and dtypes.
-      factor: where `A` is low-rank plus diagonal, a function of no arguments that returns its
-        `LowRank` pieces. A function, so that nothing of size `m x P` exists until it is asked for.
+      factor: where `B` is low-rank, a function of no arguments that returns its `LowRank` pieces. A
+        function, so that nothing of size `m x P` exists until it is asked for.
+      dampings: what `damped` added to the diagonal, each a scalar or a tree prefix of the
+        parameters.
     """
 
     matvec: Callable[[PyTree], PyTree]
     factor: Callable[[], LowRank] | None = None
+    dampings: tuple[PyTree, ...] = ()
 
 
 class MetaLearner(NamedTuple):

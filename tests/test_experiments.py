@@ -21,6 +21,9 @@ TINY = "--meta-steps 2 --log-every 2 --validate-every 2 --meta-batch 2 --num-ste
 TINY += "--eval-num-steps 2 --validation-tasks 2 --test-tasks 2".split()
 TINY_SINUSOID = "--meta-steps 4 --log-every 2 --num-steps 2 --validation-tasks 2".split()
 TINY_SINUSOID += "--test-tasks 3".split()
+TRAINING = ("glyphs", "omniglot", "sinusoid")
+REPORTS = ("benchmark", "compare", "compute_and_memory", "meta_gradient_accuracy", "tune")
+COMMANDS = (*TRAINING, *REPORTS)
 RECORDED = {"algorithm", "command", "cores", "date", "device", "machine", "seed", "versions"}
 RECORDED |= {"best_step", "dataset", "seconds", "settings", "test_ci95", "trained_meta_steps"}
 # Programs that compute next to nothing: LLVM's optimisations take longer than they save.
@@ -60,8 +63,9 @@ def environment(tmp_path_factory):
 def modules():
     """The experiments by name; importing them must not change the devices of the other tests."""
     with mock.patch.dict(os.environ, XLA_FLAGS=os.environ.get("XLA_FLAGS", "")):
-        names = ("build", "common", "demo", "few_shot", "glyphs", "omniglot", "sinusoid")
-        return {name: importlib.import_module(f"experiments.{name}") for name in names}
+        names = ("build", "common", "demo", "few_shot", *COMMANDS)
+        found = {name: importlib.import_module(f"experiments.{name}") for name in names}
+        return found | {"benchmark": importlib.import_module("experiments.benchmark.__main__")}
 
 
 @pytest.fixture
@@ -143,17 +147,19 @@ def assert_refused(done, *fragments):
         assert fragment in message
 
 
-@pytest.mark.parametrize("name", ["glyphs", "omniglot", "sinusoid"])
+@pytest.mark.parametrize("name", COMMANDS)
 def test_help_shows_every_setting_and_its_default(run, modules, name):
     done = run(name, "--help")
     assert done.returncode == 0, done.stderr
     for field in modules[name].Config.__dataclass_fields__.values():
         assert f"--{field.name.replace('_', '-')}" in done.stdout
-    assert "default: imaml" in done.stdout and "default: None" in done.stdout
-    assert "Lambda, the strength" in done.stdout
+    assert "default: " in done.stdout
+    if name in TRAINING:
+        assert "default: imaml" in done.stdout and "default: None" in done.stdout
+        assert "Lambda, the strength" in done.stdout
 
 
-@pytest.mark.parametrize("name", ["glyphs", "omniglot", "sinusoid"])
+@pytest.mark.parametrize("name", TRAINING)
 def test_refusals_reach_the_shell_without_a_traceback(run, name):
     assert_refused(run(name, "--inner-rate", "-0.1"), "inner_rate=-0.1", "positive")
 
@@ -207,6 +213,21 @@ REFUSED_SINUSOID = {
 }
 
 
+REFUSED_REPORTS = {
+    "benchmark --rounds 0": ("rounds=0", "at least 1"),
+    "benchmark --devices 1000": ("devices=1000", "allowed: 1 to"),
+    "benchmark --output .": ("output=.", "must name a file"),
+    "compute_and_memory --axis filters --values 8": ("values=(8,)", "two different"),
+    "compute_and_memory --values 1 2": ("num_steps=1", "at least 2"),
+    "compute_and_memory --rounds -1": ("rounds=-1", "at least 0"),
+    "compute_and_memory --output .": ("output=.", "must name a file"),
+    "meta_gradient_accuracy --condition 1": ("condition=1.0", "above 1"),
+    "meta_gradient_accuracy --num-steps 0": ("num_steps=(0,)", "at least 1"),
+    "meta_gradient_accuracy --output .": ("output=.", "must name a file"),
+    "compare --output .": ("runs", "at least one"),
+}
+
+
 def refusal(modules, name, line, capsys):
     """What `python -m experiments.<name> <line>` would print, with anything slow forbidden."""
     module = modules[name]
@@ -241,6 +262,12 @@ def test_what_the_data_do_not_allow_is_refused(modules, environment, capsys, mon
 @pytest.mark.parametrize("line", REFUSED_SINUSOID)
 def test_sinusoid_refuses(modules, capsys, line):
     assert_message(refusal(modules, "sinusoid", line, capsys), *REFUSED_SINUSOID[line])
+
+
+@pytest.mark.parametrize("line", REFUSED_REPORTS)
+def test_reports_refuse(modules, capsys, line):
+    name, arguments = line.split(maxsplit=1)
+    assert_message(refusal(modules, name, arguments, capsys), *REFUSED_REPORTS[line])
 
 
 def test_omniglot_says_where_it_looked(modules, tmp_path, capsys):

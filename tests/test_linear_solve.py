@@ -15,6 +15,8 @@ from imaml_jax.linear_solve import (
     solve_cg_steihaug,
     solve_dense,
     solve_gmres,
+    solve_neumann,
+    solve_nystrom,
     solve_woodbury,
 )
 from imaml_jax.networks import conv4
@@ -22,13 +24,20 @@ from imaml_jax.types import LinearOperator
 
 pytestmark = pytest.mark.usefixtures("x64")
 
+SIZE = 9
+WAYS = 3
+
 SOLVERS = {
     "cg": solve_cg,
     "cg_steihaug": solve_cg_steihaug,
     "gmres": solve_gmres,
     "dense": solve_dense,
+    "neumann": partial(solve_neumann, step_size=2 / 11, max_steps=1000),
+    "nystrom": partial(solve_nystrom, rank=SIZE),
     "woodbury": solve_woodbury,
 }
+COUNTING = ("cg_steihaug", "neumann")
+DAMPED_ONLY = ("nystrom", "woodbury")
 # Every solver with every kind of operator that it is for. A new solver is one more row or two.
 CASES = [
     ("cg", "spd", np.float32),
@@ -40,6 +49,9 @@ CASES = [
     ("dense", "spd", np.float32),
     ("dense", "indefinite", np.float64),
     ("dense", "nonsymmetric", np.float64),
+    ("neumann", "spd", np.float32),
+    ("neumann", "spd", np.float64),
+    ("nystrom", "low_rank", np.float64),
     ("woodbury", "low_rank", np.float32),
     ("woodbury", "low_rank", np.float64),
 ]
@@ -47,8 +59,6 @@ cases = pytest.mark.parametrize(
     "name, kind, dtype", CASES, ids=[f"{n}-{k}-{d.__name__}" for n, k, d in CASES]
 )
 both_dtypes = pytest.mark.parametrize("dtype", [np.float64, np.float32], ids=["f64", "f32"])
-SIZE = 9
-WAYS = 3
 
 
 def as_tree(vector):
@@ -136,11 +146,11 @@ def test_solvers_equal_dense_solves(name, kind, dtype):
         residual = np.linalg.norm(b - matrix @ x) / np.linalg.norm(b)
         np.testing.assert_allclose(report.relative_residual, residual, rtol=0, atol=tol)
         assert report.converged
-        if name == "cg_steihaug":
-            assert 0 < report.num_steps <= SIZE + 1
+        if name in COUNTING:
+            assert 0 < report.num_steps <= (1000 if name == "neumann" else SIZE + 1)
         else:
             assert report.num_steps is None
-        if name in ("cg_steihaug", "dense"):
+        if name in (*COUNTING, "dense"):
             symmetric = np.linalg.eigvalsh((matrix + matrix.T) / 2)
             assert symmetric[0] - 10 * tol <= report.min_curvature <= symmetric[-1]
         else:
@@ -153,6 +163,7 @@ def test_solvers_equal_dense_solves(name, kind, dtype):
         ("cg", {"max_steps": 2}),
         ("cg_steihaug", {"max_steps": 2}),
         ("gmres", {"restart": 2, "max_restarts": 1}),
+        ("neumann", {"step_size": 0.02, "max_steps": 2}),
     ],
 )
 def test_a_truncated_solve_reports_its_own_residual(name, settings):
@@ -166,7 +177,7 @@ def test_a_truncated_solve_reports_its_own_residual(name, settings):
     assert residual > 1e-2
     np.testing.assert_allclose(info.relative_residual, residual, rtol=1e-10)
     assert not info.converged
-    if name == "cg_steihaug":
+    if name in COUNTING:
         assert info.num_steps == 2
     _, info = solve(matrix, b, float(residual) * 1.01)
     assert info.converged
@@ -174,14 +185,14 @@ def test_a_truncated_solve_reports_its_own_residual(name, settings):
 
 @pytest.mark.parametrize("name", SOLVERS)
 def test_a_zero_right_hand_side_gives_zero(name):
-    kind = "low_rank" if name == "woodbury" else "spd"
+    kind = "low_rank" if name in DAMPED_ONLY else "spd"
     pieces, _ = make_system(kind, np.random.default_rng(0))
     solve = jax.jit(lambda pieces, b: SOLVERS[name](make_operator(kind, pieces), as_tree(b)))
     x, info = solve(pieces, np.zeros(SIZE))
     np.testing.assert_array_equal(flatten(x), 0)
     assert info.relative_residual == 0
     assert info.converged
-    if name == "cg_steihaug":  # no direction was met, so that nothing bounds the curvature
+    if name in COUNTING:  # no direction was met, so that nothing bounds the curvature
         assert info.num_steps == 0
         assert info.min_curvature == np.inf
     if name == "dense":
@@ -278,8 +289,47 @@ def test_woodbury_wants_a_factor_and_damping():
     params = jnp.ones(3)
     with pytest.raises(ValueError, match="low-rank factor"):
         solve_woodbury(damped(hessian(jnp.sum, params), 1.0), params)
-    with pytest.raises(ValueError, match="damping > 0"):
+    with pytest.raises(ValueError, match="solve_woodbury needs damping > 0"):
         solve_woodbury(gauss_newton(jnp.sin, jnp.sum, params), params)
+    with pytest.raises(ValueError, match="solve_nystrom needs damping > 0"):
+        solve_nystrom(hessian(jnp.sum, params), params, rank=2)
+    with pytest.raises(ValueError, match="rank=0"):
+        solve_nystrom(damped(hessian(jnp.sum, params), 1.0), params, rank=0)
+
+
+def test_nystrom_is_exact_from_the_rank_of_the_matrix_on():
+    rng = np.random.default_rng(7)
+    root, b = rng.normal(size=(4, SIZE)), rng.normal(size=SIZE)
+    operator = damped(LinearOperator(lambda v: root.T @ (root @ v)), 0.1)
+    expected = np.linalg.solve(root.T @ root + 0.1 * np.eye(SIZE), b)
+    errors, residuals = [], []
+    for rank in (2, 4, 6, 2 * SIZE):
+        x, info = solve_nystrom(operator, jnp.asarray(b), rank=rank, key=jax.random.key(1))
+        errors.append(np.linalg.norm(x - expected))
+        residuals.append(info.relative_residual)
+        assert info.converged == (rank >= 4)
+    assert errors[0] > 0.01
+    assert max(errors[1:]) < 1e-9 and max(residuals[1:]) < 1e-9
+
+
+def test_nystrom_leaves_negative_directions_out():
+    diagonal = jnp.array([-2.0, 3.0, 0.0])
+    operator = damped(LinearOperator(lambda v: diagonal * v), 1.0)
+    x, info = solve_nystrom(operator, jnp.ones(3), rank=3)
+    np.testing.assert_allclose(x, [1.0, 0.25, 1.0], atol=1e-12)
+    assert not info.converged
+
+
+def test_neumann_equals_its_series_and_says_that_it_diverges():
+    rng = np.random.default_rng(8)
+    matrix, b = spectrum_matrix(rng, np.linspace(1, 10, SIZE)), rng.normal(size=SIZE)
+    operator = LinearOperator(lambda v: matrix @ v)
+    x, _ = solve_neumann(operator, jnp.asarray(b), step_size=0.1, tol=0.0, max_steps=7)
+    power = np.eye(SIZE) - 0.1 * matrix
+    series = 0.1 * sum(np.linalg.matrix_power(power, k) @ b for k in range(7))
+    np.testing.assert_allclose(x, series, rtol=1e-12)
+    _, info = solve_neumann(operator, jnp.asarray(b), step_size=0.3)
+    assert info.relative_residual > 1 and not info.converged
 
 
 def test_woodbury_takes_every_kind_of_damping():
@@ -391,7 +441,10 @@ def test_cg_is_differentiable_under_vmap_on_a_conv_net():
 
 
 @pytest.mark.parametrize("scale", [1e-30, 1e30])
-@pytest.mark.parametrize("solve", [solve_cg, solve_cg_steihaug, solve_gmres, solve_dense])
+@pytest.mark.parametrize(
+    "solve",
+    [solve_cg, solve_cg_steihaug, solve_gmres, solve_dense, partial(solve_neumann, step_size=0.4)],
+)
 def test_right_hand_sides_whose_squares_leave_the_range_are_solved(solve, scale):
     b = jnp.array([1.0, -2.0, 3.0], jnp.float32) * scale
     diagonal = jnp.array([1.0, 2.0, 4.0], jnp.float32)
@@ -400,7 +453,10 @@ def test_right_hand_sides_whose_squares_leave_the_range_are_solved(solve, scale)
     assert bool(info.converged)
 
 
-@pytest.mark.parametrize("solve", [solve_cg, solve_cg_steihaug, solve_gmres, solve_dense])
+@pytest.mark.parametrize(
+    "solve",
+    [solve_cg, solve_cg_steihaug, solve_gmres, solve_dense, partial(solve_neumann, step_size=0.1)],
+)
 @pytest.mark.parametrize("bad", [np.nan, np.inf])
 def test_a_right_hand_side_that_is_not_finite_is_never_solved(solve, bad):
     x, info = solve(LinearOperator(lambda v: 2 * v), jnp.array([bad, 1.0]))

@@ -1,4 +1,4 @@
-"""The experiments that report on runs: comparison, tuning, benchmark."""
+"""The experiments that report on finished runs: comparison and tuning."""
 
 import json
 import os
@@ -11,8 +11,6 @@ from imaml_jax import protocols
 # Importing the experiments must not change the devices of the other tests.
 with mock.patch.dict(os.environ, XLA_FLAGS=os.environ.get("XLA_FLAGS", "")):
     from experiments import compare, few_shot, tune
-    from experiments.benchmark import __main__ as benchmark
-    from experiments.benchmark import ours, peers, workload
 
 
 def write_run(path, accuracy, **changes):
@@ -58,62 +56,3 @@ def test_every_algorithm_gets_the_same_number_of_valid_trials():
     for algorithm, trials in tune.TRIALS.items():
         for changes in trials:
             few_shot.resolve(few_shot.Config(algorithm=algorithm, **changes))
-
-
-def test_flops_of_the_reference_workload():
-    # conv4-64 on 28x28: 14^2*9*64 + (7^2 + 4^2 + 2^2)*576*64 + 256*5 multiply-adds
-    assert workload.forward_flops() == 2 * (196 * 576 + 69 * 576 * 64 + 256 * 5)
-    gradients = 16 * 3 * 5 + 3 * 75
-    assert workload.flops("fomaml") == 16 * gradients * workload.forward_flops()
-    assert workload.flops("imaml") == 16 * (gradients + 5 * 6 * 5) * workload.forward_flops()
-    assert workload.flops("maml") == 16 * (gradients + 16 * 6 * 5) * workload.forward_flops()
-
-
-def test_benchmark_compares_round_by_round(tmp_path):
-    names = [benchmark.IMAML, benchmark.MAML, "torchopt MAML"]
-    times = {benchmark.CEILING: [1.0, 2.0, 3.0]}
-    times |= dict(zip(names, ([1.0, 2.0, 3.0], [2.0, 2.0, 2.0], [4.0, 8.0, 6.0]), strict=True))
-    memory = {name: {"temp_bytes": None, "peak_rss_bytes": 2**30} for name in names}
-    results = benchmark.summary(times, memory, {"torchopt MAML": 1e-14}, devices=1)
-    rows = results["contenders"]
-    assert results["ceiling_flops"] == 2 * ours.MATRIX**3 / 2.0
-    assert rows["torchopt MAML"]["ratio"] == [3.0, 2.0, 4.0]
-    assert rows[benchmark.IMAML]["ratio"] == [1.0, 1.0, 1.0]
-    share = workload.flops("maml") / 2.0 / results["ceiling_flops"]
-    assert rows[benchmark.MAML]["share_of_ceiling"] == share
-    results |= {"machine": "m", "cores": 2, "date": "2026-01-01"}
-    lines = benchmark.table(results).splitlines()
-    assert [line.split("  ")[0] for line in lines[2:5]] == names
-    assert "3.00 (2.00-4.00)" in lines[4] and "1e-14" in lines[4]
-    benchmark.draw(results, tmp_path / "bars.png")
-    assert (tmp_path / "bars.png").stat().st_size > 5000
-
-
-def test_benchmark_names():
-    known = {*ours.learners(), *peers.CONTENDERS}
-    assert {benchmark.IMAML, benchmark.MAML, *benchmark.QUICK} <= known
-    assert {*benchmark.SAME_PROBLEM, *benchmark.SAME_PROBLEM.values()} <= known
-    assert set(peers.available()) <= set(peers.CONTENDERS)
-
-
-def test_benchmark_reports_a_contender_that_stops():
-    with benchmark._process("no such learner", 1) as process:
-        with pytest.raises(RuntimeError, match=r"(?s)no such learner stopped:.*KeyError"):
-            process.ask(0)
-
-
-def test_benchmark_refuses_before_it_starts():
-    for changes, message in (({"rounds": 0}, "rounds=0"), ({"devices": 10**6}, "devices=1000000")):
-        with pytest.raises(ValueError, match=message):
-            benchmark.main(benchmark.Config(**changes))
-
-
-@pytest.mark.slow
-def test_quick_benchmark(tmp_path, capsys):
-    output = tmp_path / "out" / "table"
-    results = benchmark.main(benchmark.Config(quick=True, output=output))
-    assert json.loads(output.with_name("table.json").read_text()) == results
-    assert set(results["contenders"]) == set(benchmark.QUICK)
-    assert all(name in capsys.readouterr().out for name in [benchmark.IMAML])
-    for row in results["contenders"].values():
-        assert row["disagreement"] is None or row["disagreement"] < 1e-10

@@ -2,6 +2,7 @@
 
 import json
 import os
+import pathlib
 from unittest import mock
 
 import numpy as np
@@ -36,23 +37,30 @@ def test_meta_gradient_accuracy(tmp_path, capsys):
     assert output.with_name("figure.png").stat().st_size > 10_000
     assert "iMAML, Nesterov" in capsys.readouterr().out
     for curves in results["curves"].values():
-        assert curves["iMAML, dense solve"]["high"][-1] < 1e-8
+        for way in ("iMAML, dense solve", "iMAML, Nesterov", "iMAML, Hessian-free"):
+            assert curves[way]["high"][-1] < 1e-8
+        assert curves["MAML, regularised"]["high"][-1] < 1e-8
         assert curves["iMAML, 5 CG"]["median"][-1] < 0.5 * curves["iMAML, 2 CG"]["median"][-1]
         assert curves["MAML, plain"]["median"][-1] > 0.1
     curve = results["curves"]["regression"]["iMAML, dense solve"]["median"]
     rate = (curve[2] / curve[1]) ** (1 / (steps[2] - steps[1]))
-    np.testing.assert_allclose(rate, results["rate"]["regression"], rtol=1e-3)
+    np.testing.assert_allclose(rate, results["descent_rate"]["regression"], rtol=1e-3)
+    curve = results["curves"]["regression"]["iMAML, Nesterov"]["median"]
+    rate = (curve[1] / curve[0]) ** (1 / (steps[1] - steps[0]))
+    np.testing.assert_allclose(rate, results["nesterov_rate"]["regression"], rtol=0.03)
 
 
 @pytest.mark.parametrize(
     "changes, message",
     [
         ({"condition": 1.0}, "condition=1.0 must be above 1"),
+        ({"condition": 1e20}, "at most 1e"),
         ({"condition": float("nan")}, "condition=nan"),
         ({"num_steps": ()}, "num_steps"),
         ({"num_steps": (4, 0)}, "num_steps"),
         ({"num_tasks": 0}, "num_tasks=0"),
         ({"seed": -1}, "seed=-1"),
+        ({"output": pathlib.Path("")}, "must name a file"),
     ],
 )
 def test_meta_gradient_accuracy_refuses(changes, message):
@@ -64,7 +72,7 @@ def test_meta_gradient_accuracy_refuses(changes, message):
 def test_memory_against_inner_steps(tmp_path, capsys):
     output = tmp_path / "out" / "figure"
     config = compute_and_memory.Config(
-        ways=2, shots=1, filters=8, num_steps=(2, 4, 8, 16), rounds=1, output=output
+        values=(2, 4, 8, 16), ways=2, shots=1, filters=8, rounds=1, output=output
     )
     results = compute_and_memory.main(config)
     rows = json.loads(output.with_name("figure.json").read_text())["algorithms"]
@@ -82,15 +90,19 @@ def test_memory_against_inner_steps(tmp_path, capsys):
 
 def test_a_line_is_fitted_by_least_squares():
     line = compute_and_memory.fit((2, 4, 8), (5.0, 9.0, 17.0))
-    np.testing.assert_allclose(line, (2.0, 1.0, 1.0), atol=1e-12)
+    np.testing.assert_allclose(line[:3], (2.0, 1.0, 1.0), atol=1e-12)
+    np.testing.assert_allclose(compute_and_memory.fit((1, 2, 4), (3, 12, 48)).exponent, 2.0)
     assert compute_and_memory.fit((2, 4), (3.0, 3.0)).r_squared == 1.0
 
 
 @pytest.mark.parametrize(
     "changes, message",
     [
-        ({"num_steps": (4,)}, "two counts"),
-        ({"num_steps": (1, 2)}, "all >= 2"),
+        ({"values": (4,)}, "two different"),
+        ({"values": (4, 4)}, "two different"),
+        ({"values": (1, 2)}, "num_steps=1"),
+        ({"axis": "num_tasks", "values": (0, 2)}, "num_tasks=0"),
+        ({"axis": "filters", "num_steps": 1}, "num_steps=1"),
         ({"ways": 1}, "ways=1"),
         ({"rounds": -1}, "rounds=-1"),
         ({"filters": 0}, "filters=0"),

@@ -1,1 +1,6 @@
-"""Time and memory of one meta-step beside PyTorch libraries: `python -m experiments.benchmark`."""
+"""Time and memory of a meta-gradient beside PyTorch: `python -m experiments.benchmark`."""
+
+import os
+
+# Many processes share the accelerator: none may take all of its memory.
+os.environ.setdefault("XLA_PYTHON_CLIENT_PREALLOCATE", "false")

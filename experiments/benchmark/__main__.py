@@ -1,56 +1,54 @@
-"""Time and memory of one meta-step of the reference workload, beside PyTorch libraries.
+"""Time and memory of the reference workload's meta-gradient, beside PyTorch libraries.
 
     python -m experiments.benchmark
     python -m experiments.benchmark --quick
 
 The workload: 16 tasks of 5-way 1-shot Omniglot shapes, 15 queries a class, 16 inner steps, 5 CG
-steps, conv4 with 64 filters. Every contender has a process of its own. Those that solve the same
-problem must first agree on the meta-gradient in float64; then all take turns, round by round, on
-fresh random images. The ceiling is the matrix product of the same devices in the same rounds.
-PyTorch's libraries take part where they are installed: `pip install -e .[peers]`. Writes
-OUTPUT.json and OUTPUT.png.
+steps, conv4 with 64 filters; the meta-gradient averaged over the tasks and, of ours, the report on
+it. Every contender has a process of its own. Those that compute the same meta-gradient must first
+agree on it in float64; then all take turns, round by round, on fresh random images. The ceiling is
+the rate of float32 matrix products on the same devices in the same rounds. On the CPU, PyTorch's
+libraries take part where they are installed: `pip install -e .[peers]`. Writes OUTPUT.json and
+OUTPUT.png.
 """
 
 import contextlib
 import dataclasses
+import importlib.metadata
+import importlib.util
 import json
 import statistics
 import subprocess
 import sys
 import tempfile
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
+import jax
 import numpy as np
 
 from experiments import common
-from experiments.benchmark import ours, peers, workload
+from experiments.benchmark import workload
+from experiments.benchmark.workload import CONTENDERS, MATMUL, Contender, reference_of
+from imaml_jax.plots import new_figure
 
-CEILING = ours.MATMUL
-IMAML, MAML = "iMAML, Hessian, solve_cg_steihaug", "MAML"
-QUICK = (IMAML, MAML, "first-order MAML", *peers.available())
-SAME_PROBLEM = {
-    "iMAML, Hessian, solve_cg": IMAML,
-    "MAML, no recomputation": MAML,
-    "torchopt iMAML, solve_cg": IMAML,
-    "torchopt MAML": MAML,
-    "higher MAML": MAML,
-}
 AGREEMENT = 1e-10
-_COUNTED = {"iMAML, Hessian, ": "imaml", "MAML": "maml", "first-order MAML": "fomaml"}
+_ROOT = Path(__file__).parents[2]
+_OF_PEERS = ("torch", "torchopt", "higher")
 
 
 @dataclasses.dataclass(frozen=True)
 class Config:
     """What is timed."""
 
-    rounds: int = 5
-    """Interleaved rounds, at least 1."""
+    rounds: int | None = None
+    """Interleaved rounds, at least 1; default 5, or 3 where it is to be quick."""
     quick: bool = False
-    """Three rounds of fewer contenders."""
+    """Fewer contenders."""
     devices: int | None = None
-    """Devices over which our tasks are sharded; default all, which is one a core on the CPU."""
+    """Devices over which our tasks are sharded, and threads of PyTorch; default all, which is one a
+    core on the CPU."""
     output: Path = Path("runs/benchmark")
     """Where to write, without an ending."""
 
@@ -63,157 +61,197 @@ def main(config: Config) -> dict[str, Any]:
 
     Raises:
       ValueError: a setting out of its range.
-      RuntimeError: a contender failed, or two disagree on the meta-gradient.
+      RuntimeError: a contender failed, two disagree on the meta-gradient, or CG did not take the
+        steps that it was to take.
     """
-    if config.rounds < 1:
-        raise ValueError(f"rounds={config.rounds} must be at least 1")
-    common.task_devices(config.devices, workload.TASKS)
-    names = list(QUICK) if config.quick else [*ours.learners(), *peers.available()]
+    rounds = (3 if config.quick else 5) if config.rounds is None else config.rounds
+    if rounds < 1:
+        raise ValueError(f"rounds={rounds} must be at least 1")
+    devices = len(common.task_devices(config.devices, workload.TASKS) or [None])
+    common.check_output(config.output)
+    contenders = [c for c in CONTENDERS if available(c) and (c.quick or not config.quick)]
+    disagreement = disagreements(contenders, devices)
+    names = [MATMUL, *(contender.name for contender in contenders)]
     with contextlib.ExitStack() as stack:
-        processes = {
-            name: stack.enter_context(_process(name, config.devices)) for name in (CEILING, *names)
-        }
-        disagreement = _disagreement(processes)
-        for process in processes.values():
-            process.ask(0)  # compiles
-        times: dict[str, list[float]] = {name: [] for name in processes}
-        for seed in range(1, 1 + (3 if config.quick else config.rounds)):
-            for name, process in processes.items():
-                times[name].append(process.ask(seed))
-        memory = {name: processes[name].ask(None) for name in names}
-    results = summary(times, memory, disagreement, config.devices) | common.provenance()
-    config.output.parent.mkdir(parents=True, exist_ok=True)
-    path = config.output.with_name(config.output.name + ".json")
-    path.write_text(json.dumps(results, indent=1) + "\n", encoding="utf-8")
-    draw(results, path.with_suffix(".png"))
-    print(table(results))
+        ask = {name: stack.enter_context(process(name, devices)) for name in names}
+        for name in names:
+            ask[name](0)  # compiles
+        runs = [{name: ask[name](seed) for name in names} for seed in range(1, rounds + 1)]
+        memory = {name: ask[name](None) for name in names}
+    results = summary(contenders, runs, memory, disagreement, devices)
+    results |= {"config": dataclasses.asdict(config), **common.provenance()}
+    results["versions"] |= {
+        name: importlib.metadata.version(name)
+        for name in _OF_PEERS
+        if importlib.util.find_spec(name)
+    }
+    common.write_report(config.output, results, table, draw)
     return results
 
 
-def summary(
-    times: dict[str, list[float]],
-    memory: dict[str, dict[str, int | None]],
-    disagreement: dict[str, float],
-    devices: int | None,
-) -> dict[str, Any]:
-    """What follows from the measurements."""
-    count = len(common.task_devices(devices, workload.TASKS) or [None])
-    ceiling = 2 * ours.MATRIX**3 * count / statistics.median(times[CEILING])
-    rows = {}
-    for name, seconds in times.items():
-        if name == CEILING:
-            continue
-        median = statistics.median(seconds)
-        own = IMAML if "iMAML" in name else MAML
-        ratios = [a / b for a, b in zip(seconds, times[own], strict=True)]
-        counted = next((kind for head, kind in _COUNTED.items() if name.startswith(head)), None)
-        flops = workload.flops(counted) if counted else None
-        rows[name] = {
-            "seconds": median,
-            "all_seconds": seconds,
-            "ratio": [statistics.median(ratios), min(ratios), max(ratios)],
-            "ratio_to": own,
-            "flops": flops,
-            "share_of_ceiling": flops and flops / median / ceiling,
-            "disagreement": disagreement.get(name),
-            **memory[name],
-        }
-    return {"devices": count, "ceiling_flops": ceiling, "contenders": rows}
-
-
-class _Process:
-    """A contender at the other end of a pipe."""
-
-    def __init__(self, name: str, pipe: subprocess.Popen, log: Any):
-        self.name, self._pipe, self._log = name, pipe, log
-
-    def ask(self, order: Any) -> Any:
-        assert self._pipe.stdin is not None and self._pipe.stdout is not None
-        with contextlib.suppress(BrokenPipeError):
-            print(json.dumps(order), file=self._pipe.stdin, flush=True)
-        answer = self._pipe.stdout.readline()
-        if not answer:
-            self._log.seek(0)
-            raise RuntimeError(f"{self.name} stopped:\n{self._log.read()[-2000:]}")
-        return json.loads(answer)
+def available(contender: Contender) -> bool:
+    """Whether its library is installed and computes where ours does."""
+    if contender.library is None:
+        return True
+    return jax.default_backend() == "cpu" and bool(importlib.util.find_spec(contender.library))
 
 
 @contextlib.contextmanager
-def _process(name: str, devices: int | None) -> Iterator[_Process]:
-    module = "peers" if name in peers.available() else "ours"
-    command = [sys.executable, "-m", f"experiments.benchmark.{module}", name, str(devices or 0)]
+def process(name: str, devices: int) -> Iterator[Any]:
+    """A contender in a process of its own: yields `order -> answer`, see `workload.serve`."""
+    ours = name not in {c.name for c in CONTENDERS if c.library}
+    module = f"experiments.benchmark.{'ours' if ours else 'peers'}"
     with tempfile.TemporaryFile("w+") as log:
-        pipe = subprocess.Popen(
-            command, stdin=subprocess.PIPE, stdout=subprocess.PIPE, stderr=log, text=True
+        child = subprocess.Popen(
+            [sys.executable, "-m", module, name, str(devices)],
+            stdin=subprocess.PIPE,
+            stdout=subprocess.PIPE,
+            stderr=log,
+            text=True,
+            cwd=_ROOT,
         )
+        assert child.stdin is not None and child.stdout is not None
+        orders, answers = child.stdin, child.stdout
+
+        def ask(order: Any) -> Any:
+            with contextlib.suppress(BrokenPipeError):
+                print(json.dumps(order), file=orders, flush=True)
+            answer = answers.readline()
+            if not answer:
+                log.seek(0)
+                raise RuntimeError(f"{name} exited with {child.wait()}:\n{log.read()[-2000:]}")
+            return json.loads(answer)
+
         try:
-            yield _Process(name, pipe, log)
+            yield ask
         finally:
-            pipe.kill()
-            pipe.communicate()
+            child.kill()
+            with contextlib.suppress(BrokenPipeError):
+                child.communicate()
 
 
-def _disagreement(processes: dict[str, _Process]) -> dict[str, float]:
-    """Relative difference of float64 meta-gradients between those that solve the same problem."""
-    pairs = {name: own for name, own in SAME_PROBLEM.items() if name in processes}
-    with tempfile.TemporaryDirectory() as folder:
-        gradients = {}
-        for number, name in enumerate(sorted({*pairs, *pairs.values()})):
-            file = f"{folder}/{number}.npz"
-            processes[name].ask(file)
-            with np.load(file) as arrays:
-                gradients[name] = dict(arrays)
-    differences = {}
-    for name, own in pairs.items():
-        ref = gradients[own]
-        squares = [np.sum((gradients[name][path] - ref[path]) ** 2) for path in ref]
-        norm = np.sqrt(sum(np.sum(array**2) for array in ref.values()))
-        differences[name] = float(np.sqrt(sum(squares)) / norm)
-        if not differences[name] < AGREEMENT:
+def disagreements(contenders: Sequence[Contender], devices: int) -> dict[str, float]:
+    """Relative differences of float64 meta-gradients from those of the reference.
+
+    Raises:
+      RuntimeError: one is not below `AGREEMENT`.
+    """
+    pairs = [(c.name, reference_of(c).name) for c in contenders if c.same and c != reference_of(c)]
+    gradients = {name: _gradients(name, devices) for name in sorted({n for p in pairs for n in p})}
+    found = {}
+    for name, reference in pairs:
+        found[name] = difference(gradients[name], gradients[reference])
+        if not found[name] < AGREEMENT:
             raise RuntimeError(
-                f"{name} and {own} differ by {differences[name]:.1e} in the float64 meta-gradient"
+                f"{name} and {reference} differ by {found[name]:.1e} in the float64 meta-gradient"
             )
-    return differences
+    return found
+
+
+def difference(gradients: dict[str, np.ndarray], reference: dict[str, np.ndarray]) -> float:
+    """Norm of the difference relative to the reference's."""
+    if gradients.keys() != reference.keys():
+        raise ValueError(f"parameters {sorted(gradients)} are not {sorted(reference)}")
+    squares = [np.sum((gradients[path] - reference[path]) ** 2) for path in reference]
+    return float(np.sqrt(sum(squares) / sum(np.sum(a**2) for a in reference.values())))
+
+
+def _gradients(name: str, devices: int) -> dict[str, np.ndarray]:
+    with tempfile.TemporaryDirectory() as folder, process(name, devices) as ask:
+        ask(f"{folder}/gradients.npz")
+        with np.load(f"{folder}/gradients.npz") as arrays:
+            return dict(arrays)
+
+
+def summary(
+    contenders: Sequence[Contender],
+    runs: Sequence[dict[str, Any]],
+    memory: dict[str, dict[str, int | None]],
+    disagreement: dict[str, float],
+    devices: int,
+) -> dict[str, Any]:
+    """What follows from the measurements.
+
+    Raises:
+      RuntimeError: a Hessian solve took fewer CG steps than were asked for.
+    """
+
+    def seconds(name: str) -> list[float]:
+        return [run[name]["seconds"] for run in runs]
+
+    products = 2 * workload.MATRIX**3 * workload.PRODUCTS * devices
+    ceiling = products / statistics.median(seconds(MATMUL))
+    rows = {}
+    for contender in contenders:
+        name, reference = contender.name, reference_of(contender).name
+        info = runs[-1][name]["info"]
+        if contender.same and info.get("solve_steps", workload.CG_STEPS) != workload.CG_STEPS:
+            raise RuntimeError(f"{name} took {info['solve_steps']} CG steps on average")
+        median = statistics.median(seconds(name))
+        ratios = [a / b for a, b in zip(seconds(name), seconds(reference), strict=True)]
+        flops = workload.flops(contender.algorithm) if contender.same else None
+        rows[name] = {
+            "seconds": median,
+            "all_seconds": seconds(name),
+            "ratio": [statistics.median(ratios), min(ratios), max(ratios)],
+            "ratio_to": reference,
+            "flops": flops,
+            "share_of_ceiling": flops and flops / median / ceiling,
+            "disagreement": disagreement.get(name),
+            "inner_residual": info.get("inner_residual"),
+            **memory[name],
+        }
+    return {"devices": devices, "ceiling_flops": ceiling, "contenders": rows}
 
 
 def table(results: dict[str, Any]) -> str:
     """The measurements as text."""
     lines = [
-        f"{results['machine']}, {results['cores']} cores; ours on {results['devices']} device(s); "
-        f"float32 matrix products {results['ceiling_flops'] / 1e9:.0f} GFLOP/s",
-        f"{'one meta-step':40}{'seconds':>9}  {'ratio (spread)':20}{'ceiling':>8}"
-        f"{'temp MiB':>10}{'peak MiB':>10}{'float64':>9}",
+        f"{results['device']}, {results['machine']}, {results['cores']} cores; "
+        f"{results['devices']} device(s) or threads; float32 matrix products "
+        f"{results['ceiling_flops'] / 1e9:.0f} GFLOP/s",
+        f"{'one meta-gradient':40}{'seconds':>9}  {'ratio (spread)':20}{'ceiling':>8}"
+        f"{'temp MiB':>10}{'peak MiB':>10}{'residual':>10}{'float64':>9}",
     ]
     for name, row in results["contenders"].items():
         median, low, high = row["ratio"]
         ratio = f"{median:.2f} ({low:.2f}-{high:.2f})"
-        share = f"{100 * row['share_of_ceiling']:.0f}%" if row["share_of_ceiling"] else ""
-        temp = f"{row['temp_bytes'] / 2**20:.1f}" if row["temp_bytes"] else ""
-        same = "" if row["disagreement"] is None else f"{row['disagreement']:.0e}"
         lines.append(
-            f"{name:40}{row['seconds']:9.3f}  {ratio:20}{share:>8}{temp:>10}"
-            f"{row['peak_rss_bytes'] / 2**20:10.0f}{same:>9}"
+            f"{name:40}{row['seconds']:9.3f}  {ratio:20}"
+            f"{_shown(row['share_of_ceiling'], 100, '.0f', '%'):>8}"
+            f"{_shown(row['temp_bytes'], 2**-20, '.1f'):>10}"
+            f"{_shown(row['peak_resident_bytes'], 2**-20, '.0f'):>10}"
+            f"{_shown(row['inner_residual'], 1, '.3f'):>10}"
+            f"{_shown(row['disagreement'], 1, '.0e'):>9}"
         )
-    lines.append(f"ratio: to {IMAML} for iMAML, to {MAML} for the others")
+    missing = [c.name for c in CONTENDERS if not available(c)]
+    lines.append(
+        "ratio: to the first of the same algorithm, median and range over rounds; peak: of the "
+        "whole process, library and compiler included; residual: of the inner problem; float64: "
+        "difference of the meta-gradient from the first of the same algorithm"
+    )
+    if missing:
+        lines.append(f"not installed, or not for this device: {missing}")
     return "\n".join(lines)
+
+
+def _shown(value: float | None, scale: float, form: str, unit: str = "") -> str:
+    return "" if value is None else f"{scale * value:{form}}{unit}"
 
 
 def draw(results: dict[str, Any], path: Path) -> None:
     """Seconds as bars with the range of the rounds."""
-    from matplotlib.backends.backend_agg import FigureCanvasAgg
-    from matplotlib.figure import Figure
-
     rows = results["contenders"]
     names = list(rows)[::-1]
     medians = [rows[name]["seconds"] for name in names]
     low = [rows[name]["seconds"] - min(rows[name]["all_seconds"]) for name in names]
     high = [max(rows[name]["all_seconds"]) - rows[name]["seconds"] for name in names]
-    colors = ["tab:gray" if name in peers.available() else "tab:blue" for name in names]
-    figure = Figure(figsize=(9, 0.4 * len(names) + 1), layout="constrained")
-    FigureCanvasAgg(figure)
+    libraries = {contender.name: contender.library for contender in CONTENDERS}
+    figure = new_figure(9, 0.4 * len(names) + 1)
     axes = figure.subplots()
+    colors = ["tab:gray" if libraries[name] else "tab:blue" for name in names]
     axes.barh(names, medians, xerr=[low, high], color=colors)
-    axes.set(xlabel="seconds a meta-step", title=f"{results['machine']}, {results['date']}")
+    axes.set(xlabel="seconds a meta-gradient", title=f"{results['machine']}, {results['date']}")
     axes.grid(axis="x", alpha=0.3)
     figure.savefig(path, dpi=120)
 

@@ -1,4 +1,4 @@
-"""This library's contenders: `python -m experiments.benchmark.ours NAME`, run by the benchmark."""
+"""Our contenders: `python -m experiments.benchmark.ours NAME DEVICES`, run by the benchmark."""
 
 import sys
 from functools import partial
@@ -18,8 +18,6 @@ from imaml_jax.mapping import map_over_tasks, replicated
 from imaml_jax.networks import conv4
 from imaml_jax.types import Batch, MetaLearner, Task
 
-MATMUL, MATRIX = "matmul", 1536
-
 
 def learners() -> dict[str, MetaLearner]:
     """The learners timed, by name."""
@@ -35,16 +33,16 @@ def learners() -> dict[str, MetaLearner]:
     }
     cg: dict[str, Any] = {"tol": 0.0, "max_steps": workload.CG_STEPS}
     steihaug: dict[str, Any] = {"solve": partial(imaml_jax.solve_cg_steihaug, **cg)}
-    plain: dict[str, Any] = {"solve": partial(imaml_jax.solve_cg, **cg)}
-    woodbury: dict[str, Any] = {"solve": imaml_jax.solve_woodbury}
     gauss_newton: dict[str, Any] = {"curvature": "gauss_newton"}
     imaml = partial(imaml_jax.imaml, network, loss, reg_strength=workload.REG_STRENGTH)
     return {
         "iMAML, Hessian, solve_cg_steihaug": imaml(**descent, **steihaug),
-        "iMAML, Hessian, solve_cg": imaml(**descent, **plain),
+        "iMAML, Hessian, solve_cg": imaml(**descent, solve=partial(imaml_jax.solve_cg, **cg)),
         "iMAML, Gauss-Newton, solve_cg_steihaug": imaml(**descent, **steihaug, **gauss_newton),
-        "iMAML, Gauss-Newton, solve_woodbury": imaml(**descent, **woodbury, **gauss_newton),
-        "iMAML, Hessian-free": imaml(**newton, **steihaug, **gauss_newton),
+        "iMAML, Gauss-Newton, solve_woodbury": imaml(
+            **descent, solve=imaml_jax.solve_woodbury, **gauss_newton
+        ),
+        "iMAML, Hessian-free, 3 Newton steps": imaml(**newton, **steihaug, **gauss_newton),
         "MAML": imaml_jax.maml(network, loss, **descent),
         "MAML, no recomputation": imaml_jax.maml(network, loss, **descent, remat=False),
         "first-order MAML": imaml_jax.fomaml(network, loss, **descent),
@@ -52,11 +50,10 @@ def learners() -> dict[str, MetaLearner]:
     }
 
 
-def meta_step(name: str, num_devices: int | None) -> workload.Contender:
-    """The meta-gradient averaged over tasks, sharded over the devices."""
+def meta_gradient(name: str, num_devices: int) -> workload.Program:
+    """The meta-gradient averaged over tasks, sharded over the devices, and the mean report."""
     learner = learners()[name]
-    devices = jax.local_devices()[:num_devices]
-    devices = devices if len(devices) > 1 else None
+    devices = jax.local_devices()[:num_devices] if num_devices > 1 else None
     place = replicated(devices) if devices else None
     params = jax.device_put(nested(workload.params()), place)
     program = None
@@ -65,45 +62,50 @@ def meta_step(name: str, num_devices: int | None) -> workload.Contender:
         nonlocal program
         inputs = jax.block_until_ready(jax.device_put(_task(tasks), place))
         if program is None:
-            program = (
-                jax.jit(partial(_mean_gradient, learner, devices)).lower(params, inputs).compile()
-            )
+            mapped = jax.jit(partial(_means, learner, devices))
+            program = mapped.lower(params, inputs).compile()
         return inputs
 
     def run(inputs):
         assert program is not None
-        return jax.block_until_ready(program(params, inputs))
+        _, info = jax.block_until_ready(program(params, inputs))
+        return {name: float(value) for name, value in info._asdict().items() if value is not None}
 
     def gradients(tasks):
         # LLVM's optimisations would take longer than they save.
         options = {"xla_backend_optimization_level": 0}
         with jax.enable_x64(True):
             inputs = jax.tree.map(lambda x: jnp.asarray(x, _double(x)), (params, _task(tasks)))
-            check = jax.jit(partial(_mean_gradient, learner, None), compiler_options=options)
-            leaves = tree_leaves_with_path(check(*inputs))
+            check = jax.jit(partial(_means, learner, None), compiler_options=options)
+            leaves = tree_leaves_with_path(check(*inputs)[0])
         return {path_string(path): np.asarray(leaf) for path, leaf in leaves}
 
     def temp_bytes():
         analysis = program and program.memory_analysis()
-        return analysis.temp_size_in_bytes if analysis else None
+        return num_devices * analysis.temp_size_in_bytes if analysis else None
 
-    return workload.Contender(prepare, run, gradients, temp_bytes)
+    return workload.Program(prepare, run, gradients, temp_bytes)
 
 
-def matmul(num_devices: int | None) -> workload.Contender:
-    """One matrix product a device, all at once: the ceiling."""
-    devices = jax.local_devices()[:num_devices]
-    devices = devices if len(devices) > 1 else None
-    lanes = jnp.zeros(len(devices) if devices else 1)
-    program = jax.jit(lambda a: map_over_tasks(lambda a, _: a @ a, None, devices)(a, lanes))
+def matmul(num_devices: int) -> workload.Program:
+    """Matrix products one after another on every device, all devices at once: the ceiling."""
+    devices = jax.local_devices()[:num_devices] if num_devices > 1 else None
+    product = partial(jnp.matmul, precision=jax.lax.Precision.HIGHEST)
+    mapped = map_over_tasks(lambda a, _: product(a, a), None, devices)
+    program = jax.jit(lambda a: mapped(a, jnp.zeros(num_devices)))
 
     def prepare(tasks):
-        matrix = jnp.resize(jnp.asarray(tasks[1][0]), (MATRIX, MATRIX))
+        matrix = jnp.resize(jnp.asarray(tasks[1][0]), (workload.MATRIX, workload.MATRIX))
         return jax.block_until_ready(
             jax.device_put(matrix, replicated(devices) if devices else None)
         )
 
-    return workload.Contender(prepare, lambda a: jax.block_until_ready(program(a)))
+    def run(a):
+        for _ in range(workload.PRODUCTS):
+            jax.block_until_ready(program(a))
+        return {}
+
+    return workload.Program(prepare, run)
 
 
 def nested(named: dict[str, np.ndarray]) -> dict[str, dict[str, jax.Array]]:
@@ -115,9 +117,12 @@ def nested(named: dict[str, np.ndarray]) -> dict[str, dict[str, jax.Array]]:
     return tree
 
 
-def _mean_gradient(learner: MetaLearner, devices, params: Any, tasks: Task) -> Any:
-    one = partial(common.meta_gradient, learner)
-    return jax.tree.map(lambda g: g.mean(0), map_over_tasks(one, None, devices)(params, tasks))
+def _means(learner: MetaLearner, devices, params: Any, tasks: Task) -> Any:
+    def of_task(params, task):
+        return learner.meta_grad(params, task, jax.random.key(0), jnp.zeros((), jnp.int32))
+
+    mapped = map_over_tasks(of_task, None, devices)
+    return jax.tree.map(lambda x: x.mean(0), mapped(params, tasks))
 
 
 def _task(tasks: workload.Tasks) -> Task:
@@ -130,5 +135,5 @@ def _double(x: jax.Array) -> Any:
 
 if __name__ == "__main__":
     common.cache_compilations()
-    wanted, count = sys.argv[1], int(sys.argv[2]) or None
-    workload.serve(matmul(count) if wanted == MATMUL else meta_step(wanted, count))
+    wanted, count = sys.argv[1], int(sys.argv[2])
+    workload.serve(matmul(count) if wanted == workload.MATMUL else meta_gradient(wanted, count))

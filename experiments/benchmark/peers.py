@@ -1,16 +1,16 @@
-"""PyTorch contenders: `python -m experiments.benchmark.peers NAME`, run by the benchmark.
-
-    pip install -e .[peers]
+"""PyTorch contenders: `python -m experiments.benchmark.peers NAME THREADS`, run by the benchmark.
 
 Each is written as its library's own Omniglot example is, except that the gradient of a task is
-taken before the next task starts, which needs less memory.
+taken before the next task starts, which needs less memory. What is timed pads images of even size
+as PyTorch does, on all sides; the check in float64 pads them as JAX does, which costs one copy.
+learn2learn, which the field also uses, does not build on Python 3.11 or newer.
 """
 # pyright: reportMissingImports=false, reportGeneralTypeIssues=false, reportCallIssue=false
 
-import importlib.util
 import sys
 import warnings
 from collections.abc import Callable
+from functools import partial
 from typing import Any
 
 import numpy as np
@@ -18,20 +18,12 @@ import numpy as np
 from experiments.benchmark import workload
 
 
-def available() -> list[str]:
-    """The contenders whose libraries are installed."""
-    return [
-        name for name, (library, _, _) in CONTENDERS.items() if importlib.util.find_spec(library)
-    ]
-
-
-def meta_step(name: str) -> workload.Contender:
-    """The meta-gradient averaged over tasks, one task after another, on all cores."""
-    _, make_loss, settings = CONTENDERS[name]
+def meta_gradient(name: str) -> workload.Program:
+    """The meta-gradient averaged over tasks, one task after another, on all threads."""
 
     def make_run(dtype: str, exact: bool) -> Callable[[Any], list[Any]]:
         net = _network(workload.params(), exact).to(_dtype(dtype))
-        query_loss = make_loss(net, **settings)
+        query_loss = _QUERY_LOSSES[name](net)
 
         def run(inputs):
             net.zero_grad()
@@ -41,12 +33,16 @@ def meta_step(name: str) -> workload.Contender:
 
         return run
 
+    timed = make_run("float32", exact=False)
+
+    def run(inputs):
+        timed(inputs)
+        return {}
+
     def gradients(tasks):
         return _to_jax(make_run("float64", exact=True)(_tensors(tasks, "float64")))
 
-    return workload.Contender(
-        lambda tasks: _tensors(tasks, "float32"), make_run("float32", exact=False), gradients
-    )
+    return workload.Program(lambda tasks: _tensors(tasks, "float32"), run, gradients)
 
 
 def _dtype(name: str):
@@ -186,14 +182,17 @@ def _higher_maml(net):
     return query_loss
 
 
-CONTENDERS: dict[str, tuple[str, Callable[..., Any], dict[str, Any]]] = {
-    "torchopt iMAML, solve_cg": ("torchopt", _torchopt_imaml, {"normal": False}),
-    "torchopt iMAML, solve_normal_cg": ("torchopt", _torchopt_imaml, {"normal": True}),
-    "torchopt MAML": ("torchopt", _torchopt_maml, {}),
-    "higher MAML": ("higher", _higher_maml, {}),
+_QUERY_LOSSES: dict[str, Callable[..., Any]] = {
+    "torchopt iMAML, solve_cg": partial(_torchopt_imaml, normal=False),
+    "torchopt iMAML, solve_normal_cg": partial(_torchopt_imaml, normal=True),
+    "torchopt MAML": _torchopt_maml,
+    "higher MAML": _higher_maml,
 }
 
 
 if __name__ == "__main__":
+    import torch
+
     warnings.simplefilter("ignore")  # the libraries call what PyTorch has deprecated
-    workload.serve(meta_step(sys.argv[1]))
+    torch.set_num_threads(int(sys.argv[2]))
+    workload.serve(meta_gradient(sys.argv[1]))

@@ -1,34 +1,79 @@
-"""The workload of the benchmark, and how a contender's process takes orders; NumPy only."""
+"""The workload of the benchmark, its contenders, and how a process takes orders; NumPy only."""
 
 import json
-import resource
+import os
 import sys
 import time
 from collections.abc import Callable
-from typing import Any, NamedTuple
+from pathlib import Path
+from typing import Any, Literal, NamedTuple
 
 import numpy as np
 
 WAYS, QUERIES, TASKS, INNER_STEPS, CG_STEPS, SIDE, FILTERS = 5, 15, 16, 16, 5, 28, 64
 INNER_RATE, REG_STRENGTH, EPSILON = 0.05, 2.0, 1e-3
 CHECK_TASKS = 2
+MATMUL, MATRIX, PRODUCTS = "matrix product", 1536, 5
 
+Algorithm = Literal["imaml", "maml", "fomaml", "reptile"]
 Tasks = tuple[tuple[np.ndarray, np.ndarray], tuple[np.ndarray, np.ndarray]]
 
 
 class Contender(NamedTuple):
-    """One way to do the workload's meta-step.
+    """What is timed.
+
+    Attributes:
+      name: as printed.
+      algorithm: what it computes; ratios are to the first contender of the same algorithm.
+      same: whether its meta-gradient is that one's, in exact arithmetic.
+      library: the package that it needs; None for this one.
+      quick: whether it takes part in the quick benchmark.
+    """
+
+    name: str
+    algorithm: Algorithm
+    same: bool = True
+    library: str | None = None
+    quick: bool = False
+
+
+CONTENDERS = (
+    Contender("iMAML, Hessian, solve_cg_steihaug", "imaml", quick=True),
+    Contender("iMAML, Hessian, solve_cg", "imaml"),
+    Contender("iMAML, Gauss-Newton, solve_cg_steihaug", "imaml", same=False),
+    Contender("iMAML, Gauss-Newton, solve_woodbury", "imaml", same=False),
+    Contender("iMAML, Hessian-free, 3 Newton steps", "imaml", same=False),
+    Contender("MAML", "maml", quick=True),
+    Contender("MAML, no recomputation", "maml"),
+    Contender("first-order MAML", "fomaml", quick=True),
+    Contender("Reptile", "reptile"),
+    Contender("torchopt iMAML, solve_cg", "imaml", library="torchopt", quick=True),
+    Contender("torchopt iMAML, solve_normal_cg", "imaml", same=False, library="torchopt"),
+    Contender("torchopt MAML", "maml", library="torchopt", quick=True),
+    Contender("higher MAML", "maml", library="higher", quick=True),
+)
+
+
+def reference_of(contender: Contender) -> Contender:
+    """The first contender of the same algorithm."""
+    return next(other for other in CONTENDERS if other.algorithm == contender.algorithm)
+
+
+class Program(NamedTuple):
+    """A contender in its own process.
 
     Attributes:
       prepare: `Tasks -> inputs`, not timed.
-      run: `inputs -> outputs`, timed; returns when the result is there.
+      run: `inputs -> info`, timed; returns when the result is there. `info` holds what the run
+        reports of itself, by name.
       gradients: `Tasks -> {path: float64 array}` in JAX's layout, the mean over tasks, calculated
-        in float64; None where there is nothing to compare with.
-      temp_bytes: what the compiled program allocates, after the first run; None where unknown.
+        in float64.
+      temp_bytes: what the compiled program allocates on all devices, after the first run; None
+        where that is unknown.
     """
 
     prepare: Callable[[Tasks], Any]
-    run: Callable[[Any], Any]
+    run: Callable[[Any], dict[str, float]]
     gradients: Callable[[Tasks], dict[str, np.ndarray]] | None = None
     temp_bytes: Callable[[], int | None] | None = None
 
@@ -57,47 +102,67 @@ def tasks(seed: int, num_tasks: int = TASKS) -> Tasks:
     return pairs[0], pairs[1]
 
 
-def forward_flops() -> int:
-    """Multiplications and additions of the network's matrix products on one image."""
-    total, channels, side = 0, 1, SIDE
+def forward_flops() -> tuple[int, int]:
+    """Multiplications and additions for one image: of the first layer, and of all the others."""
+    flops, channels, side = [], 1, SIDE
     for _ in range(4):
         side = -(-side // 2)
-        total += 2 * side * side * 9 * channels * FILTERS
+        flops.append(2 * side * side * 9 * channels * FILTERS)
         channels = FILTERS
-    return total + 2 * side * side * channels * WAYS
+    return flops[0], sum(flops[1:]) + 2 * side * side * channels * WAYS
 
 
-def flops(algorithm: str) -> int:
-    """Those of one meta-step of "imaml" (Hessian, CG), "maml" or "fomaml".
+def flops(algorithm: Algorithm) -> int:
+    """Those of the matrix products of the meta-gradient.
 
-    A gradient is 3 forward passes, and a Hessian product, of which MAML's backward pass is one a
-    step, 6. What is computed twice to save memory is counted once.
+    A gradient is 3 forward passes and a Hessian product 6, but 2 of each in the first layer, whose
+    inputs have no derivative. MAML's backward pass is one Hessian product a step. iMAML linearises
+    one gradient more, at the end. What is computed twice to save memory is counted once.
     """
-    gradients = INNER_STEPS * 3 * WAYS + 3 * WAYS * QUERIES
-    products = {"imaml": CG_STEPS, "maml": INNER_STEPS, "fomaml": 0}[algorithm]
-    return TASKS * (gradients + products * 6 * WAYS) * forward_flops()
+    first, others = forward_flops()
+    gradient, product = 2 * first + 3 * others, 2 * first + 6 * others
+    support = (
+        WAYS
+        * {
+            "imaml": (INNER_STEPS + 1) * gradient + CG_STEPS * product,
+            "maml": INNER_STEPS * (gradient + product),
+            "fomaml": INNER_STEPS * gradient,
+            "reptile": INNER_STEPS * gradient,
+        }[algorithm]
+    )
+    query = 0 if algorithm == "reptile" else WAYS * QUERIES * gradient
+    return TASKS * (support + query)
 
 
-def serve(contender: Contender) -> None:
+def serve(program: Program) -> None:
     """Takes orders from standard input, one JSON value a line, and answers on standard output.
 
-    A number asks for the seconds of one run on the tasks of that seed, a string for a file of that
-    name with the gradients of the check tasks, null for the memory used so far.
+    A number asks for one run on the tasks of that seed: its seconds and what it reports; a string
+    for a file of that name with the gradients of the check tasks; null for the memory used so far.
     """
-    answers, sys.stdout = sys.stdout, sys.stderr
+    answers = os.fdopen(os.dup(1), "w")
+    os.dup2(2, 1)  # what a library prints is no answer
     for line in sys.stdin:
         order = json.loads(line)
         if order is None:
-            temp = contender.temp_bytes() if contender.temp_bytes else None
-            peak = 1024 * resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
-            answer = {"temp_bytes": temp, "peak_rss_bytes": peak}
+            temp = program.temp_bytes() if program.temp_bytes else None
+            answer = {"temp_bytes": temp, "peak_resident_bytes": _peak_resident_bytes()}
         elif isinstance(order, str):
-            assert contender.gradients is not None
-            np.savez(order, allow_pickle=False, **contender.gradients(tasks(0, CHECK_TASKS)))
-            answer = True
+            assert program.gradients is not None
+            np.savez(order, allow_pickle=False, **program.gradients(tasks(0, CHECK_TASKS)))
+            answer = None
         else:
-            inputs = contender.prepare(tasks(order))
+            inputs = program.prepare(tasks(order))
             started = time.perf_counter()
-            contender.run(inputs)
-            answer = time.perf_counter() - started
+            info = program.run(inputs)
+            answer = {"seconds": time.perf_counter() - started, "info": info}
         print(json.dumps(answer), file=answers, flush=True)
+
+
+def _peak_resident_bytes() -> int | None:
+    """Of this process, with the library and its compiler; None where the system does not tell."""
+    try:
+        lines = Path("/proc/self/status").read_text(encoding="utf-8").splitlines()
+    except OSError:
+        return None
+    return next((1024 * int(line.split()[1]) for line in lines if line.startswith("VmHWM")), None)
