@@ -22,6 +22,8 @@ _MAML = (
     {"inner_rate": 0.4},
     {"inner_rate": 0.03},
 )
+# Reptile trains alike with and without transduction, so that one set of trials serves both. They
+# have the published 5 tasks a meta-step; `recommended` has 8, which two devices can share.
 _REPTILE = (
     {"meta_batch": 5, "inner_rate": 1e-3},
     {"meta_batch": 5, "inner_rate": 3e-3},

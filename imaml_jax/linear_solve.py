@@ -348,7 +348,8 @@ def solve_nystrom(
     core = _dot(basis.T, image)
     values, vectors = jnp.linalg.eigh((core + core.T) / 2)
     positive = values > shape[1] * jnp.finfo(values.dtype).eps * jnp.abs(values).max()
-    root = _dot(image, vectors) * jnp.where(positive, lax.rsqrt(jnp.where(positive, values, 1)), 0)
+    scales = jnp.where(positive, lax.rsqrt(jnp.where(positive, values, 1)), 0)
+    root = _dot(image, vectors) * scales[None, :]
     scaled = root / diagonal[:, None]
     small_matrix = jnp.eye(shape[1], dtype=flat_b.dtype) + _dot(root.T, scaled)
     x = flat_b / diagonal - _dot(scaled, jnp.linalg.solve(small_matrix, _dot(scaled.T, flat_b)))

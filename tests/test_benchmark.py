@@ -1,4 +1,4 @@
-"""The benchmark: what it counts, compares and refuses; the timing itself only where slow is asked."""
+"""The benchmark: what it counts, compares and refuses; it times only where slow tests are asked."""
 
 import json
 import os

@@ -8,6 +8,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import optax
+from jax.core import Tracer
 
 from imaml_jax.curvature import damped, gauss_newton, hessian
 from imaml_jax.implicit import root_vjp
@@ -161,4 +162,4 @@ def imaml(
 def _concrete_leaves(tree: PyTree) -> list[np.ndarray]:
     """The leaves whose values are known."""
     leaves = jax.tree.leaves(tree)
-    return [np.asarray(leaf) for leaf in leaves if not isinstance(leaf, jax.core.Tracer)]
+    return [np.asarray(leaf) for leaf in leaves if not isinstance(leaf, Tracer)]
