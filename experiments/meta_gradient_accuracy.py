@@ -191,33 +191,36 @@ def tanh_network(num_tasks: int, seed: int) -> Problem:
     params = network.init(jax.random.key(seed + 1), jnp.zeros((1, 1)))
     start, unravel = ravel_pytree(params)
 
-    def reference(task):
-        def inner(flat):
-            proximal = 0.5 * REG_STRENGTH * jnp.sum((flat - start) ** 2)
-            return _loss(network, unravel(flat), task.support) + proximal
+    def inner(flat, task):
+        proximal = 0.5 * REG_STRENGTH * jnp.sum((flat - start) ** 2)
+        return _loss(network, unravel(flat), task.support) + proximal
 
-        def step(flat, _):
-            # Gradient descent until the Hessian is positive definite, then Newton's method.
-            curvatures = jnp.linalg.eigvalsh(jax.hessian(inner)(flat))
-            gradient = jax.grad(inner)(flat)
-            newton = jnp.linalg.solve(jax.hessian(inner)(flat), gradient)
-            near = (curvatures[0] > 0) & (jnp.linalg.norm(gradient) < 0.1)
-            return flat - jnp.where(near, newton, gradient / curvatures[-1]), curvatures[-1]
-
-        flat, largest = jax.lax.scan(step, start, length=200)
-        matrix = jax.hessian(inner)(flat)
-        query_grad = jax.grad(lambda flat: _loss(network, unravel(flat), task.query))(flat)
-        exact = unravel(REG_STRENGTH * jnp.linalg.solve(matrix, query_grad))
-        residual = jnp.linalg.norm(jax.grad(inner)(flat))
-        return exact, residual, jnp.linalg.eigvalsh(matrix)[0], largest.max()
-
-    exact, residual, smallest, largest = jax.jit(jax.vmap(reference))(tasks)
-    if not (residual.max() < 1e-12 and smallest.min() > 0):
-        raise ValueError(
-            f"seed={seed}: the reference is no minimum (gradient {residual.max():.1e}, smallest "
-            f"curvature {smallest.min():.1e}); choose another"
-        )
-    return Problem(network, params, tasks, exact, None, float(smallest.min()), float(largest.max()))
+    hessian, gradient = jax.jit(jax.hessian(inner)), jax.jit(jax.grad(inner))
+    query_gradient = jax.jit(jax.grad(lambda flat, task: _loss(network, unravel(flat), task.query)))
+    exact, ends = [], []
+    for i in range(num_tasks):
+        task = jax.tree.map(lambda x, i=i: x[i], tasks)
+        flat = np.asarray(start)
+        for _ in range(200):
+            matrix, slope = np.asarray(hessian(flat, task)), np.asarray(gradient(flat, task))
+            curvatures = np.linalg.eigvalsh(matrix)
+            ends.append(curvatures[-1])
+            # Gradient descent until the minimum is near, then Newton's method.
+            near = curvatures[0] > 0 and np.linalg.norm(slope) < 0.1
+            flat = flat - (np.linalg.solve(matrix, slope) if near else slope / curvatures[-1])
+            if np.linalg.norm(slope) < 1e-14:
+                break
+        if not (np.linalg.norm(slope) < 1e-12 and curvatures[0] > 0):
+            raise ValueError(
+                f"seed={seed}: the reference of task {i} is no minimum (gradient "
+                f"{np.linalg.norm(slope):.1e}, smallest curvature {curvatures[0]:.1e}): choose "
+                "another"
+            )
+        ends.append(curvatures[0])
+        query_grad = np.asarray(query_gradient(flat, task))
+        exact.append(REG_STRENGTH * np.linalg.solve(np.asarray(hessian(flat, task)), query_grad))
+    stacked = jax.vmap(unravel)(jnp.asarray(np.stack(exact)))
+    return Problem(network, params, tasks, stacked, None, float(min(ends)), float(max(ends)))
 
 
 def measure(problem: Problem, num_steps: Sequence[int]) -> dict[str, dict[str, list[float]]]:
@@ -249,13 +252,17 @@ def _errors(problem: Problem, steps: int) -> dict[str, jax.Array]:
     plain = imaml_jax.maml(problem.network, half_squared_error, inner=descent, num_steps=steps)
     ways["MAML, plain"] = partial(common.meta_gradient, plain)
 
-    def errors(params, task, exact):
-        return {name: _relative_error(way(params, task), exact) for name, way in ways.items()}
+    def errors(task, exact):
+        found = {name: way(problem.params, task) for name, way in ways.items()}
+        return {name: _relative_error(grads, exact) for name, grads in found.items()}
 
     # Many small programs: LLVM's optimisations would take longer than they save.
     options = {"xla_backend_optimization_level": 0}
-    mapped = jax.jit(jax.vmap(errors, (None, 0, 0)), compiler_options=options)
-    return mapped(problem.params, problem.tasks, problem.exact)
+    # Not vmapped: batched LAPACK calls side by side can wait for each other on a one-thread device.
+    mapped = jax.jit(
+        lambda *args: jax.lax.map(lambda x: errors(*x), args), compiler_options=options
+    )
+    return mapped(problem.tasks, problem.exact)
 
 
 def _relative_error(grads: Any, exact: Any) -> jax.Array:
