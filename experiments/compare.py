@@ -24,7 +24,7 @@ class Config:
     """What is compared."""
 
     runs: tuple[Path, ...] = ()
-    """Working directories of finished runs."""
+    """Working directories of finished runs, or JSON files of earlier comparisons."""
     output: Path = Path("runs/comparison")
     """Where to write, without an ending."""
 
@@ -40,7 +40,7 @@ def main(config: Config) -> list[dict[str, Any]]:
     """
     if not config.runs:
         raise ValueError("runs: name at least one working directory")
-    rows = [_row(Path(run)) for run in config.runs]
+    rows = [row for run in config.runs for row in _rows(Path(run))]
     tasks = {json.dumps(row["test_tasks"], sort_keys=True) for row in rows}
     if len(tasks) > 1:
         raise ValueError(f"runs were tested on different tasks: {sorted(tasks)}")
@@ -49,6 +49,18 @@ def main(config: Config) -> list[dict[str, Any]]:
     common.write_report(config.output, rows, _table, _draw)
     markdown = config.output.with_name(config.output.name + ".md")
     markdown.write_text(_table(rows), encoding="utf-8")
+    return rows
+
+
+def _rows(run: Path) -> list[dict[str, Any]]:
+    if run.suffix != ".json":
+        return [_row(run)]
+    try:
+        rows = json.loads(run.read_text(encoding="utf-8"))
+    except (OSError, ValueError) as error:
+        raise ValueError(f"{run} cannot be read ({error})") from None
+    if not isinstance(rows, list) or not all(isinstance(r, dict) and "curve" in r for r in rows):
+        raise ValueError(f"{run} is no comparison that this program wrote")
     return rows
 
 

@@ -36,12 +36,17 @@ def test_runs_are_compared_best_first(tmp_path, capsys):
     assert "90.00 ± 1.00" in capsys.readouterr().out
     assert json.loads(output.with_name("table.json").read_text()) == rows
     assert output.with_name("table.png").stat().st_size > 1000
+    earlier = output.with_name("table.json")
+    more = compare.Config((earlier, write_run(tmp_path / "c", 0.8)), tmp_path / "more")
+    assert [row["run"] for row in compare.main(more)] == ["b", "c", "a"]
 
 
 def test_what_cannot_be_compared_is_refused(tmp_path):
     run = write_run(tmp_path / "a", 0.7)
     (tmp_path / "unfinished").mkdir()
+    (tmp_path / "other.json").write_text("[1]")
     for runs, message in (
+        ((tmp_path / "other.json",), r"other\.json is no comparison"),
         ((), "at least one"),
         ((run, tmp_path / "unfinished"), r"unfinished/results\.json cannot be read"),
         ((run, write_run(tmp_path / "c", 0.7, test_queries=1)), "different tasks"),
