@@ -190,8 +190,7 @@ def write_report(
     draw: Callable[[Any, Path], None],
 ) -> None:
     """Writes `output`.json and `output`.png and prints the table."""
-    text = json.dumps(results, indent=1, default=str)
-    output.with_name(output.name + ".json").write_text(text + "\n", encoding="utf-8")
+    write_json(output.with_name(output.name + ".json"), results)
     draw(results, output.with_name(output.name + ".png"))
     print(table(results), flush=True)
 
@@ -199,8 +198,14 @@ def write_report(
 def write_results(workdir: str | os.PathLike | None, results: dict[str, Any]) -> None:
     """Writes `results.json` into the workdir, if there is one."""
     if workdir is not None:
-        path = Path(workdir) / "results.json"
-        path.write_text(json.dumps(results, indent=1, default=str) + "\n", encoding="utf-8")
+        write_json(Path(workdir) / "results.json", results)
+
+
+def write_json(path: Path, value: Any) -> None:
+    """Writes a JSON file whole: a reader never sees half of it."""
+    unfinished = path.with_suffix(".tmp")
+    unfinished.write_text(json.dumps(value, indent=1, default=str) + "\n", encoding="utf-8")
+    unfinished.replace(path)
 
 
 def _machine() -> str:

@@ -96,27 +96,26 @@ def main(config: Config) -> dict[str, Any]:
     common.check_output(config.output)
     common.cache_compilations()
     sizes = [dataclasses.replace(config, **{config.axis: value}) for value in config.values]
-    programs = {}
+    params, programs = {}, {}
     for size in sizes:
-        params = conv4(size.ways, filters=size.filters).init(
-            jax.random.key(0), jnp.zeros((1, 28, 28, 1))
-        )
+        network = conv4(size.ways, filters=size.filters)
+        params[size] = network.init(jax.random.key(0), jnp.zeros((1, 28, 28, 1)))
         for name, learner in contenders(size).items():
-            program = jax.jit(partial(_meta_gradient, learner)).lower(params, _tasks(size, 0))
-            programs[name, size] = partial(_run, program.compile(), params)
-    temp = {cell: _temp_bytes(run) for cell, run in programs.items()}
+            mapped = jax.jit(partial(_meta_gradient, learner))
+            programs[name, size] = mapped.lower(params[size], _tasks(size, 0)).compile()
+    temp = {cell: p.memory_analysis().temp_size_in_bytes for cell, p in programs.items()}
     peak = dict.fromkeys(programs)
     if config.rounds or jax.devices()[0].memory_stats():
         for name, size in sorted(programs, key=lambda cell: temp[cell]):  # the peak only grows
-            programs[name, size](_tasks(size, 0))
+            jax.block_until_ready(programs[name, size](params[size], _tasks(size, 0)))
             of_device = jax.devices()[0].memory_stats() or {}
             peak[name, size] = of_device.get("peak_bytes_in_use")
     times: dict[Any, list[float]] = {cell: [] for cell in programs}
     for round_number in range(config.rounds):
-        for (name, size), run in programs.items():
+        for (name, size), program in programs.items():
             tasks = jax.block_until_ready(_tasks(size, round_number + 1))
             started = time.perf_counter()
-            run(tasks)
+            jax.block_until_ready(program(params[size], tasks))
             times[name, size].append(time.perf_counter() - started)
     rows = {}
     for name in contenders(config):
@@ -177,14 +176,6 @@ def fit(values: Sequence[int], costs: Sequence[float]) -> Line:
 def _meta_gradient(learner: imaml_jax.MetaLearner, params: Any, tasks: Task) -> Any:
     grads = map_over_tasks(partial(common.meta_gradient, learner), "map")(params, tasks)
     return jax.tree.map(lambda g: g.mean(0), grads)
-
-
-def _run(program: Any, params: Any, tasks: Task) -> None:
-    jax.block_until_ready(program(params, tasks))
-
-
-def _temp_bytes(run: partial) -> int:
-    return run.args[0].memory_analysis().temp_size_in_bytes
 
 
 def _tasks(size: Config, seed: int) -> Task:

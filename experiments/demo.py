@@ -6,7 +6,6 @@ above the untrained one's.
 """
 
 import dataclasses
-import json
 import sys
 from pathlib import Path
 from typing import Any
@@ -51,7 +50,7 @@ def main(
         print(f"{name:28} {accuracy:>22} {seconds:7.0f} s")
     summary = workdir / "results.json"
     fields = ("name", "test_accuracy", "test_ci95", "seconds")
-    summary.write_text(json.dumps([dict(zip(fields, row, strict=True)) for row in rows], indent=1))
+    common.write_json(summary, [dict(zip(fields, row, strict=True)) for row in rows])
     print(f"\nlearning curve: {workdir / 'imaml' / 'learning_curve.png'}\nresults: {summary}")
     _, mean, half_width, _ = rows[-1]
     return mean - half_width > base.mean + base.ci95

@@ -65,7 +65,8 @@ class Problem(NamedTuple):
       network: its parameters are adapted in all.
       params: the meta-parameters.
       tasks: stacked.
-      exact: their meta-gradients, and those that plain MAML tends to, where that is known.
+      exact: their meta-gradients.
+      plain_limit: what plain MAML tends to, where that is known.
       smallest, largest: curvature of the regularised inner problem.
     """
 

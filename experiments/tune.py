@@ -103,9 +103,7 @@ def main(config: Config) -> list[dict[str, Any]]:
                 **common.provenance(),
             }
         )
-        unfinished = path.with_suffix(".tmp")
-        unfinished.write_text(json.dumps(rows, indent=1) + "\n", encoding="utf-8")
-        unfinished.replace(path)
+        common.write_json(path, rows)
         print(f"{changes}: {100 * rows[-1]['validation']:.2f}%", flush=True)
     return rows
 

@@ -22,9 +22,8 @@ from imaml_jax.linear_solve import (
     solve_dense,
     solve_gmres,
     solve_neumann,
-    solve_nystrom,
-    solve_woodbury,
 )
+from imaml_jax.low_rank import nystrom_preconditioner, solve_nystrom, solve_woodbury
 from imaml_jax.types import Batch, LinearOperator, LowRank, MetaLearner, Task
 
 __version__ = "0.1.0"
@@ -54,6 +53,7 @@ __all__ = [
     "mean_squared_error",
     "minimize",
     "newton_cg",
+    "nystrom_preconditioner",
     "proximal_objective",
     "reptile",
     "root_jvp",

@@ -75,6 +75,7 @@ def conv4(
     conv_bias: bool = False,
     epsilon: float = 1e-3,
     activation: Callable[[Array], Array] = nn.relu,
+    convolution: Callable[[Array, Array, int], Array] = convolve,
     kernel_init: Initializer = _XAVIER,
     head_init: Initializer = nn.initializers.zeros,
 ) -> Network:
@@ -95,6 +96,7 @@ def conv4(
       conv_bias: a bias before the norm; off, since it is an exactly flat direction of the loss.
       epsilon: added to the variance.
       activation: after the norm.
+      convolution: `(x, kernel, stride) -> y`, see `imaml_jax.convolution`.
       kernel_init: of the convolutions.
       head_init: of the head's kernel; zero keeps a fresh head indifferent to the order of labels
         (Ye and Chao, UNICORN-MAML, 2022).
@@ -117,7 +119,7 @@ def conv4(
         @nn.compact
         def __call__(self, x, statistics_weights):
             shape = (3, 3, x.shape[-1], filters)
-            x = convolve(x, self.param("kernel", kernel_init, shape, x.dtype), stride)
+            x = convolution(x, self.param("kernel", kernel_init, shape, x.dtype), stride)
             if conv_bias:
                 x = x + _per_channel(self.param("bias", nn.initializers.zeros, (filters,), x.dtype))
             if pools and pool_before_norm:

@@ -1,22 +1,18 @@
 """The convolution against `lax.conv_general_dilated`, at every order and under every `vmap`."""
 
+import re
+
 import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
-from jax import lax
 from jax.test_util import check_grads
 
 from imaml_jax.convolution import convolve
+from imaml_jax.convolution import lax_convolve as reference
 
 pytestmark = pytest.mark.usefixtures("x64")
-CASES = [(1, (8, 8)), (2, (8, 8)), (2, (7, 9)), (1, (5, 6))]
-
-
-def reference(x, kernel, stride):
-    return lax.conv_general_dilated(
-        x, kernel, (stride, stride), "SAME", dimension_numbers=("NHWC", "HWIO", "NHWC")
-    )
+CASES = [(1, (8, 8)), (2, (8, 8)), (2, (7, 9)), (1, (5, 6)), (2, (1, 2))]
 
 
 def data(size, channels=2, filters=8):
@@ -109,3 +105,14 @@ def test_mixed_dtypes_are_promoted_and_gradients_keep_those_of_the_arguments():
     gradients = jax.grad(lambda x, k: convolve(x, k, 2).sum() + x.sum(), (0, 1))(x, kernel)
     assert convolve(x, kernel, 2).dtype == jnp.float64
     assert [g.dtype for g in gradients] == [jnp.float32, jnp.float64]
+
+
+@pytest.mark.parametrize("fun", [convolve, reference])
+@pytest.mark.parametrize("precision", ["highest", "default"])
+def test_the_precision_reaches_every_product(fun, precision):
+    x, kernel, _, _ = data((6, 6))
+    rounded = lambda x, k, stride: fun(x, k, stride, precision=precision)  # noqa: E731
+    program = jax.jit(jax.grad(loss(rounded, 2), (0, 1))).lower(x, kernel).as_text("hlo")
+    products = [line for line in program.splitlines() if re.search(r" (dot|convolution)\(", line)]
+    assert len(products) == 3
+    assert all(("operand_precision={highest" in p) == (precision == "highest") for p in products)

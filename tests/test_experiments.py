@@ -23,6 +23,7 @@ TINY_SINUSOID = "--meta-steps 4 --log-every 2 --num-steps 2 --validation-tasks 2
 TINY_SINUSOID += "--test-tasks 3".split()
 TRAINING = ("glyphs", "omniglot", "sinusoid")
 REPORTS = ("benchmark", "compare", "compute_and_memory", "meta_gradient_accuracy", "tune")
+REPORTS += ("platform_defaults", "solvers", "throughput")
 COMMANDS = (*TRAINING, *REPORTS)
 RECORDED = {"algorithm", "command", "cores", "date", "device", "machine", "seed", "versions"}
 RECORDED |= {"best_step", "dataset", "seconds", "settings", "test_ci95", "trained_meta_steps"}
@@ -225,6 +226,18 @@ REFUSED_REPORTS = {
     "meta_gradient_accuracy --num-steps 0": ("num_steps=(0,)", "at least 1"),
     "meta_gradient_accuracy --output .": ("output=.", "must name a file"),
     "compare --output .": ("runs", "at least one"),
+    "platform_defaults --rounds 0": ("rounds=0", "at least 1"),
+    "platform_defaults --max-seconds nan": ("max_seconds=nan", "positive"),
+    "platform_defaults --map-tasks pmap": ("map_tasks", "got 'pmap'"),
+    "platform_defaults --map-tasks 0": ("map_tasks", "got 0"),
+    "platform_defaults --output .": ("output=.", "must name a file"),
+    "solvers --sizes 5": ("sizes=('5',)", "5x1"),
+    "solvers --sizes 1x5": ("sizes=('1x5',)", "at least 2 ways"),
+    "solvers --reg-strengths 0": ("reg_strengths=(0.0,)", "positive"),
+    "solvers --rounds 0": ("rounds=0", "at least 1"),
+    "solvers --output .": ("output=.", "must name a file"),
+    "throughput --chunks 0": ("chunks=0", "at least 1"),
+    "throughput --output .": ("output=.", "must name a file"),
 }
 
 

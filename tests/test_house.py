@@ -26,6 +26,7 @@ FLOORS = (
     ("types",),
     ("curvature",),
     ("linear_solve",),
+    ("low_rank",),
     ("implicit",),
     ("inner",),
     ("convolution",),

@@ -16,9 +16,8 @@ from imaml_jax.linear_solve import (
     solve_dense,
     solve_gmres,
     solve_neumann,
-    solve_nystrom,
-    solve_woodbury,
 )
+from imaml_jax.low_rank import nystrom_preconditioner, solve_nystrom, solve_woodbury
 from imaml_jax.networks import conv4
 from imaml_jax.types import LinearOperator
 
@@ -35,9 +34,12 @@ SOLVERS = {
     "neumann": partial(solve_neumann, step_size=2 / 11, max_steps=1000),
     "nystrom": partial(solve_nystrom, rank=SIZE),
     "woodbury": solve_woodbury,
+    "preconditioned": partial(
+        solve_cg_steihaug, precondition=partial(nystrom_preconditioner, rank=3)
+    ),
 }
-COUNTING = ("cg_steihaug", "neumann")
-DAMPED_ONLY = ("nystrom", "woodbury")
+COUNTING = ("cg_steihaug", "neumann", "preconditioned")
+DAMPED_ONLY = ("nystrom", "woodbury", "preconditioned")
 # Every solver with every kind of operator that it is for. A new solver is one more row or two.
 CASES = [
     ("cg", "spd", np.float32),
@@ -54,6 +56,8 @@ CASES = [
     ("nystrom", "low_rank", np.float64),
     ("woodbury", "low_rank", np.float32),
     ("woodbury", "low_rank", np.float64),
+    ("preconditioned", "low_rank", np.float32),
+    ("preconditioned", "low_rank", np.float64),
 ]
 cases = pytest.mark.parametrize(
     "name, kind, dtype", CASES, ids=[f"{n}-{k}-{d.__name__}" for n, k, d in CASES]
@@ -291,7 +295,7 @@ def test_woodbury_wants_a_factor_and_damping():
         solve_woodbury(damped(hessian(jnp.sum, params), 1.0), params)
     with pytest.raises(ValueError, match="solve_woodbury needs damping > 0"):
         solve_woodbury(gauss_newton(jnp.sin, jnp.sum, params), params)
-    with pytest.raises(ValueError, match="solve_nystrom needs damping > 0"):
+    with pytest.raises(ValueError, match="nystrom needs damping > 0"):
         solve_nystrom(hessian(jnp.sum, params), params, rank=2)
     with pytest.raises(ValueError, match="rank=0"):
         solve_nystrom(damped(hessian(jnp.sum, params), 1.0), params, rank=0)
@@ -310,6 +314,23 @@ def test_nystrom_is_exact_from_the_rank_of_the_matrix_on():
         assert info.converged == (rank >= 4)
     assert errors[0] > 0.01
     assert max(errors[1:]) < 1e-9 and max(residuals[1:]) < 1e-9
+
+
+def test_a_nystrom_preconditioner_saves_steps_where_eigenvalues_decay():
+    rng = np.random.default_rng(9)
+    matrix = spectrum_matrix(rng, np.geomspace(1e4, 1e-2, 60))
+    operator = damped(LinearOperator(lambda v: matrix @ v), 0.1)
+    b = jnp.asarray(rng.normal(size=60))
+    expected = np.linalg.solve(matrix + 0.1 * np.eye(60), b)
+    steps = {}
+    for rank in (None, 10, 40):
+        precondition = rank and partial(nystrom_preconditioner, rank=rank)
+        x, info = solve_cg_steihaug(
+            operator, b, key=jax.random.key(0), tol=1e-10, precondition=precondition, max_steps=500
+        )
+        np.testing.assert_allclose(x, expected, rtol=0, atol=1e-8)
+        steps[rank] = int(info.num_steps)
+    assert 2 * steps[40] < steps[10] < steps[None]
 
 
 def test_nystrom_leaves_negative_directions_out():

@@ -8,7 +8,7 @@ import numpy as np
 import pytest
 from jax import lax
 
-from imaml_jax.convolution import convolve
+from imaml_jax.convolution import lax_convolve
 from imaml_jax.networks import batch_norm, conv4, max_pool2x2, mlp
 
 pytestmark = pytest.mark.usefixtures("x64")
@@ -31,64 +31,6 @@ def describe(network, inputs):
     leaves = jax.tree_util.tree_leaves_with_path(shapes)
     named = {"/".join(key.key for key in path): leaf.shape for path, leaf in leaves}
     return named, sum(np.prod(shape) for shape in named.values())
-
-
-def reference_convolution(x, kernel, stride):
-    return lax.conv_general_dilated(
-        x,
-        kernel,
-        (stride, stride),
-        "SAME",
-        dimension_numbers=("NHWC", "HWIO", "NHWC"),
-        precision=lax.Precision.HIGHEST,
-    )
-
-
-@pytest.mark.parametrize(
-    "shape, stride", [((6, 5), 1), ((6, 4), 2), ((5, 7), 2), ((1, 2), 2)], ids=str
-)
-def test_convolution_and_its_derivatives_equal_those_of_lax(shape, stride):
-    """Value, gradients and a Hessian-vector product, with images and weights for each task."""
-    x, kernel = normal(0, 2, 2, *shape, 2), normal(1, 2, 3, 3, 2, 3)
-
-    def everything(conv, x, kernel):
-        def loss(x, kernel):
-            return jnp.sum(jnp.sin(conv(x, kernel, stride)))
-
-        gradient = jax.grad(loss, (0, 1))
-        second = jax.jvp(gradient, (x, kernel), (jnp.cos(x), jnp.cos(kernel)))[1]
-        return conv(x, kernel, stride), gradient(x, kernel), second
-
-    @jax.jit
-    def both(x, kernel):
-        return [
-            jax.vmap(partial(everything, conv))(x, kernel)
-            for conv in (convolve, reference_convolution)
-        ]
-
-    found, expected = both(x, kernel)
-    assert found[0].shape == (2, 2, -(-shape[0] // stride), -(-shape[1] // stride), 3)
-    jax.tree.map(lambda f, e: np.testing.assert_allclose(f, e, atol=1e-12), found, expected)
-
-
-@pytest.mark.parametrize("axes", [(0, None), (None, 0), (1, 0)], ids=str)
-def test_convolution_with_an_operand_shared_by_the_tasks(axes):
-    """Per-task images with common weights, and the other way round; gradients of the shared too."""
-    x_shape = {0: (3, 2, 5, 4, 2), 1: (2, 3, 5, 4, 2), None: (2, 5, 4, 2)}[axes[0]]
-    x, kernel = normal(0, *x_shape), normal(1, *((3,) if axes[1] == 0 else ()), 3, 3, 2, 3)
-
-    def loss(conv, x, kernel):
-        return jnp.sum(jnp.sin(jax.vmap(lambda a, k: conv(a, k, 2), axes)(x, kernel)))
-
-    @jax.jit
-    def both(x, kernel):
-        return [
-            jax.value_and_grad(partial(loss, conv), (0, 1))(x, kernel)
-            for conv in (convolve, reference_convolution)
-        ]
-
-    found, expected = both(x, kernel)
-    jax.tree.map(lambda f, e: np.testing.assert_allclose(f, e, atol=1e-12), found, expected)
 
 
 def test_batch_norm_equals_its_formula():
@@ -149,7 +91,7 @@ def forward_by_hand(params, x, weights, *, pools, pool_first, mean):
     """Two blocks and the head in `lax` and `jnp`; a norm by its formula."""
     for i in range(2):
         block = params[f"block_{i}"]
-        x = reference_convolution(x, block["kernel"], 1 if pools else 2)
+        x = lax_convolve(x, block["kernel"], 1 if pools else 2)
         if pools and pool_first:
             x = lax.reduce_window(x, -np.inf, lax.max, (1, 2, 2, 1), (1, 2, 2, 1), "VALID")
         picked = x if weights is None else x[np.flatnonzero(weights)]

@@ -35,7 +35,6 @@ from imaml_jax.plots import new_figure
 
 AGREEMENT = 1e-10
 _ROOT = Path(__file__).parents[2]
-_OF_PEERS = ("torch", "torchopt", "higher")
 
 
 @dataclasses.dataclass(frozen=True)
@@ -82,7 +81,7 @@ def main(config: Config) -> dict[str, Any]:
     results |= {"config": dataclasses.asdict(config), **common.provenance()}
     results["versions"] |= {
         name: importlib.metadata.version(name)
-        for name in _OF_PEERS
+        for name in sorted({"torch", *(c.library for c in CONTENDERS if c.library)})
         if importlib.util.find_spec(name)
     }
     common.write_report(config.output, results, table, draw)
@@ -184,9 +183,10 @@ def summary(
     rows = {}
     for contender in contenders:
         name, reference = contender.name, reference_of(contender).name
-        info = runs[-1][name]["info"]
-        if contender.same and info.get("solve_steps", workload.CG_STEPS) != workload.CG_STEPS:
-            raise RuntimeError(f"{name} took {info['solve_steps']} CG steps on average")
+        infos = [run[name]["info"] for run in runs]
+        taken = {info.get("solve_steps", workload.CG_STEPS) for info in infos}
+        if contender.same and taken != {workload.CG_STEPS}:
+            raise RuntimeError(f"{name} took {sorted(taken)} CG steps on average")
         median = statistics.median(seconds(name))
         ratios = [a / b for a, b in zip(seconds(name), seconds(reference), strict=True)]
         flops = workload.flops(contender.algorithm) if contender.same else None
@@ -198,7 +198,7 @@ def summary(
             "flops": flops,
             "share_of_ceiling": flops and flops / median / ceiling,
             "disagreement": disagreement.get(name),
-            "inner_residual": info.get("inner_residual"),
+            "inner_residual": infos[-1].get("inner_residual"),
             **memory[name],
         }
     return {"devices": devices, "ceiling_flops": ceiling, "contenders": rows}

@@ -8,12 +8,11 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import optax
-from jax.tree_util import tree_leaves_with_path
+from flax.traverse_util import flatten_dict, unflatten_dict
 
 import imaml_jax
 from experiments import common
 from experiments.benchmark import workload
-from imaml_jax.learners.base import path_string
 from imaml_jax.mapping import map_over_tasks, replicated
 from imaml_jax.networks import conv4
 from imaml_jax.types import Batch, MetaLearner, Task
@@ -55,7 +54,7 @@ def meta_gradient(name: str, num_devices: int) -> workload.Program:
     learner = learners()[name]
     devices = jax.local_devices()[:num_devices] if num_devices > 1 else None
     place = replicated(devices) if devices else None
-    params = jax.device_put(nested(workload.params()), place)
+    params = jax.device_put(unflatten_dict(workload.params(), sep="/"), place)
     program = None
 
     def prepare(tasks):
@@ -77,14 +76,18 @@ def meta_gradient(name: str, num_devices: int) -> workload.Program:
         with jax.enable_x64(True):
             inputs = jax.tree.map(lambda x: jnp.asarray(x, _double(x)), (params, _task(tasks)))
             check = jax.jit(partial(_means, learner, None), compiler_options=options)
-            leaves = tree_leaves_with_path(check(*inputs)[0])
-        return {path_string(path): np.asarray(leaf) for path, leaf in leaves}
+            grads, _ = check(*inputs)
+        return {path: np.asarray(leaf) for path, leaf in flatten_dict(grads, sep="/").items()}
 
     def temp_bytes():
         analysis = program and program.memory_analysis()
         return num_devices * analysis.temp_size_in_bytes if analysis else None
 
-    return workload.Program(prepare, run, gradients, temp_bytes)
+    def text():
+        assert program is not None
+        return program.as_text()
+
+    return workload.Program(prepare, run, gradients, temp_bytes, text)
 
 
 def matmul(num_devices: int) -> workload.Program:
@@ -106,15 +109,6 @@ def matmul(num_devices: int) -> workload.Program:
         return {}
 
     return workload.Program(prepare, run)
-
-
-def nested(named: dict[str, np.ndarray]) -> dict[str, dict[str, jax.Array]]:
-    """Parameters by path as the tree that conv4 takes."""
-    tree: dict[str, dict[str, jax.Array]] = {}
-    for path, array in named.items():
-        module, name = path.split("/")
-        tree.setdefault(module, {})[name] = jnp.asarray(array)
-    return tree
 
 
 def _means(learner: MetaLearner, devices, params: Any, tasks: Task) -> Any:

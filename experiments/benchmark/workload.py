@@ -70,12 +70,14 @@ class Program(NamedTuple):
         in float64.
       temp_bytes: what the compiled program allocates on all devices, after the first run; None
         where that is unknown.
+      text: the compiled program as text, after the first run.
     """
 
     prepare: Callable[[Tasks], Any]
     run: Callable[[Any], dict[str, float]]
     gradients: Callable[[Tasks], dict[str, np.ndarray]] | None = None
     temp_bytes: Callable[[], int | None] | None = None
+    text: Callable[[], str | None] | None = None
 
 
 def params() -> dict[str, np.ndarray]:
@@ -102,36 +104,58 @@ def tasks(seed: int, num_tasks: int = TASKS) -> Tasks:
     return pairs[0], pairs[1]
 
 
-def forward_flops() -> tuple[int, int]:
-    """Multiplications and additions for one image: of the first layer, and of all the others."""
-    flops, channels, side = [], 1, SIDE
+def forward_flops(
+    side: int = SIDE,
+    channels: int = 1,
+    filters: int = FILTERS,
+    ways: int = WAYS,
+    pools: bool = False,
+) -> tuple[int, int]:
+    """Multiplications and additions for one image: of conv4's first layer, of all the others."""
+    flops = []
     for _ in range(4):
-        side = -(-side // 2)
-        flops.append(2 * side * side * 9 * channels * FILTERS)
-        channels = FILTERS
-    return flops[0], sum(flops[1:]) + 2 * side * side * channels * WAYS
+        halved = side // 2 if pools else -(-side // 2)
+        positions = side * side if pools else halved * halved
+        flops.append(2 * positions * 9 * channels * filters)
+        side, channels = halved, filters
+    return flops[0], sum(flops[1:]) + 2 * side * side * channels * ways
 
 
-def flops(algorithm: Algorithm) -> int:
+def flops(
+    algorithm: Algorithm,
+    forward: tuple[int, int] | None = None,
+    *,
+    num_tasks: int = TASKS,
+    support: int = WAYS,
+    query: int = WAYS * QUERIES,
+    inner_steps: int = INNER_STEPS,
+    cg_steps: int = CG_STEPS,
+) -> int:
     """Those of the matrix products of the meta-gradient.
 
     A gradient is 3 forward passes and a Hessian product 6, but 2 of each in the first layer, whose
     inputs have no derivative. MAML's backward pass is one Hessian product a step. iMAML linearises
     one gradient more, at the end. What is computed twice to save memory is counted once.
+
+    Args:
+      algorithm: what is computed.
+      forward: see `forward_flops`; default the reference workload's, as of all that follows.
+      num_tasks: tasks.
+      support: images of a task's support set.
+      query: and of its query set.
+      inner_steps: gradient steps on the support set.
+      cg_steps: of iMAML.
     """
-    first, others = forward_flops()
+    first, others = forward or forward_flops()
     gradient, product = 2 * first + 3 * others, 2 * first + 6 * others
-    support = (
-        WAYS
-        * {
-            "imaml": (INNER_STEPS + 1) * gradient + CG_STEPS * product,
-            "maml": INNER_STEPS * (gradient + product),
-            "fomaml": INNER_STEPS * gradient,
-            "reptile": INNER_STEPS * gradient,
-        }[algorithm]
-    )
-    query = 0 if algorithm == "reptile" else WAYS * QUERIES * gradient
-    return TASKS * (support + query)
+    on_support = {
+        "imaml": (inner_steps + 1) * gradient + cg_steps * product,
+        "maml": inner_steps * (gradient + product),
+        "fomaml": inner_steps * gradient,
+        "reptile": inner_steps * gradient,
+    }[algorithm]
+    on_query = 0 if algorithm == "reptile" else gradient
+    return num_tasks * (support * on_support + query * on_query)
 
 
 def serve(program: Program) -> None:

@@ -1,0 +1,125 @@
+"""What the time of one of our contenders is spent on, by kind of operation.
+
+    python -m experiments.benchmark.profile
+    python -m experiments.benchmark.profile --contender MAML
+
+Runs it once under JAX's profiler, on one device, and adds up what the compiled program's operations
+took. On a GPU, the count is that of kernel launches.
+"""
+
+import collections
+import dataclasses
+import re
+import tempfile
+import time
+from collections.abc import Callable, Iterator
+from pathlib import Path
+from typing import Any
+
+import jax
+
+from experiments import common
+from experiments.benchmark import ours, workload
+
+_INSTRUCTION = re.compile(r"\s*(?:ROOT )?%?([\w.-]+) = .*? ([\w-]+)\(")
+_HEADER = re.compile(r"(?:ENTRY )?%?([\w.-]+) .*\{$")
+_CALLED = re.compile(r"(?:calls|to_apply)=%?([\w.-]+)")
+_SOURCE = re.compile(r'op_name="([^"]*)"')
+# What a fusion is named after, most telling first.
+_KINDS = {
+    "matrix products": {"dot", "convolution", "gemm"},
+    "reductions": {"reduce", "reduce-window"},
+    "gathers and scatters": {"gather", "scatter", "dynamic-update-slice", "dynamic-slice"},
+}
+_MOVES = {"copy", "transpose", "concatenate", "pad", "slice", "broadcast", "reshape", "bitcast"}
+_MOVES |= {"parameter", "constant", "tuple", "get-tuple-element", "iota"}
+_CONTAINERS = {"while", "call", "conditional"}
+
+
+@dataclasses.dataclass(frozen=True)
+class Config:
+    """What is profiled."""
+
+    contender: str = workload.CONTENDERS[0].name
+    """Name of one of our contenders in the benchmark."""
+    largest: int = 10
+    """Single operations to print, those that took longest."""
+
+
+def main(config: Config) -> dict[str, Any]:
+    """Profiles and prints.
+
+    Returns:
+      Seconds of the run, and `{kind: (seconds, count)}`.
+
+    Raises:
+      ValueError: an unknown contender.
+    """
+    if config.contender not in ours.learners():
+        raise ValueError(f"contender={config.contender!r} must be one of {list(ours.learners())}")
+    common.cache_compilations()
+    program = ours.meta_gradient(config.contender, num_devices=1)
+    inputs = program.prepare(workload.tasks(1))
+    program.run(inputs)
+    seconds, times = traced(lambda: program.run(inputs))
+    text = program.text and program.text()
+    operations = {name: (kind, source) for name, kind, source in parsed(text or "")}
+    kinds, single = collections.defaultdict(list), []
+    for name, spent in times.items():
+        kind, source = operations.get(name, ("other", ""))
+        if kind not in _CONTAINERS:
+            kinds[kind] += spent
+            single.append((sum(spent), f"{name} x {len(spent)}, {source}"))
+    print(f"{config.contender}, {jax.devices()[0].device_kind}: {seconds:.3f} s under the profiler")
+    for kind, spent in sorted(kinds.items(), key=lambda item: -sum(item[1])):
+        share = 100 * sum(spent) / seconds
+        print(f"{kind:24}{1e3 * sum(spent):9.1f} ms {share:5.1f}% {len(spent):9} calls")
+    for spent, label in sorted(single, reverse=True)[: config.largest]:
+        print(f"{1e3 * spent:9.1f} ms  {label}")
+    return {"seconds": seconds, "kinds": {k: (sum(own), len(own)) for k, own in kinds.items()}}
+
+
+def traced(run: Callable[[], Any]) -> tuple[float, dict[str, list[float]]]:
+    """Seconds of a run, and of every call of each of its operations."""
+    with tempfile.TemporaryDirectory() as folder:
+        with jax.profiler.trace(folder):
+            started = time.perf_counter()
+            run()
+            seconds = time.perf_counter() - started
+        (file,) = Path(folder).rglob("*.xplane.pb")
+        planes = list(jax.profiler.ProfileData.from_file(str(file)).planes)
+    times = collections.defaultdict(list)
+    for plane in [p for p in planes if p.name.startswith("/device:")] or planes:
+        for event in (event for line in plane.lines for event in line.events):
+            name = dict(event.stats).get("hlo_op")
+            if name is not None:
+                times[str(name)].append(1e-9 * event.duration_ns)
+    return seconds, dict(times)
+
+
+def parsed(text: str) -> Iterator[tuple[str, str, str]]:
+    """Name, kind and source of every instruction of a compiled program."""
+    bodies, computation = collections.defaultdict(set), ""
+    instructions = []
+    for line in text.splitlines():
+        header = _HEADER.match(line)
+        if header:
+            computation = header[1]
+        found = _INSTRUCTION.match(line)
+        if found:
+            name, opcode = found.groups()
+            bodies[computation].add("gemm" if "gemm" in line else opcode)
+            called, source = _CALLED.search(line), _SOURCE.search(line)
+            instructions.append((name, opcode, called and called[1], source[1] if source else ""))
+    for name, opcode, called, source in instructions:
+        inside = bodies[called] if opcode == "fusion" else {opcode}
+        yield name, opcode if opcode in _CONTAINERS else _kind(inside), source
+
+
+def _kind(opcodes: set[str]) -> str:
+    other = "elementwise" if opcodes - _MOVES else "copies and pads"
+    return next((kind for kind, own in _KINDS.items() if opcodes & own), other)
+
+
+if __name__ == "__main__":
+    common.run_cli(main, Config, __doc__)

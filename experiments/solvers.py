@@ -1,0 +1,351 @@
+"""Linear solvers for the meta-gradient at the published task sizes: error, bias and time.
+
+    python -m experiments.solvers
+
+For each size, first-order MAML meta-trains conv4 on glyphs for a while, new tasks are adapted from
+there, and every solver is given the linear systems of their meta-gradients in float32. Two errors,
+relative in the Euclidean norm: from the solution of the solver's own matrix, and from that with the
+Hessian, which is the error of the meta-gradient and for the Gauss-Newton matrix holds its bias. The
+solutions compared with are those of CG in float64, run to 1e-10. Seconds are those of one system on
+one device with its linearisation, medians of interleaved rounds. Writes OUTPUT.json and OUTPUT.png.
+"""
+
+import dataclasses
+import math
+import re
+import statistics
+import time
+from collections.abc import Callable, Sequence
+from functools import partial
+from itertools import groupby
+from operator import itemgetter
+from pathlib import Path
+from typing import Any, NamedTuple
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import optax
+from jax import lax
+from jax.flatten_util import ravel_pytree
+
+import imaml_jax
+from experiments import common, few_shot, glyphs
+from imaml_jax.data import episodes
+from imaml_jax.data import glyphs as glyph_data
+from imaml_jax.data.episodes import Splits
+from imaml_jax.networks import Network, conv4
+from imaml_jax.plots import new_figure
+from imaml_jax.types import Batch, LinearOperator, Task
+
+EXACT, MOST_STEPS = 1e-10, 3000
+QUERIES, INNER_STEPS, POWER_STEPS = 5, 64, 20
+_SYSTEM = ("ways", "shots", "reg_strength")
+
+
+class Solver(NamedTuple):
+    """What is measured.
+
+    Attributes:
+      curvature: "Hessian" or "Gauss-Newton".
+      name: as printed.
+      solve: `(operator, b, largest) -> (x, info)` with an estimate of the largest eigenvalue.
+      most_outputs: where more outputs would take too much memory; None for no limit.
+    """
+
+    curvature: str
+    name: str
+    solve: Callable[..., Any]
+    most_outputs: int | None = None
+
+
+class System(NamedTuple):
+    """What a task's linear system is made of.
+
+    Attributes:
+      params: the adapted parameters.
+      query_grad: the right-hand side.
+      support: the support examples.
+      largest: estimate of the largest eigenvalue of the damped Gauss-Newton matrix.
+    """
+
+    params: Any
+    query_grad: Any
+    support: Any
+    largest: jax.Array
+
+
+@dataclasses.dataclass(frozen=True)
+class Config:
+    """What is measured."""
+
+    sizes: tuple[str, ...] = ("5x1", "5x5", "20x1", "20x5")
+    """Ways x shots."""
+    reg_strengths: tuple[float, ...] = (2.0, 0.03)
+    """Values of lambda: the published and the recommended one."""
+    meta_steps: int = 200
+    """Meta-steps of 8 tasks before."""
+    num_tasks: int = 4
+    """Linear systems of each size."""
+    rounds: int = 3
+    """Interleaved rounds of the timing."""
+    seed: int = 0
+    """Seed of the initialisation and of the tasks."""
+    output: Path = Path("runs/solvers")
+    """Where to write, without an ending."""
+
+
+def solvers() -> tuple[Solver, ...]:
+    """The solvers compared."""
+
+    def plain(solve, **settings):
+        return lambda operator, b, _: solve(operator, b, key=jax.random.key(0), **settings)
+
+    def neumann(operator, b, largest):
+        step_size = 1 / largest
+        return imaml_jax.solve_neumann(operator, b, step_size=step_size, tol=0.0, max_steps=20)
+
+    def cg(steps, **settings):
+        return plain(imaml_jax.solve_cg_steihaug, tol=0.0, max_steps=steps, **settings)
+
+    nystrom = partial(imaml_jax.nystrom_preconditioner, rank=20)
+    return (
+        Solver("Hessian", "cg, 5 steps", plain(imaml_jax.solve_cg, tol=0.0, max_steps=5)),
+        *(Solver("Hessian", f"cg_steihaug, {k} steps", cg(k)) for k in (5, 20, 100)),
+        *(Solver("Gauss-Newton", f"cg_steihaug, {k} steps", cg(k)) for k in (5, 8, 20, 100)),
+        Solver("Gauss-Newton", "neumann, 20 terms", neumann),
+        Solver("Gauss-Newton", "nystrom, rank 20", plain(imaml_jax.solve_nystrom, rank=20)),
+        Solver("Gauss-Newton", "nystrom, rank 20, then 8 cg steps", cg(8, precondition=nystrom)),
+        Solver("Gauss-Newton", "woodbury", plain(imaml_jax.solve_woodbury), most_outputs=500),
+    )
+
+
+def main(config: Config) -> list[dict[str, Any]]:
+    """Measures, writes and prints.
+
+    Returns:
+      One row for each size, lambda and solver.
+
+    Raises:
+      ValueError: a setting out of its range.
+    """
+    sizes = _check(config)
+    common.check_output(config.output)
+    common.cache_compilations()
+    splits = glyph_data.load()
+    measured = [row for ways, shots in sizes for row in measure(config, splits, ways, shots)]
+    rows = [row | common.provenance() for row in measured]
+    common.write_report(config.output, rows, table, draw)
+    return rows
+
+
+def measure(config: Config, splits: Splits, ways: int, shots: int) -> list[dict[str, Any]]:
+    """The rows of one size."""
+    network = conv4(ways)
+    params = _meta_train(config, splits, ways, shots)
+    tasks = episodes.sample_tasks(
+        jax.random.key(config.seed),
+        splits.test,
+        num_tasks=config.num_tasks,
+        ways=ways,
+        shots=shots,
+        queries=QUERIES,
+        rotations=None,
+        invert=True,
+    )
+    compared = [s for s in solvers() if ways * ways * shots <= (s.most_outputs or math.inf)]
+    rows = []
+    for strength in config.reg_strengths:
+        prepare = jax.jit(partial(_system, network, strength))
+        one_by_one = [jax.tree.map(itemgetter(i), tasks) for i in range(config.num_tasks)]
+        systems = [prepare(params, task) for task in one_by_one]
+        programs = [jax.jit(partial(_solve, network, strength, solver)) for solver in compared]
+        found = [[program(system) for system in systems] for program in programs]
+        seconds: list[list[float]] = [[] for _ in compared]
+        for _ in range(config.rounds):
+            for program, own in zip(programs, seconds, strict=True):
+                started = time.perf_counter()
+                jax.block_until_ready([program(system) for system in systems])
+                own.append((time.perf_counter() - started) / len(systems))
+        exact = {name: _exact(network, strength, name, systems) for name in _OPERATORS}
+        lowest = float(np.min([info.min_curvature for _, info in exact["Hessian"]]))
+        for solver, solved, own in zip(compared, found, seconds, strict=True):
+            residuals = [float(info.relative_residual) for _, info in solved]
+            rows.append(
+                {
+                    "ways": ways,
+                    "shots": shots,
+                    "reg_strength": strength,
+                    "curvature": solver.curvature,
+                    "solver": solver.name,
+                    "error": _median_error(solved, exact[solver.curvature]),
+                    "error_from_hessian": _median_error(solved, exact["Hessian"]),
+                    "residual": statistics.median(residuals),
+                    "smallest_hessian_curvature": lowest,
+                    "seconds": statistics.median(own),
+                }
+            )
+    return rows
+
+
+def _meta_train(config: Config, splits: Splits, ways: int, shots: int) -> Any:
+    steps = config.meta_steps
+    settings = glyphs.Config(
+        algorithm="fomaml",
+        ways=ways,
+        shots=shots,
+        meta_steps=steps,
+        log_every=steps,
+        validate_every=steps,
+        seed=config.seed,
+    )
+    protocol = glyphs.resolve(settings)
+    trained = few_shot.meta_train(settings, protocol, splits._replace(val=None), "glyphs")
+    return jax.device_put(trained.meta_params, jax.local_devices()[0])
+
+
+def _loss(network: Network, params: Any, batch: Batch) -> jax.Array:
+    return imaml_jax.cross_entropy(network.apply(params, batch.inputs), batch.targets)
+
+
+def _system(network: Network, strength: float, params: Any, task: Task) -> System:
+    """The linear system of a task's meta-gradient, after adaptation from `params`."""
+    loss = partial(_loss, network)
+    adapted, _ = imaml_jax.minimize(
+        imaml_jax.proximal_objective(loss),
+        params,
+        params,
+        strength,
+        task.support,
+        tx=imaml_jax.adaptive_gd(0.05),
+        num_steps=INNER_STEPS,
+    )
+    query_grad = jax.grad(loss)(adapted, task.query)
+    matvec = _gauss_newton(network, adapted, task.support).matvec
+
+    def power_step(v, _):
+        product = matvec(v)
+        norm = optax.tree.norm(product)
+        return optax.tree.scale(1 / norm, product), norm
+
+    largest = lax.scan(power_step, query_grad, length=POWER_STEPS)[1][-1]
+    return System(adapted, query_grad, task.support, strength + largest)
+
+
+def _hessian(network: Network, params: Any, support: Batch) -> LinearOperator:
+    return imaml_jax.hessian(lambda p: _loss(network, p, support), params)
+
+
+def _gauss_newton(network: Network, params: Any, support: Batch) -> LinearOperator:
+    return imaml_jax.gauss_newton(
+        lambda p: network.apply(p, support.inputs),
+        lambda outputs: imaml_jax.cross_entropy(outputs, support.targets),
+        params,
+    )
+
+
+_OPERATORS = {"Hessian": _hessian, "Gauss-Newton": _gauss_newton}
+
+
+def _solve(network: Network, strength: float, solver: Solver, system: System) -> Any:
+    operator = _OPERATORS[solver.curvature](network, system.params, system.support)
+    damped = imaml_jax.damped(operator, strength)
+    return solver.solve(damped, system.query_grad, system.largest)
+
+
+def _exact(
+    network: Network, strength: float, curvature: str, systems: Sequence[System]
+) -> list[tuple[Any, Any]]:
+    """Solutions in float64."""
+
+    def cg(operator, b, _):
+        solve = imaml_jax.solve_cg_steihaug
+        return solve(operator, b, tol=EXACT, max_steps=MOST_STEPS)
+
+    with jax.enable_x64(True):
+        program = jax.jit(partial(_solve, network, strength, Solver(curvature, "exact", cg)))
+        return [jax.device_get(program(jax.tree.map(_double, system))) for system in systems]
+
+
+def _double(x: jax.Array) -> jax.Array:
+    return x.astype(jnp.float64) if jnp.issubdtype(x.dtype, jnp.floating) else x
+
+
+def _median_error(found: Sequence[Any], exact: Sequence[Any]) -> float | None:
+    """None where one of the exact solutions was not reached: the matrix is not positive."""
+    if not all(info.converged for _, info in exact):
+        return None
+    errors = []
+    for (x, _), (solution, _) in zip(found, exact, strict=True):
+        x, solution = (np.asarray(ravel_pytree(tree)[0], np.float64) for tree in (x, solution))
+        errors.append(np.linalg.norm(x - solution) / np.linalg.norm(solution))
+    return statistics.median(map(float, errors))
+
+
+def table(rows: list[dict[str, Any]]) -> str:
+    """The measurements as text."""
+    lines = []
+    for (ways, shots, strength), group in groupby(rows, key=itemgetter(*_SYSTEM)):
+        own = list(group)
+        lines.append(
+            f"{ways}-way {shots}-shot, lambda {strength:g}; smallest Hessian curvature met "
+            f"{own[0]['smallest_hessian_curvature']:.3g}"
+        )
+        lines.append(f"{'':50}{'ms':>8}{'residual':>10}{'error':>10}{'from Hessian':>14}")
+        for row in own:
+            name = f"{row['curvature']}, {row['solver']}"
+            errors = (_shown(row[key]) for key in ("residual", "error", "error_from_hessian"))
+            lines.append(
+                f"{name:50}{1e3 * row['seconds']:8.1f}{'{:>10}{:>10}{:>14}'.format(*errors)}"
+            )
+    return "\n".join(lines)
+
+
+def _shown(value: float | None) -> str:
+    return "" if value is None else f"{value:.1e}"
+
+
+def draw(rows: list[dict[str, Any]], path: Path) -> None:
+    """Error of the meta-gradient against time, one panel a size and lambda."""
+    groups = [list(group) for _, group in groupby(rows, key=itemgetter(*_SYSTEM))]
+    columns = len({row["reg_strength"] for row in rows})
+    figure = new_figure(6 * columns, 3.5 * len(groups) // columns)
+    panels = figure.subplots(-(-len(groups) // columns), columns, squeeze=False)
+    for axes, group in zip(panels.flat, groups, strict=True):
+        for row in group:
+            label = f"{row['curvature']}, {row['solver']}"
+            marker = "o" if row["curvature"] == "Hessian" else "s"
+            error = row["error" if row["error_from_hessian"] is None else "error_from_hessian"]
+            axes.plot([1e3 * row["seconds"]], [error], marker, label=label)
+        title = "{}-way {}-shot, lambda {:g}".format(*itemgetter(*_SYSTEM)(group[0]))
+        axes.set(xscale="log", yscale="log", xlabel="ms", title=title)
+        axes.grid(alpha=0.3, which="both")
+    panels[0, 0].set(ylabel="relative error")
+    handles, labels = panels[0, 0].get_legend_handles_labels()
+    figure.legend(handles, labels, loc="outside right upper", fontsize=8)
+    figure.savefig(path, dpi=100)
+
+
+def _check(config: Config) -> list[tuple[int, int]]:
+    """The sizes as numbers.
+
+    Raises:
+      ValueError: a setting out of its range.
+    """
+    sizes = [re.fullmatch(r"(\d+)x(\d+)", size) for size in config.sizes]
+    if not sizes or not all(sizes):
+        raise ValueError(f"sizes={config.sizes} must be ways x shots, such as 5x1 20x5")
+    numbers = [(int(size[1]), int(size[2])) for size in sizes if size]
+    if min(ways for ways, _ in numbers) < 2 or min(shots for _, shots in numbers) < 1:
+        raise ValueError(f"sizes={config.sizes} must have at least 2 ways and 1 shot")
+    if not config.reg_strengths or not all(0 < s < math.inf for s in config.reg_strengths):
+        raise ValueError(f"reg_strengths={config.reg_strengths} must be positive")
+    for name in ("meta_steps", "num_tasks", "rounds"):
+        if getattr(config, name) < 1:
+            raise ValueError(f"{name}={getattr(config, name)} must be at least 1")
+    common.check_seed(config.seed)
+    return numbers
+
+
+if __name__ == "__main__":
+    common.run_cli(main, Config, __doc__)

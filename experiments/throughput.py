@@ -1,0 +1,148 @@
+"""Rate of whole training runs beside that of their bare meta-steps.
+
+    python -m experiments.throughput
+
+Trains on glyphs with sampling, logging and a checkpoint at every log point, and times the same
+meta-step alone: a compiled call on tasks that lie ready, nothing reported. Rounds of both take
+turns; compilation and the first log point are left out.
+"""
+
+import dataclasses
+import statistics
+import tempfile
+import time
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import optax
+
+from experiments import build, common, few_shot, glyphs
+from imaml_jax import mapping
+from imaml_jax.data import episodes
+from imaml_jax.data import glyphs as glyph_data
+from imaml_jax.training import init_meta_params, train
+from imaml_jax.types import MetaLearner
+
+
+@dataclasses.dataclass(frozen=True)
+class Config:
+    """What is timed."""
+
+    algorithm: few_shot.Algorithm = "imaml"
+    """Meta-learning algorithm, with its recommended settings, 5-way 1-shot."""
+    log_every: int = 50
+    """Meta-steps between two log points with their checkpoints."""
+    chunks: int = 3
+    """Log points a round."""
+    rounds: int = 3
+    """Rounds of both."""
+    output: Path = Path("runs/throughput")
+    """Where to write, without an ending."""
+
+
+def main(config: Config) -> dict[str, Any]:
+    """Times, writes and prints.
+
+    Returns:
+      Meta-steps a second of training and of the bare meta-step, one for each round, and the
+      median of training's share.
+
+    Raises:
+      ValueError: a setting out of its range.
+    """
+    for name in ("log_every", "chunks", "rounds"):
+        if getattr(config, name) < 1:
+            raise ValueError(f"{name}={getattr(config, name)} must be at least 1")
+    common.check_output(config.output)
+    common.cache_compilations()
+    protocol = glyphs.resolve(glyphs.Config(algorithm=config.algorithm))
+    dataset = glyph_data.load().train
+    learner = build.build_learner(protocol, ways=5)
+    devices = common.task_devices(None, protocol.meta_batch)
+    num_steps = config.log_every * (1 + config.chunks)
+    tx = build.make_outer(protocol, num_steps)
+
+    def sample(key):
+        return episodes.sample_tasks(
+            key,
+            dataset,
+            num_tasks=protocol.meta_batch,
+            ways=5,
+            shots=protocol.train_shots,
+            queries=protocol.train_queries,
+            rotations=None,
+            invert=protocol.invert,
+        )
+
+    def trained_rate() -> float:
+        with tempfile.TemporaryDirectory() as folder:
+            result = train(
+                learner,
+                tx,
+                sample,
+                key=jax.random.key(0),
+                num_steps=num_steps,
+                example_inputs=dataset.images[:1].astype(jnp.float32),
+                log_every=config.log_every,
+                workdir=folder,
+                devices=devices,
+                progress=False,
+            )
+        first, last = result.history[0], result.history[-1]
+        return (last["step"] - first["step"]) / (last["seconds"] - first["seconds"])
+
+    example = dataset.images[:1].astype(jnp.float32)
+    meta_params = init_meta_params(learner, jax.random.key(0), example)
+    bare_rate = _bare(learner, tx, meta_params, jax.jit(sample)(jax.random.key(0)), devices)
+    rounds = [(trained_rate(), bare_rate(num_steps)) for _ in range(config.rounds)]
+    results = {
+        **dataclasses.asdict(config),
+        "trained": [trained for trained, _ in rounds],
+        "bare": [bare for _, bare in rounds],
+        "share": statistics.median(trained / bare for trained, bare in rounds),
+        **common.provenance(),
+    }
+    common.write_json(config.output.with_name(config.output.name + ".json"), results)
+    print(
+        f"{config.algorithm}: {statistics.median(results['trained']):.2f} meta-steps a second in "
+        f"training, {statistics.median(results['bare']):.2f} bare: {100 * results['share']:.1f}%"
+    )
+    return results
+
+
+def _bare(
+    learner: MetaLearner, tx: Any, meta_params: Any, tasks: Any, devices: Any
+) -> Callable[[int], float]:
+    """`number of meta-steps -> meta-steps a second`, compiled."""
+
+    def task_grad(params, task):
+        return common.meta_gradient(learner, params, task)
+
+    mapped = mapping.map_over_tasks(task_grad, None, devices)
+
+    @jax.jit
+    def step(params, opt_state):
+        grads = jax.tree.map(lambda g: g.mean(0), mapped(params, tasks))
+        updates, opt_state = tx.update(grads, opt_state, params)
+        return optax.apply_updates(params, updates), opt_state
+
+    start = (meta_params, tx.init(meta_params))
+    if devices is not None:
+        start = jax.device_put(start, mapping.replicated(devices))
+    jax.block_until_ready(step(*start))
+
+    def rate(num_steps: int) -> float:
+        state, started = start, time.perf_counter()
+        for _ in range(num_steps):
+            state = step(*state)
+        jax.block_until_ready(state)
+        return num_steps / (time.perf_counter() - started)
+
+    return rate
+
+
+if __name__ == "__main__":
+    common.run_cli(main, Config, __doc__)
