@@ -21,6 +21,7 @@ from imaml_jax.linear_solve import (
     solve_cg_steihaug,
     solve_dense,
     solve_gmres,
+    solve_minres,
     solve_neumann,
 )
 from imaml_jax.low_rank import nystrom_preconditioner, solve_nystrom, solve_woodbury
@@ -62,6 +63,7 @@ __all__ = [
     "solve_cg_steihaug",
     "solve_dense",
     "solve_gmres",
+    "solve_minres",
     "solve_neumann",
     "solve_nystrom",
     "solve_woodbury",

@@ -15,6 +15,7 @@ from imaml_jax.linear_solve import (
     solve_cg_steihaug,
     solve_dense,
     solve_gmres,
+    solve_minres,
     solve_neumann,
 )
 from imaml_jax.low_rank import nystrom_preconditioner, solve_nystrom, solve_woodbury
@@ -31,6 +32,7 @@ SOLVERS = {
     "cg_steihaug": solve_cg_steihaug,
     "gmres": solve_gmres,
     "dense": solve_dense,
+    "minres": solve_minres,
     "neumann": partial(solve_neumann, step_size=2 / 11, max_steps=1000),
     "nystrom": partial(solve_nystrom, rank=SIZE),
     "woodbury": solve_woodbury,
@@ -38,7 +40,7 @@ SOLVERS = {
         solve_cg_steihaug, precondition=partial(nystrom_preconditioner, rank=3)
     ),
 }
-COUNTING = ("cg_steihaug", "neumann", "preconditioned")
+COUNTING = ("cg_steihaug", "minres", "neumann", "preconditioned")
 DAMPED_ONLY = ("nystrom", "woodbury", "preconditioned")
 # Every solver with every kind of operator that it is for. A new solver is one more row or two.
 CASES = [
@@ -51,6 +53,8 @@ CASES = [
     ("dense", "spd", np.float32),
     ("dense", "indefinite", np.float64),
     ("dense", "nonsymmetric", np.float64),
+    ("minres", "spd", np.float32),
+    ("minres", "indefinite", np.float64),
     ("neumann", "spd", np.float32),
     ("neumann", "spd", np.float64),
     ("nystrom", "low_rank", np.float64),
@@ -167,6 +171,7 @@ def test_solvers_equal_dense_solves(name, kind, dtype):
         ("cg", {"max_steps": 2}),
         ("cg_steihaug", {"max_steps": 2}),
         ("gmres", {"restart": 2, "max_restarts": 1}),
+        ("minres", {"max_steps": 2}),
         ("neumann", {"step_size": 0.02, "max_steps": 2}),
     ],
 )
@@ -243,6 +248,35 @@ def test_steihaug_does_not_hide_a_product_that_is_not_finite():
     _, info = solve_cg_steihaug(LinearOperator(lambda v: v * jnp.nan), jnp.ones(3))
     assert not info.converged
     assert not np.isfinite(info.relative_residual)
+
+
+def test_minres_stops_where_the_matrix_is_singular_and_says_so():
+    diagonal = jnp.array([0.0, 2.0, -1.0])
+    operator = LinearOperator(lambda v: diagonal * v)
+    x, info = solve_minres(operator, jnp.array([0.0, 3.0, 1.0]))
+    np.testing.assert_allclose(x, [0.0, 1.5, -1.0], atol=1e-12)
+    assert info.converged and info.num_steps == 2
+    x, info = solve_minres(operator, jnp.array([4.0, 0.0, 0.0]))
+    np.testing.assert_array_equal(x, 0)
+    assert not info.converged
+    assert (info.relative_residual, info.num_steps, info.min_curvature) == (1, 1, 0)
+
+
+def test_the_residual_of_minres_never_grows():
+    rng = np.random.default_rng(4)
+    matrix, b = spectrum_matrix(rng, np.linspace(-2, 9, 30)), rng.normal(size=30)
+    solve = jax.jit(lambda k: solve_minres(LinearOperator(lambda v: matrix @ v), b, max_steps=k))
+    residuals = []
+    for k in range(31):
+        x, info = solve(k)
+        residuals.append(np.linalg.norm(b - matrix @ x) / np.linalg.norm(b))
+        np.testing.assert_allclose(info.relative_residual, residuals[-1], rtol=1e-6, atol=1e-12)
+        if 1 <= k <= 4:
+            images = np.stack([np.linalg.matrix_power(matrix, i + 1) @ b for i in range(k)], 1)
+            best = images @ np.linalg.lstsq(images, b, rcond=None)[0]
+            smallest = np.linalg.norm(b - best) / np.linalg.norm(b)
+            np.testing.assert_allclose(residuals[-1], smallest, rtol=1e-8)
+    assert all(later <= earlier + 1e-12 for earlier, later in itertools.pairwise(residuals))
 
 
 @pytest.mark.parametrize("max_steps", [0, 3, 100])

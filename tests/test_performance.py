@@ -103,6 +103,7 @@ def test_solvers(tmp_path, capsys):
     assert "2-way 1-shot, lambda 2" in capsys.readouterr().out
     assert rows["Gauss-Newton", "woodbury"]["error"] < 1e-4
     assert rows["Hessian", "cg_steihaug, 100 steps"]["error"] < 1e-4
+    assert rows["Hessian", "minres, 100 steps"]["error"] < 1e-4
     cut_short = [rows["Hessian", f"cg_steihaug, {k} steps"]["error"] for k in (5, 20)]
     assert cut_short[0] > cut_short[1]
     assert rows["Hessian", "cg, 5 steps"]["error"] == pytest.approx(cut_short[0], rel=1e-3)
