@@ -5,10 +5,10 @@ are bound with `functools.partial`. Arrays are raveled first: `jax.scipy.sparse.
 fails under `vmap(grad(...))` of convolutions, and one long vector means few kernels.
 
 Which to use for a meta-gradient: `solve_cg_steihaug` in general (it stops where the curvature turns
-negative and says so); `solve_minres` where the Hessian itself is wanted there; `solve_woodbury` with
-the Gauss-Newton matrix when the support set has few outputs; `solve_cg` is the plain path of the
-original description. `solve_neumann` and `solve_nystrom` are what other bilevel methods use. Those
-that need a low rank are in `imaml_jax.low_rank`.
+negative and says so); `solve_minres` where the Hessian itself is wanted there; `solve_woodbury`
+with the Gauss-Newton matrix when the support set has few outputs; `solve_cg` is the plain path of
+the original description. `solve_neumann` and `solve_nystrom` are what other bilevel methods use.
+Those that need a low rank are in `imaml_jax.low_rank`.
 """
 
 from collections.abc import Callable
