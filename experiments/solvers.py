@@ -6,7 +6,7 @@ For each size, first-order MAML meta-trains conv4 on glyphs for a while, new tas
 there, and every solver is given the linear systems of their meta-gradients in float32. Two errors,
 relative in the Euclidean norm: from the solution of the solver's own matrix, and from that with the
 Hessian, which is the error of the meta-gradient and for the Gauss-Newton matrix holds its bias. The
-solutions compared with are those of MINRES in float64, run to 1e-10. Seconds are those of one system
+solutions compared with are those of MINRES in float64, run to 1e-10. Seconds are those of a system
 on one device with its linearisation, medians of interleaved rounds. Writes OUTPUT.json and
 OUTPUT.png.
 """
