@@ -23,7 +23,7 @@ TINY_SINUSOID = "--meta-steps 4 --log-every 2 --num-steps 2 --validation-tasks 2
 TINY_SINUSOID += "--test-tasks 3".split()
 TRAINING = ("glyphs", "omniglot", "sinusoid")
 REPORTS = ("benchmark", "compare", "compute_and_memory", "meta_gradient_accuracy", "tune")
-REPORTS += ("platform_defaults", "solvers", "throughput")
+REPORTS += ("omniglot_table", "platform_defaults", "solvers", "throughput")
 COMMANDS = (*TRAINING, *REPORTS)
 RECORDED = {"algorithm", "command", "cores", "date", "device", "machine", "seed", "versions"}
 RECORDED |= {"best_step", "dataset", "seconds", "settings", "test_ci95", "trained_meta_steps"}
@@ -226,6 +226,11 @@ REFUSED_REPORTS = {
     "meta_gradient_accuracy --num-steps 0": ("num_steps=(0,)", "at least 1"),
     "meta_gradient_accuracy --output .": ("output=.", "must name a file"),
     "compare --output .": ("runs", "at least one"),
+    "omniglot_table --budget 0": ("budget=0", "above 0"),
+    "omniglot_table --log-every 0": ("log_every=0", "at least 1"),
+    "omniglot_table --ways": ("nothing to run", "ways"),
+    "omniglot_table --seeds -1": ("seed=-1", "between 0 and"),
+    "omniglot_table --output .": ("output=.", "must name a file"),
     "platform_defaults --rounds 0": ("rounds=0", "at least 1"),
     "platform_defaults --max-seconds nan": ("max_seconds=nan", "positive"),
     "platform_defaults --map-tasks pmap": ("map_tasks", "got 'pmap'"),

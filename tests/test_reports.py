@@ -4,13 +4,15 @@ import json
 import os
 from unittest import mock
 
+import jax
 import pytest
 
 from imaml_jax import protocols
+from imaml_jax.training import NonFiniteError
 
 # Importing the experiments must not change the devices of the other tests.
 with mock.patch.dict(os.environ, XLA_FLAGS=os.environ.get("XLA_FLAGS", "")):
-    from experiments import compare, few_shot, tune
+    from experiments import compare, few_shot, omniglot, omniglot_table, tune
 
 
 def write_run(path, accuracy, **changes):
@@ -61,3 +63,58 @@ def test_every_algorithm_gets_the_same_number_of_valid_trials():
     for algorithm, trials in tune.TRIALS.items():
         for changes in trials:
             few_shot.resolve(few_shot.Config(algorithm=algorithm, **changes))
+
+
+def finished(accuracy=0.875, steps=100, residual=None):
+    """What a run returns, as far as the table reads it."""
+    rest = dict.fromkeys(("seconds", "command", "date", "device", "versions"), "")
+    results = {"test_accuracy": accuracy, "test_ci95": 0.01, "trained_meta_steps": steps}
+    return {**rest, **results, "test_info": {"inner_residual": residual}}
+
+
+def test_the_omniglot_table(tmp_path, capsys):
+    ran = []
+
+    def run(config):
+        ran.append(config)
+        if config.algorithm == "imaml":
+            raise NonFiniteError(7, jax.random.key(0), None)
+        results = finished(steps=config.meta_steps, residual=0.25)
+        config.workdir.mkdir(parents=True)
+        (config.workdir / "results.json").write_text(json.dumps(results))
+        return results
+
+    config = omniglot_table.Config(
+        ways=(20,),
+        shots=(1,),
+        algorithms=("fomaml", "imaml"),
+        budget=0.01,
+        workdir=tmp_path,
+        output=tmp_path / "table",
+    )
+    with mock.patch.object(omniglot, "main", run):
+        rows = omniglot_table.main(config)
+        names = [(row["protocol"], row["algorithm"]) for row in rows]
+        recommended = [("recommended", "fomaml"), ("recommended", "imaml")]
+        assert names == [("finn", "fomaml"), ("imaml", "imaml"), *recommended]
+        assert [c.meta_steps for c in ran] == [600, 200, 100, 100]
+        assert all(c.meta_steps % c.validate_every == 0 for c in ran)
+        again = omniglot_table.main(config)
+    assert [c.algorithm for c in ran[4:]] == ["imaml", "imaml"]  # the others were finished
+    assert again == rows == json.loads((tmp_path / "table.json").read_text())
+    text = (tmp_path / "table.md").read_text()
+    assert "| first-order MAML | in print | 89.4 ± 0.5 |" in text
+    assert "|  | finn | 87.50 ± 1.00 (r 0.25) *600 |" in text
+    assert "|  | imaml | diverged at step 7 |" in text
+    assert text in capsys.readouterr().out
+    assert "<td>89.4 ± 0.5</td>" in (tmp_path / "table.html").read_text()
+
+
+def test_a_full_budget_is_not_marked():
+    row = {"full_meta_steps": 100, **finished(), "inner_residual": None}
+    assert omniglot_table._shown(row) == "87.50 ± 1.00"
+
+
+def test_every_published_value_has_its_place():
+    assert set(omniglot_table.NAMES) == set(omniglot_table.PUBLISHED) == set(protocols.ALGORITHMS)
+    assert {len(v) for v in omniglot_table.PUBLISHED.values()} == {len(omniglot_table.TASKS)}
