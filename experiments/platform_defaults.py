@@ -3,20 +3,23 @@
     python -m experiments.platform_defaults
 
 Times iMAML's meta-gradient (Hessian, 5 CG steps) for the benchmark's workload, for 20-way 5-shot
-Omniglot and for 5-way 1-shot mini-ImageNet, and prints the rate as a share of that of large matrix
-products in the same precision, the seconds that the device was busy, and the kernels launched. Only
-"highest" is float32 in full on every device; what the others cost in accuracy is the difference
-from lax.conv in "highest". Every cell is written to OUTPUT.json when it is done, and a second run
-goes on from there.
+Omniglot and for 5-way 1-shot mini-ImageNet, and prints it as a share of the roofline: of the time
+that the device needs for as many operations at its rate of large matrix products in the same
+precision, or to move once what each product reads and writes, whichever is longer. Also printed:
+how long the device was busy and in how many kernels, as far as its profiler tells, and the relative
+difference from lax.conv in "highest", which alone is float32 in full on every device; convolutions
+only have the precision named. Every cell is written to OUTPUT.json when it is done; a second run on
+the same machine goes on from there.
 """
 
 import dataclasses
-import itertools
 import json
+import math
 import statistics
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
 from functools import partial
+from itertools import product
 from pathlib import Path
 from typing import Any, Literal, NamedTuple
 
@@ -28,16 +31,17 @@ from jax.flatten_util import ravel_pytree
 
 import imaml_jax
 from experiments import common
+from experiments.benchmark import workload
 from experiments.benchmark.profile import traced
-from experiments.benchmark.workload import flops, forward_flops
 from imaml_jax.convolution import convolve, lax_convolve
 from imaml_jax.mapping import MapTasks, map_over_tasks
 from imaml_jax.networks import conv4
 from imaml_jax.types import Batch, Task
 
 CONVOLUTIONS = {"patches": convolve, "lax": lax_convolve}
-INNER_RATE, REG_STRENGTH, CG_STEPS = 0.05, 2.0, 5
-_MATRIX = 4096
+_MATRIX, _CPU_MATRIX, _CHAIN, _NUMBERS = 8192, workload.MATRIX, 8, 2**26
+_SAME_PLACE = ("device", "machine", "cores", "versions")
+_ACCURATE = 1e-3  # largest difference with which a cell can be picked
 
 
 class Workload(NamedTuple):
@@ -54,7 +58,10 @@ class Workload(NamedTuple):
 
 
 WORKLOADS = {
-    "reference": Workload(16, 5, 1, 15, 16, 28, 1, {"filters": 64}),
+    "reference": Workload(
+        *(workload.TASKS, workload.WAYS, 1, workload.QUERIES, workload.INNER_STEPS),
+        *(workload.SIDE, 1, {"filters": workload.FILTERS, "epsilon": workload.EPSILON}),
+    ),
     "omniglot": Workload(16, 20, 5, 5, 16, 28, 1, {"filters": 64}),
     "mini_imagenet": Workload(4, 5, 1, 15, 10, 84, 3, {"filters": 32, "downsample": "max_pool"}),
 }
@@ -77,16 +84,16 @@ class Config:
         *("reference", "omniglot", "mini_imagenet"),
     )
     """The workloads, in this order."""
-    map_tasks: tuple[str, ...] = ("vmap", "4", "map")
+    map_tasks: tuple[str, ...] = ("vmap", "2", "map")
     """Mappings of tasks: vmap, map, or tasks a chunk."""
     convolutions: tuple[Literal["patches", "lax"], ...] = ("patches", "lax")
     """Patches and a matrix product, or lax.conv."""
     precisions: tuple[Literal["highest", "high", "default"], ...] = ("highest", "default")
-    """Of matrix products and convolutions."""
+    """Of convolutions; what else there is stays in full."""
     rounds: int = 5
     """Timed runs of each cell."""
     max_seconds: float = 480.0
-    """No new cell is begun after this many seconds."""
+    """No cell is begun that would end later than this if it took as long as the longest so far."""
     output: Path = Path("runs/platform_defaults")
     """Where to write, without an ending."""
 
@@ -108,95 +115,182 @@ def main(config: Config) -> list[dict[str, Any]]:
     for mapping in mappings:
         map_over_tasks(lambda shared: shared, mapping)
     common.check_output(config.output)
-    common.cache_compilations()
-    started = time.perf_counter()
     path = config.output.with_name(config.output.name + ".json")
-    rows = json.loads(path.read_text(encoding="utf-8")) if path.exists() else []
-    where = common.provenance()
-    rows = [r for r in rows if all(r[k] == where[k] for k in ("device", "versions"))]
+    stored, where = _stored(path), common.provenance()
+    here = [row for row in stored if all(row[name] == where[name] for name in _SAME_PLACE)]
+    others = [row for row in stored if row not in here]
+    rows = [row for row in here if "error" not in row]
+    if rows:
+        print(f"{len(rows)} cells of {sorted({row['date'] for row in rows})} in {path}")
     done = {tuple(row[name] for name in Cell._fields) for row in rows}
-    axes = (config.workloads, mappings, config.convolutions, config.precisions)
-    rates, exact = {}, {}
-    for cell in map(Cell._make, itertools.product(*axes)):
-        if cell in done or time.perf_counter() - started > config.max_seconds:
-            continue
-        if cell.precision not in rates:
-            rates[cell.precision] = _matmul_rate(cell.precision)
-        if cell.workload not in exact:
-            exact[cell.workload] = _compile(Cell(cell.workload, "map", "lax", "highest"))()
+    orders = (config.precisions, config.convolutions, mappings, config.workloads)
+    cells = [Cell(name, how, conv, precision) for precision, conv, how, name in product(*orders)]
+    measured, started, longest = Measurements(), time.perf_counter(), 0.0
+    for cell in (cell for cell in cells if cell not in done):
+        begun = time.perf_counter()
+        if begun - started + longest > config.max_seconds:
+            break
         try:
-            row = measure(cell, config.rounds, exact[cell.workload], rates[cell.precision])
+            row = measure(cell, config.rounds, measured)
         except jax.errors.JaxRuntimeError as error:  # most likely out of memory
             row = {"error": str(error)[:500]}
+        longest = max(longest, time.perf_counter() - begun)
         rows.append(cell._asdict() | row | where)
-        common.write_json(path, rows)
+        common.write_json(path, [*others, *rows])
         print(line(rows[-1]), flush=True)
     print(f"\n{summary(rows)}", flush=True)
     return rows
 
 
-def measure(cell: Cell, rounds: int, exact: Any, matmul_rate: float) -> dict[str, Any]:
-    """Seconds, memory and accuracy of one cell."""
+class Measurements:
+    """What cells share, measured when it is first asked for."""
+
+    def __init__(self) -> None:
+        self._rates, self._exact = {}, {}
+        self._bytes_a_second = None
+
+    def matmul_rate(self, precision: str) -> float:
+        """Operations a second of large matrix products."""
+        if precision not in self._rates:
+            side = _CPU_MATRIX if jax.default_backend() == "cpu" else _MATRIX
+            matrix = jax.random.normal(jax.random.key(0), (side, side)) / math.sqrt(side)
+            chain = jax.jit(
+                lambda a: jax.lax.fori_loop(
+                    0, _CHAIN, lambda _, b: jnp.matmul(b, a, precision=precision), a
+                )
+            )
+            jax.block_until_ready(chain(matrix))
+            seconds = min(_times(lambda: jax.block_until_ready(chain(matrix)), 3))
+            self._rates[precision] = 2 * _CHAIN * side**3 / seconds
+        return self._rates[precision]
+
+    def bytes_a_second(self) -> float:
+        """Bytes read and written a second by a large elementwise operation."""
+        if self._bytes_a_second is None:
+            numbers = jnp.zeros(_NUMBERS)
+            add = jax.jit(lambda x: x + 1)
+            jax.block_until_ready(add(numbers))
+            seconds = min(_times(lambda: jax.block_until_ready(add(numbers)), 3))
+            self._bytes_a_second = 8 * _NUMBERS / seconds
+        return self._bytes_a_second
+
+    def exact(self, name: str) -> Any:
+        """The meta-gradient of a workload by lax.conv in full precision."""
+        if name not in self._exact:
+            program, args = _lower(Cell(name, "map", "lax", "highest"))
+            self._exact[name] = jax.device_get(program.compile()(*args)[0])
+        return self._exact[name]
+
+
+def measure(cell: Cell, rounds: int, measured: Measurements) -> dict[str, Any]:
+    """Seconds, memory and accuracy of one cell.
+
+    Raises:
+      RuntimeError: a solve took fewer CG steps than were asked for.
+    """
     work = WORKLOADS[cell.workload]
+    lowered, args = _lower(cell)
     started = time.perf_counter()
-    run = _compile(cell)
+    program = lowered.compile()
     compiled_in = time.perf_counter() - started
-    difference = _difference(run(), exact)
+
+    def run() -> Any:
+        return jax.block_until_ready(program(*args))
+
+    found, steps = run()
+    if not steps == workload.CG_STEPS:
+        raise RuntimeError(f"{cell} took {steps} CG steps on average")
     times = _times(run, rounds)
-    _, operations = traced(run)
-    forward = forward_flops(
+    _, operations = traced(run) if jax.default_backend() != "cpu" else (None, {})
+    products, numbers = costs(work)
+    rate, bandwidth = measured.matmul_rate(cell.precision), measured.bytes_a_second()
+    seconds = statistics.median(times)
+    return {
+        "seconds": seconds,
+        "all_seconds": times,
+        "compile_seconds": compiled_in,
+        "temp_bytes": program.memory_analysis().temp_size_in_bytes,
+        "kernels": sum(map(len, operations.values())) or None,
+        "busy_seconds": sum(map(sum, operations.values())) or None,
+        "difference": _difference(found, measured.exact(cell.workload)),
+        "flops": products,
+        "least_bytes": 4 * numbers,
+        "matmul_flops": rate,
+        "bytes_a_second": bandwidth,
+        "share_of_matmul": products / rate / seconds,
+        "share_of_roofline": max(products / rate, 4 * numbers / bandwidth) / seconds,
+    }
+
+
+def costs(work: Workload) -> tuple[float, float]:
+    """Operations of the matrix products, and numbers that these read and write at least."""
+    layers = workload.layers(
         work.side,
         work.channels,
         work.network["filters"],
         work.ways,
         pools=work.network.get("downsample") == "max_pool",
     )
-    products = flops(
-        "imaml",
-        forward,
-        num_tasks=work.num_tasks,
-        support=work.ways * work.shots,
-        query=work.ways * work.queries,
-        inner_steps=work.inner_steps,
-        cg_steps=CG_STEPS,
-    )
-    seconds = statistics.median(times)
-    return {
-        "seconds": seconds,
-        "all_seconds": times,
-        "compile_seconds": compiled_in,
-        "temp_bytes": run.args[0].memory_analysis().temp_size_in_bytes,
-        "launches": sum(map(len, operations.values())),
-        "busy_seconds": sum(map(sum, operations.values())),
-        "difference": difference,
-        "flops": products,
-        "matmul_flops": matmul_rate,
-        "share_of_matmul": products / seconds / matmul_rate,
-    }
+    support = work.ways * work.shots
+    totals = []
+    for first, *others in (
+        [layer.flops for layer in layers],
+        [layer.numbers + layer.weights / support for layer in layers],
+    ):
+        total = workload.flops(
+            "imaml",
+            (first, sum(others)),
+            num_tasks=work.num_tasks,
+            support=support,
+            query=work.ways * work.queries,
+            inner_steps=work.inner_steps,
+            cg_steps=workload.CG_STEPS,
+        )
+        totals.append(total)
+    return totals[0], totals[1]
 
 
-def _compile(cell: Cell) -> partial:
-    """The mean meta-gradient of the cell, compiled, with its arguments in place."""
+def _lower(cell: Cell) -> tuple[Any, tuple[Any, Task]]:
+    """The mean meta-gradient of the cell with the mean number of CG steps, and its arguments."""
     work = WORKLOADS[cell.workload]
     convolution = partial(CONVOLUTIONS[cell.convolution], precision=cell.precision)
     network = conv4(work.ways, convolution=convolution, **work.network)
     image = jnp.zeros((1, work.side, work.side, work.channels))
-    params, tasks = network.init(jax.random.key(0), image), _tasks(work)
+    args = network.init(jax.random.key(0), image), _tasks(work)
     learner = imaml_jax.imaml(
         network,
         imaml_jax.cross_entropy,
-        inner=optax.sgd(INNER_RATE),
+        inner=optax.sgd(workload.INNER_RATE),
         num_steps=work.inner_steps,
-        reg_strength=REG_STRENGTH,
-        solve=partial(imaml_jax.solve_cg_steihaug, tol=0.0, max_steps=CG_STEPS),
+        reg_strength=workload.REG_STRENGTH,
+        solve=partial(imaml_jax.solve_cg_steihaug, tol=0.0, max_steps=workload.CG_STEPS),
     )
-    mapped = map_over_tasks(partial(common.meta_gradient, learner), cell.map_tasks)
-    mean = jax.jit(lambda *args: jax.tree.map(lambda g: g.mean(0), mapped(*args)))
-    return partial(_run, mean.lower(params, tasks).compile(), params, tasks)
+
+    def of_task(params, task):
+        key, step = jax.random.key(0), jnp.zeros((), jnp.int32)
+        grads, info = learner.meta_grad(params, task, key, step)
+        return grads, info.solve_steps.astype(jnp.float32)
+
+    mapped = map_over_tasks(of_task, cell.map_tasks)
+    mean = jax.jit(lambda *args: jax.tree.map(lambda x: x.mean(0), mapped(*args)))
+    return mean.lower(*args), args
 
 
-def _run(program: Any, *args: Any) -> Any:
-    return jax.block_until_ready(program(*args))
+def _stored(path: Path) -> list[dict[str, Any]]:
+    """The rows of earlier runs.
+
+    Raises:
+      ValueError: the file is there and holds something else.
+    """
+    if not path.exists():
+        return []
+    try:
+        rows = json.loads(path.read_text(encoding="utf-8"))
+        if all(row.keys() >= {*Cell._fields, *_SAME_PLACE, "date"} for row in rows):
+            return rows
+    except (AttributeError, TypeError, ValueError):
+        pass
+    raise ValueError(f"{path} holds no cells of this experiment; name another output or delete it")
 
 
 def _tasks(work: Workload) -> Task:
@@ -213,14 +307,6 @@ def _difference(found: Any, exact: Any) -> float:
     return float(np.linalg.norm(found - exact) / np.linalg.norm(exact))
 
 
-def _matmul_rate(precision: str) -> float:
-    """Operations a second of large matrix products."""
-    matrix = jnp.full((_MATRIX, _MATRIX), 1 / _MATRIX)
-    product = partial(_run, jax.jit(partial(jnp.matmul, precision=precision)), matrix, matrix)
-    product()
-    return 2 * _MATRIX**3 / min(_times(product, 5))
-
-
 def _times(run: Callable[[], Any], rounds: int) -> list[float]:
     times = []
     for _ in range(rounds):
@@ -235,22 +321,34 @@ def line(row: dict[str, Any]) -> str:
     cell = f"{row['workload']}, {row['map_tasks']}, {row['convolution']}, {row['precision']}"
     if "error" in row:
         return f"{cell:40}{row['error'].splitlines()[0]}"
+    busy = ""
+    if row["kernels"] is not None:
+        busy = f"busy {1e3 * row['busy_seconds']:.1f} ms in {row['kernels']} kernels, "
     return (
         f"{cell:40}{1e3 * row['seconds']:9.1f} ms, {100 * row['share_of_matmul']:5.1f}% of matrix "
-        f"products, busy {1e3 * row['busy_seconds']:8.1f} ms in {row['launches']} kernels, "
-        f"{row['temp_bytes'] / 2**20:8.1f} MiB, compiled in {row['compile_seconds']:5.1f} s, "
+        f"products, {100 * row['share_of_roofline']:5.1f}% of the roofline, {busy}"
+        f"{row['temp_bytes'] / 2**20:.1f} MiB, compiled in {row['compile_seconds']:.1f} s, "
         f"difference {row['difference']:.0e}"
     )
 
 
-def summary(rows: list[dict[str, Any]]) -> str:
-    """The fastest cell of each workload and precision."""
-    fine = [row for row in rows if "error" not in row]
-    lines = ["fastest:"]
-    for group in sorted({(row["workload"], row["precision"]) for row in fine}):
-        own = [row for row in fine if (row["workload"], row["precision"]) == group]
-        lines.append(line(min(own, key=lambda row: row["seconds"])))
-    return "\n".join(lines)
+def summary(rows: Iterable[dict[str, Any]]) -> str:
+    """For each precision, the mapping and convolution whose times have the least product."""
+    times: dict[tuple[str, Any, str], dict[str, float]] = {}
+    for row in rows:
+        if "error" not in row and row["difference"] < _ACCURATE:
+            how = (row["precision"], row["map_tasks"], row["convolution"])
+            times.setdefault(how, {})[row["workload"]] = row["seconds"]
+    lines = []
+    for precision in dict.fromkeys(how[0] for how in times):
+        own = {how: found for how, found in times.items() if how[0] == precision}
+        most = max(map(len, own.values()))
+        complete = {how: found for how, found in own.items() if len(found) == most}
+        _, mapping, convolution = min(complete, key=lambda how: math.prod(complete[how].values()))
+        lines.append(
+            f"fastest in {precision} over {most} workload(s): map_tasks={mapping}, {convolution}"
+        )
+    return "\n".join(lines) or "no cell was timed"
 
 
 if __name__ == "__main__":

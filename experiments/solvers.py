@@ -7,8 +7,7 @@ there, and every solver is given the linear systems of their meta-gradients in f
 relative in the Euclidean norm: from the solution of the solver's own matrix, and from that with the
 Hessian, which is the error of the meta-gradient and for the Gauss-Newton matrix holds its bias. The
 solutions compared with are those of MINRES in float64, run to 1e-10. Seconds are those of a system
-on one device with its linearisation, medians of interleaved rounds. Writes OUTPUT.json and
-OUTPUT.png.
+on one device with its linearisation, medians of interleaved rounds. Writes OUTPUT.json.
 """
 
 import dataclasses
@@ -36,7 +35,6 @@ from imaml_jax.data import episodes
 from imaml_jax.data import glyphs as glyph_data
 from imaml_jax.data.episodes import Splits
 from imaml_jax.networks import Network, conv4
-from imaml_jax.plots import new_figure
 from imaml_jax.types import Batch, LinearOperator, Task
 
 EXACT, MOST_STEPS = 1e-10, 3000
@@ -138,9 +136,15 @@ def main(config: Config) -> list[dict[str, Any]]:
     common.check_output(config.output)
     common.cache_compilations()
     splits = glyph_data.load()
-    measured = [row for ways, shots in sizes for row in measure(config, splits, ways, shots)]
-    rows = [row | common.provenance() for row in measured]
-    common.write_report(config.output, rows, table, draw)
+    for ways, shots in sizes:
+        for dataset in (splits.train, splits.test):
+            episodes.check_task_shape(dataset, ways=ways, shots=shots, queries=QUERIES)
+    about = {**dataclasses.asdict(config), **common.provenance()}
+    rows = []
+    for ways, shots in sizes:
+        rows += [row | {"about": about} for row in measure(config, splits, ways, shots)]
+        common.write_json(config.output.with_name(config.output.name + ".json"), rows)
+    print(table(rows), flush=True)
     return rows
 
 
@@ -174,7 +178,7 @@ def measure(config: Config, splits: Splits, ways: int, shots: int) -> list[dict[
                 own.append((time.perf_counter() - started) / len(systems))
         exact = {name: _exact(network, strength, name, systems) for name in _OPERATORS}
         for solver, solved, own in zip(compared, found, seconds, strict=True):
-            residuals = [float(info.relative_residual) for _, info in solved]
+            residuals = _residuals(network, strength, solver.curvature, systems, solved)
             met = [info.min_curvature for _, info in solved if info.min_curvature is not None]
             rows.append(
                 {
@@ -260,24 +264,43 @@ def _solve(network: Network, strength: float, solver: Solver, system: System) ->
 
 def _exact(
     network: Network, strength: float, curvature: str, systems: Sequence[System]
-) -> list[tuple[Any, Any]]:
-    """Solutions in float64."""
+) -> list[tuple[Any, Any]] | None:
+    """Solutions in float64; None where one was not reached."""
 
     def minres(operator, b, _):
         return imaml_jax.solve_minres(operator, b, tol=EXACT, max_steps=MOST_STEPS)
 
     with jax.enable_x64(True):
         program = jax.jit(partial(_solve, network, strength, Solver(curvature, "exact", minres)))
-        return [jax.device_get(program(jax.tree.map(_double, system))) for system in systems]
+        solved = [jax.device_get(program(jax.tree.map(_double, system))) for system in systems]
+    return solved if all(info.relative_residual < 10 * EXACT for _, info in solved) else None
 
 
-def _double(x: jax.Array) -> jax.Array:
+def _residuals(
+    network: Network, strength: float, curvature: str, systems: Sequence[System], solved: Any
+) -> list[float]:
+    """`||b - A x|| / ||b||`, all in float64."""
+
+    def residual(system, x):
+        operator = _OPERATORS[curvature](network, system.params, system.support)
+        product = imaml_jax.damped(operator, strength).matvec(x)
+        difference = optax.tree.sub(system.query_grad, product)
+        return optax.tree.norm(difference) / optax.tree.norm(system.query_grad)
+
+    with jax.enable_x64(True):
+        program = jax.jit(residual)
+        pairs = zip(systems, (x for x, _ in solved), strict=True)
+        return [float(program(*jax.tree.map(_double, pair))) for pair in pairs]
+
+
+def _double(x: Any) -> jax.Array:
+    x = jnp.asarray(x)
     return x.astype(jnp.float64) if jnp.issubdtype(x.dtype, jnp.floating) else x
 
 
-def _median_error(found: Sequence[Any], exact: Sequence[Any]) -> float | None:
-    """None where one of the exact solutions was not reached."""
-    if not all(info.converged for _, info in exact):
+def _median_error(found: Sequence[Any], exact: Sequence[Any] | None) -> float | None:
+    """None where the exact solutions were not reached."""
+    if exact is None:
         return None
     errors = []
     for (x, _), (solution, _) in zip(found, exact, strict=True):
@@ -306,27 +329,6 @@ def table(rows: list[dict[str, Any]]) -> str:
 
 def _shown(value: float | None) -> str:
     return "" if value is None else f"{value:.1e}"
-
-
-def draw(rows: list[dict[str, Any]], path: Path) -> None:
-    """Error of the meta-gradient against time, one panel a size and lambda."""
-    groups = [list(group) for _, group in groupby(rows, key=itemgetter(*_SYSTEM))]
-    columns = len({row["reg_strength"] for row in rows})
-    figure = new_figure(6 * columns, 3.5 * len(groups) // columns)
-    panels = figure.subplots(-(-len(groups) // columns), columns, squeeze=False)
-    for axes, group in zip(panels.flat, groups, strict=True):
-        for row in group:
-            label = f"{row['curvature']}, {row['solver']}"
-            marker = "o" if row["curvature"] == "Hessian" else "s"
-            error = row["error" if row["error_from_hessian"] is None else "error_from_hessian"]
-            axes.plot([1e3 * row["seconds"]], [error], marker, label=label)
-        title = "{}-way {}-shot, lambda {:g}".format(*itemgetter(*_SYSTEM)(group[0]))
-        axes.set(xscale="log", yscale="log", xlabel="ms", title=title)
-        axes.grid(alpha=0.3, which="both")
-    panels[0, 0].set(ylabel="relative error")
-    handles, labels = panels[0, 0].get_legend_handles_labels()
-    figure.legend(handles, labels, loc="outside right upper", fontsize=8)
-    figure.savefig(path, dpi=100)
 
 
 def _check(config: Config) -> list[tuple[int, int]]:

@@ -124,7 +124,7 @@ def _bare(
     mapped = mapping.map_over_tasks(task_grad, None, devices)
 
     @jax.jit
-    def step(params, opt_state):
+    def step(params, opt_state, tasks):
         grads = jax.tree.map(lambda g: g.mean(0), mapped(params, tasks))
         updates, opt_state = tx.update(grads, opt_state, params)
         return optax.apply_updates(params, updates), opt_state
@@ -132,12 +132,13 @@ def _bare(
     start = (meta_params, tx.init(meta_params))
     if devices is not None:
         start = jax.device_put(start, mapping.replicated(devices))
-    jax.block_until_ready(step(*start))
+        tasks = jax.device_put(tasks, mapping.replicated(devices))
+    jax.block_until_ready(step(*start, tasks))
 
     def rate(num_steps: int) -> float:
         state, started = start, time.perf_counter()
         for _ in range(num_steps):
-            state = step(*state)
+            state = step(*state, tasks)
         jax.block_until_ready(state)
         return num_steps / (time.perf_counter() - started)
 

@@ -21,10 +21,10 @@ from imaml_jax.linear_solve import (
     solve_cg_steihaug,
     solve_dense,
     solve_gmres,
-    solve_minres,
     solve_neumann,
 )
 from imaml_jax.low_rank import nystrom_preconditioner, solve_nystrom, solve_woodbury
+from imaml_jax.minres import solve_minres
 from imaml_jax.types import Batch, LinearOperator, LowRank, MetaLearner, Task
 
 __version__ = "0.1.0"

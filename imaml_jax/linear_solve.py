@@ -8,7 +8,7 @@ Which to use for a meta-gradient: `solve_cg_steihaug` in general (it stops where
 negative and says so); `solve_minres` where the Hessian itself is wanted there; `solve_woodbury`
 with the Gauss-Newton matrix when the support set has few outputs; `solve_cg` is the plain path of
 the original description. `solve_neumann` and `solve_nystrom` are what other bilevel methods use.
-Those that need a low rank are in `imaml_jax.low_rank`.
+`solve_minres`, and those that need a low rank, are in `imaml_jax.minres` and `imaml_jax.low_rank`.
 """
 
 from collections.abc import Callable
@@ -55,22 +55,6 @@ class _CGState(NamedTuple):
     num_steps: Array
     min_curvature: Array
     positive: Array
-
-
-class _MinresState(NamedTuple):
-    x: Array
-    basis: Array  # Lanczos vectors
-    last_basis: Array
-    direction: Array
-    last_direction: Array
-    off_diagonal: Array  # of the tridiagonal matrix
-    above: Array  # of its triangular factor: first and second superdiagonal
-    twice_above: Array
-    cosine: Array
-    sine: Array
-    residual: Array
-    num_steps: Array
-    min_curvature: Array
 
 
 def solve_cg(
@@ -200,95 +184,7 @@ def solve_cg_steihaug(
             positive=jnp.array(True),
         ),
     )
-    relative = jnp.sqrt(_safe_ratio(state.squared_residual, squared_b))
-    info = SolveInfo(relative, state.num_steps, state.min_curvature, relative <= tol)
-    return unravel(state.x), info
-
-
-def solve_minres(
-    operator: LinearOperator,
-    b: PyTree,
-    *,
-    key: Array | None = None,
-    tol: float = 1e-5,
-    max_steps: int = 100,
-) -> tuple[PyTree, SolveInfo]:
-    """MINRES, for symmetric matrices that may be indefinite, as Hessians with batch norm are.
-
-    Its residual never grows, but on a positive definite matrix CG's error is the smaller one. The
-    residual reported is the one of the recurrence, the curvature that of the Lanczos vectors.
-
-    Args:
-      operator: symmetric `A`.
-      b: right-hand side.
-      key: unused.
-      tol: relative tolerance on the residual.
-      max_steps: most iterations, one product each.
-
-    Returns:
-      `(x, SolveInfo)`.
-
-    References:
-      Paige and Saunders, "Solution of sparse indefinite systems of linear equations", 1975.
-    """
-    del key
-    flat_b, matvec, unravel = ravel_system(operator, b)
-    norm = jnp.sqrt(dot(flat_b, flat_b))
-    zero = jnp.zeros_like(norm)
-
-    def keep_going(state: _MinresState) -> Array:
-        unfinished = (state.residual > tol * norm) & (state.num_steps < max_steps)
-        return unfinished & (state.off_diagonal > 0)
-
-    def step(state: _MinresState) -> _MinresState:
-        product = matvec(state.basis)
-        curvature = dot(state.basis, product)
-        product = product - curvature * state.basis - state.off_diagonal * state.last_basis
-        off_diagonal = jnp.sqrt(dot(product, product))
-        # The reflections of the two steps before, applied to the new column of the tridiagonal.
-        above = state.cosine * state.above + state.sine * curvature
-        diagonal = state.sine * state.above - state.cosine * curvature
-        length = jnp.hypot(diagonal, off_diagonal)
-        cosine, sine = _safe_ratio(diagonal, length), _safe_ratio(off_diagonal, length)
-        known = above * state.direction + state.twice_above * state.last_direction
-        direction = _safe_ratio(state.basis - known, length)
-        return _MinresState(
-            x=state.x + cosine * state.residual * direction,
-            basis=_safe_ratio(product, off_diagonal),
-            last_basis=state.basis,
-            direction=direction,
-            last_direction=state.direction,
-            off_diagonal=off_diagonal,
-            above=-state.cosine * off_diagonal,
-            twice_above=state.sine * off_diagonal,
-            cosine=cosine,
-            sine=sine,
-            residual=jnp.where(length == 0, state.residual, sine * state.residual),
-            num_steps=state.num_steps + 1,
-            min_curvature=jnp.minimum(state.min_curvature, curvature),
-        )
-
-    nothing = jnp.zeros_like(flat_b)
-    state = lax.while_loop(
-        keep_going,
-        step,
-        _MinresState(
-            x=nothing,
-            basis=_safe_ratio(flat_b, norm),
-            last_basis=nothing,
-            direction=nothing,
-            last_direction=nothing,
-            off_diagonal=norm,
-            above=zero,
-            twice_above=zero,
-            cosine=zero - 1,
-            sine=zero,
-            residual=norm,
-            num_steps=jnp.zeros((), jnp.int32),
-            min_curvature=zero + jnp.inf,
-        ),
-    )
-    relative = _safe_ratio(state.residual, norm)
+    relative = jnp.sqrt(safe_ratio(state.squared_residual, squared_b))
     info = SolveInfo(relative, state.num_steps, state.min_curvature, relative <= tol)
     return unravel(state.x), info
 
@@ -394,7 +290,7 @@ def ravel_system(
 
 def relative_residual(residual: Array, b: Array) -> Array:
     """`||residual|| / ||b||`, 0 where `b` is 0."""
-    return jnp.sqrt(_safe_ratio(dot(residual, residual), dot(b, b)))
+    return jnp.sqrt(safe_ratio(dot(residual, residual), dot(b, b)))
 
 
 def _solve_with(solver, operator: LinearOperator, b: PyTree, *, tol: float, **settings):
@@ -404,6 +300,7 @@ def _solve_with(solver, operator: LinearOperator, b: PyTree, *, tol: float, **se
     return unravel(x), SolveInfo(relative, None, None, relative <= tol)
 
 
-def _safe_ratio(numerator: Array, denominator: Array) -> Array:
+def safe_ratio(numerator: Array, denominator: Array) -> Array:
+    """`numerator / denominator`, 0 where the denominator is 0."""
     zero = denominator == 0  # and not `denominator > 0`, which would take NaN for solved
     return jnp.where(zero, 0.0, numerator / jnp.where(zero, 1, denominator))

@@ -98,10 +98,10 @@ def solve_nystrom(
 def nystrom_preconditioner(
     operator: LinearOperator, b: PyTree, key: Array | None = None, *, rank: int
 ) -> Callable[[Array], Array]:
-    """The inverse that `solve_nystrom`, which see, takes for that of the matrix.
+    """`r -> M^-1 r` with the Nyström approximation `M = Y (Q^T Y)^+ Y^T + D` of `solve_nystrom`.
 
-    `solve_cg_steihaug(..., precondition=partial(nystrom_preconditioner, rank=20))` corrects it: as
-    `A` is `M` but for eigenvalues of `B` beyond the rank, few CG steps are left where they decay.
+    For `solve_cg_steihaug(..., precondition=partial(nystrom_preconditioner, rank=20))`: few CG
+    steps are left where the eigenvalues of `B` beyond the rank are small beside the damping.
 
     Args:
       operator: `damped(..., damping)` with positive damping.
@@ -116,9 +116,9 @@ def nystrom_preconditioner(
       ValueError: a rank below 1, or an operator without damping.
     """
     if rank < 1:
-        raise ValueError(f"nystrom: rank={rank} must be at least 1")
+        raise ValueError(f"nystrom_preconditioner: rank={rank} must be at least 1")
     flat_b, matvec, _ = ravel_system(operator, b)
-    diagonal = _diagonal("nystrom", operator, b)
+    diagonal = _diagonal("nystrom_preconditioner", operator, b)
     shape = (flat_b.size, min(rank, flat_b.size))
     key = jax.random.key(0) if key is None else key
     basis, _ = jnp.linalg.qr(jax.random.normal(key, shape, flat_b.dtype))

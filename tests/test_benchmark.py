@@ -28,10 +28,12 @@ def test_every_contender_has_its_program():
         assert (contender.library is not None) == (contender.name in peers._QUERY_LOSSES)
 
 
-def test_flops_of_a_max_pooling_network():
-    first, others = workload.forward_flops(side=10, channels=3, filters=4, ways=5, pools=True)
-    assert first == 2 * 100 * 9 * 3 * 4
-    assert others == 2 * (25 + 4 + 1) * 9 * 4 * 4  # 10, 5, 2 and 1 pixels wide; nothing is left
+def test_the_layers_of_a_max_pooling_network():
+    layers = workload.layers(side=10, channels=3, filters=4, ways=5, pools=True)
+    assert layers[0] == (2 * 100 * 9 * 3 * 4, 100 * (3 + 4), 9 * 3 * 4)
+    sides = [10, 5, 2, 1]  # nothing is left of the last one
+    assert [layer.flops for layer in layers[1:4]] == [2 * s * s * 9 * 4 * 4 for s in sides[1:]]
+    assert layers[4] == (0, 5, 0)
 
 
 def test_flops_of_the_reference_workload():

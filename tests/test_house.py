@@ -26,7 +26,7 @@ FLOORS = (
     ("types",),
     ("curvature",),
     ("linear_solve",),
-    ("low_rank",),
+    ("low_rank", "minres"),
     ("implicit",),
     ("inner",),
     ("convolution",),

@@ -15,10 +15,10 @@ from imaml_jax.linear_solve import (
     solve_cg_steihaug,
     solve_dense,
     solve_gmres,
-    solve_minres,
     solve_neumann,
 )
 from imaml_jax.low_rank import nystrom_preconditioner, solve_nystrom, solve_woodbury
+from imaml_jax.minres import solve_minres
 from imaml_jax.networks import conv4
 from imaml_jax.types import LinearOperator
 
@@ -262,6 +262,30 @@ def test_minres_stops_where_the_matrix_is_singular_and_says_so():
     assert (info.relative_residual, info.num_steps, info.min_curvature) == (1, 1, 0)
 
 
+@both_dtypes
+def test_minres_tells_the_true_residual_where_no_solution_exists(dtype):
+    rng = np.random.default_rng(6)
+    matrix = spectrum_matrix(rng, np.append(0.0, np.linspace(-3, 10, 29))).astype(dtype)
+    b = jnp.asarray(rng.normal(size=30), dtype)
+    x, info = jax.jit(lambda m, b: solve_minres(LinearOperator(lambda v: m @ v), b))(matrix, b)
+    x = np.asarray(x, np.float64)
+    residual = np.linalg.norm(b - matrix.astype(np.float64) @ x) / np.linalg.norm(b)
+    assert not info.converged
+    assert info.relative_residual > 0.1
+    # The solution has grown, so that only the order of the residual is certain.
+    assert 0.1 < info.relative_residual / residual < 10
+
+
+@pytest.mark.parametrize("smallest", [-1.0, -0.01])
+def test_minres_meets_the_curvatures_that_cg_meets(smallest):
+    matrix = spectrum_matrix(np.random.default_rng(7), np.append(smallest, np.linspace(1, 5, 8)))
+    operator, b = matrix_operator(jnp.asarray(matrix)), as_tree(jnp.arange(1.0, 10.0))
+    _, minres = solve_minres(operator, b, tol=1e-12)
+    _, cg = solve_cg_steihaug(operator, b, tol=1e-12)
+    assert cg.min_curvature <= 0 and minres.converged
+    assert smallest - 1e-9 <= minres.min_curvature < 0
+
+
 def test_the_residual_of_minres_never_grows():
     rng = np.random.default_rng(4)
     matrix, b = spectrum_matrix(rng, np.linspace(-2, 9, 30)), rng.normal(size=30)
@@ -329,7 +353,7 @@ def test_woodbury_wants_a_factor_and_damping():
         solve_woodbury(damped(hessian(jnp.sum, params), 1.0), params)
     with pytest.raises(ValueError, match="solve_woodbury needs damping > 0"):
         solve_woodbury(gauss_newton(jnp.sin, jnp.sum, params), params)
-    with pytest.raises(ValueError, match="nystrom needs damping > 0"):
+    with pytest.raises(ValueError, match="nystrom_preconditioner needs damping > 0"):
         solve_nystrom(hessian(jnp.sum, params), params, rank=2)
     with pytest.raises(ValueError, match="rank=0"):
         solve_nystrom(damped(hessian(jnp.sum, params), 1.0), params, rank=0)

@@ -104,33 +104,56 @@ def tasks(seed: int, num_tasks: int = TASKS) -> Tasks:
     return pairs[0], pairs[1]
 
 
-def forward_flops(
+class Layer(NamedTuple):
+    """Costs of a layer of conv4.
+
+    Attributes:
+      flops: multiplications and additions for one image.
+      numbers: inputs and outputs for one image.
+      weights: shared by all images.
+    """
+
+    flops: int
+    numbers: int
+    weights: int
+
+
+def layers(
     side: int = SIDE,
     channels: int = 1,
     filters: int = FILTERS,
     ways: int = WAYS,
     pools: bool = False,
-) -> tuple[int, int]:
-    """Multiplications and additions for one image: of conv4's first layer, of all the others."""
-    flops = []
+) -> list[Layer]:
+    """The four convolutions and the head."""
+    found = []
     for _ in range(4):
         halved = side // 2 if pools else -(-side // 2)
         positions = side * side if pools else halved * halved
-        flops.append(2 * positions * 9 * channels * filters)
+        weights = 9 * channels * filters
+        numbers = side * side * channels + positions * filters
+        found.append(Layer(2 * positions * weights, numbers, weights))
         side, channels = halved, filters
-    return flops[0], sum(flops[1:]) + 2 * side * side * channels * ways
+    features = side * side * channels
+    return [*found, Layer(2 * features * ways, features + ways, features * ways)]
+
+
+def forward_flops() -> tuple[int, int]:
+    """Multiplications and additions for one image: of the first layer, and of all the others."""
+    first, *others = (layer.flops for layer in layers())
+    return first, sum(others)
 
 
 def flops(
     algorithm: Algorithm,
-    forward: tuple[int, int] | None = None,
+    forward: tuple[float, float] | None = None,
     *,
     num_tasks: int = TASKS,
     support: int = WAYS,
     query: int = WAYS * QUERIES,
     inner_steps: int = INNER_STEPS,
     cg_steps: int = CG_STEPS,
-) -> int:
+) -> float:
     """Those of the matrix products of the meta-gradient.
 
     A gradient is 3 forward passes and a Hessian product 6, but 2 of each in the first layer, whose
@@ -139,7 +162,8 @@ def flops(
 
     Args:
       algorithm: what is computed.
-      forward: see `forward_flops`; default the reference workload's, as of all that follows.
+      forward: what one image costs, see `forward_flops`; default the reference workload's, as of
+        all that follows.
       num_tasks: tasks.
       support: images of a task's support set.
       query: and of its query set.
