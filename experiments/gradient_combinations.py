@@ -112,8 +112,12 @@ def main(config: Config) -> dict[str, Any]:
         splits, rotations = omniglot.load(config.data_dir, split="reptile"), "classes"
     of_test: dict[str, Any] = {"ways": config.ways, "shots": config.shots, "queries": QUERIES}
     # Support and query examples are pooled: enough for all mini-batches.
-    of_training = of_test | {"shots": (NUM_BATCHES - 1) * config.shots, "queries": config.shots}
-    of_training["rotations"] = rotations
+    of_training: dict[str, Any] = {
+        "ways": config.ways,
+        "shots": (NUM_BATCHES - 1) * config.shots,
+        "queries": config.shots,
+        "rotations": rotations,
+    }
     episodes.check_task_shape(splits.test, **of_test)
     episodes.check_task_shape(splits.train, **of_training)
     common.cache_compilations()
