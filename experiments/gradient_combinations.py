@@ -9,9 +9,10 @@ mini-batch i where step i starts, and the outer step follows a combination of th
 
     E[g_i] = AvgGrad - (i - 1) alpha AvgGradInner + O(alpha^2),
 
-where alpha is the inner rate and -AvgGradInner the direction in which the inner product of the
-gradients on two mini-batches of one task grows. That product, its cosine, and those of mini-batches
-of two tasks are measured along training. Writes OUTPUT.json and OUTPUT.png.
+where alpha is the inner rate and AvgGradInner half the gradient of the expected inner product of
+the gradients on two mini-batches of one task, so that descent along g_2, g_3, ... raises it. That
+product, its cosine, and those of mini-batches of two tasks are measured along training. Writes
+OUTPUT.json and OUTPUT.png.
 
 From the paper: SGD inside and outside, one task a meta-step. From its code, supervised-reptile:
 network, split, rotations, mini-batches of 25 examples in random order, rates, 5 SGD steps at test;
@@ -223,7 +224,7 @@ def table(results: dict[str, Any]) -> str:
         f"{'cosines':>20}",
         f"{'':13}{'AvgGradInner':>12}{'steps':>7}{'%':>17}"
         + 2 * f"{'one task':>11}{'two tasks':>10}",
-        f"{'none':25}{_line(r['combinations']['g1']['curve'][0])}",
+        f"{'untrained':25}{_line(r['combinations']['g1']['curve'][0])}",
     ]
     for name, row in r["combinations"].items():
         lines.append(f"{name:13}{row['taylor']:12.1f}{_line(row['curve'][-1])}")
@@ -252,7 +253,8 @@ def draw(results: dict[str, Any], path: Path) -> None:
                 label = {"within": "one task", "between": "two tasks"}[pairs] if not index else None
                 axes.plot(steps, curve[pairs + kind], style, color=f"C{index}", label=label)
     accuracy.set(ylabel=f"test accuracy, {results['ways']}-way {results['shots']}-shot")
-    others[0].set(ylabel="inner product of two mini-batch gradients", yscale="symlog")
+    others[0].set(ylabel="inner product of two mini-batch gradients")
+    others[0].set_yscale("symlog", linthresh=0.1)
     others[1].set(ylabel="their cosine")
     for axes in figure.axes:
         axes.set(xlabel="meta-step")

@@ -15,7 +15,7 @@ from jax.flatten_util import ravel_pytree
 
 import imaml_jax
 from imaml_jax import mapping
-from imaml_jax.data import episodes, glyphs
+from imaml_jax.data import episodes, glyphs, omniglot
 from imaml_jax.networks import mlp
 from imaml_jax.types import Batch, Task
 
@@ -219,18 +219,24 @@ TINY |= {"product_tasks": 2, "shots": 1, "filters": 2}
 
 @pytest.mark.slow
 def test_the_experiment(tmp_path, capsys, monkeypatch):
-    monkeypatch.setattr(glyphs, "load", noise)
+    monkeypatch.setattr(omniglot, "load", lambda data_dir, split: noise())
     few = {"g1": (1,), "g1 again": (1, 0), "2·g2": (0, 2)}
     monkeypatch.setattr(gradient_combinations, "COMBINATIONS", few)
     output = tmp_path / "out" / "figure"
-    config = gradient_combinations.Config(**TINY, average=True, output=output)
+    config = gradient_combinations.Config(
+        **TINY | {"dataset": "omniglot"}, average=True, output=output
+    )
     with mock.patch.object(common, "cache_compilations"):
         results = gradient_combinations.main(config)
     written = json.loads(output.with_name("figure.json").read_text())["combinations"]
     assert written == results["combinations"]
     assert output.with_name("figure.png").stat().st_size > 10_000
     printed = capsys.readouterr().out
-    assert "2·g2" in printed and "95% CI over 2 tasks of unseen classes" in printed
+    assert (
+        "2·g2" in printed
+        and "95% CI over 2 tasks of unseen classes" in printed
+        and "rotated" in printed
+    )
     curves = {name: row["curve"] for name, row in written.items()}
     assert [row["step"] for row in curves["g1"]] == [0, 2, 4]
     assert curves["g1"][0] == curves["2·g2"][0] and curves["g1"][1] != curves["2·g2"][1]
