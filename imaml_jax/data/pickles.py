@@ -40,7 +40,7 @@ def load(path: Path) -> Any:
         ) from error
 
 
-class _Unpickler(pickle.Unpickler):
+class _Unpickler(pickle._Unpickler):  # in Python: the one in C lets a file claim all memory
     def find_class(self, module: str, name: str) -> Any:
         stand_in = _STAND_INS.get((module.replace("numpy.core.", "numpy._core."), name))
         if stand_in is None:
@@ -80,7 +80,7 @@ def _scalar(dtype: _Dtype, content):
     return np.frombuffer(_encode(content), dtype.value)[0].item()
 
 
-def _encode(content, encoding="latin1"):
+def _encode(content=b"", encoding="latin1"):
     """Bytes as they are; text, which is how old protocols write bytes, as the bytes it stands for.
 
     Always by Latin-1: a file does not choose a codec.
@@ -95,4 +95,5 @@ _STAND_INS = {
     ("numpy._core.numeric", "_frombuffer"): _frombuffer,
     ("numpy._core.multiarray", "scalar"): _scalar,
     ("_codecs", "encode"): _encode,
+    ("__builtin__", "bytes"): _encode,  # of nothing
 }
