@@ -25,26 +25,34 @@ def scan(folder: Path) -> Files:
     Raises:
       DataError: a folder that cannot be read.
     """
-    files, seen = {}, set()
-    for place, subfolders, names in os.walk(folder, followlinks=True, onerror=_explain):
+    files = {}
+
+    def walk(place: Path, prefix: str, above: frozenset[str]) -> None:
         real = os.path.realpath(place)
-        subfolders[:] = [] if real in seen else [s for s in subfolders if not s.startswith(".")]
-        names = [] if real in seen else names
-        seen.add(real)
-        for name in names:
-            if name.lower().endswith(_READ) and not name.startswith("."):
-                path = Path(place, name)
-                files[path.relative_to(folder).as_posix()] = stamp(path)
+        if real in above:  # a link that leads back
+            return
+        with os.scandir(place) as entries:
+            for entry in entries:
+                if entry.name.startswith("."):
+                    continue
+                if entry.is_dir():
+                    walk(place / entry.name, f"{prefix}{entry.name}/", above | {real})
+                elif entry.name.lower().endswith(_READ):
+                    files[prefix + entry.name] = _size_and_time(entry.stat())
+
+    try:
+        walk(folder, "", frozenset())
+    except OSError as error:
+        _explain(error)
     return dict(sorted(files.items()))
 
 
 def stamp(path: Path) -> tuple[int, int]:
     """Returns size and time of change of a file; raises DataError where it cannot be read."""
     try:
-        status = path.stat()
+        return _size_and_time(path.stat())
     except OSError as error:
         _explain(error)
-    return status.st_size, status.st_mtime_ns
 
 
 def from_csv(folder: Path, files: Files) -> list[Listing]:
@@ -162,6 +170,10 @@ def _read_csv(path: Path) -> list[list[str]]:
             "or write one of that form."
         )
     return rows
+
+
+def _size_and_time(status: os.stat_result) -> tuple[int, int]:
+    return status.st_size, status.st_mtime_ns
 
 
 def _explain(error: OSError) -> NoReturn:

@@ -446,6 +446,9 @@ def test_too_few_classes_for_a_split_by_name(tmp_path):
 def test_links_that_lead_in_circles(tmp_path):
     csv_and_folder(tmp_path / "data")
     (tmp_path / "data" / "images" / "loop").symlink_to(tmp_path / "data")
+    (tmp_path / "data" / "also").symlink_to(tmp_path / "data" / "images")
+    (tmp_path / "data" / "images").rename(tmp_path / "elsewhere")
+    (tmp_path / "data" / "images").symlink_to(tmp_path / "elsewhere")
     assert_complete(load_mini(tmp_path / "data"))
 
 
