@@ -90,13 +90,13 @@ def _stored(folder: Path, image_size: int) -> Splits | None:
     """What `_build` wrote; None where that is absent or damaged."""
     datasets = []
     try:
-        with np.load(folder / "offsets.npz", allow_pickle=False) as stored:
+        with open(folder / "offsets.npz", "rb") as file, np.load(file) as stored:
             offsets = [stored[split] for split in SPLITS]
         for split, offset in zip(SPLITS, offsets, strict=True):
             if len(offset) == 1:
                 datasets.append(None)
                 continue
-            images = np.load(folder / f"{split}.npy", mmap_mode="r", allow_pickle=False)
+            images = np.load(folder / f"{split}.npy", mmap_mode="r")
             if images.dtype != np.uint8 or images.shape[1:] != (image_size, image_size, 3):
                 return None
             datasets.append(from_grouped(images, offset))

@@ -116,8 +116,12 @@ def _from_pickle(images_path: Path, labels_path: Path) -> Listing:
         )
 
     def read(index: int) -> bytes:
-        content = contents[index]
-        return content if isinstance(content, bytes) else np.asarray(content, np.uint8).tobytes()
+        if isinstance(contents[index], bytes):
+            return contents[index]
+        content = np.asarray(contents[index])
+        if content.dtype != np.uint8:
+            raise ValueError(f"dtype {content.dtype}, not the uint8 of a file's bytes")
+        return content.tobytes()
 
     order = np.argsort(labels, kind="stable")
     listing = {}

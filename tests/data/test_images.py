@@ -209,7 +209,7 @@ def test_a_folder_of_classes_is_split_by_name(tmp_path):
         expected = [v for v, name in enumerate(names) if own.split_of(name) == split]
         np.testing.assert_array_equal(np.sort(dataset.images[:, 0, 0, 0]), expected)
     sizes = [episodes.num_classes(dataset) for dataset in splits]
-    assert sizes == [29, 6, 5]  # frozen
+    assert sizes == [20, 8, 12]  # frozen
     labels = np.array([name for name in names for _ in range(2)])
     arrays = np.stack([pixels(value) for value in range(40) for _ in range(2)])
     np.savez(tmp_path / "my.npz", images=arrays, labels=labels)
@@ -405,7 +405,11 @@ def test_truncated_zip(tmp_path, share):
         load_mini(tmp_path)
 
 
-@pytest.mark.parametrize("content", [b"", b"no image", png(3)[:60], b"\xff\xd8\xff\xe0"])
+@pytest.mark.parametrize(
+    "content",
+    [b"", b"no image", png(3)[:50], b"\xff\xd8\xff\xe0"],
+    ids=["empty", "text", "cut", "head"],
+)
 @pytest.mark.parametrize("write_data", [csv_and_folder, csv_and_zip])
 def test_unreadable_image(tmp_path, write_data, content):
     write_data(tmp_path)
