@@ -5,6 +5,7 @@ import os
 import re
 import shutil
 import socket
+import threading
 import urllib.parse
 import urllib.request
 import zipfile
@@ -33,12 +34,31 @@ def find_archives(
 ) -> list[Path]:
     """Returns the paths of the archives `names`, all in one directory.
 
-    Looked at in this order: `data_dir` and `data_dir/subdir`, where `data_dir` defaults to the
-    environment variable `IMAML_DATA_DIR`; without either, `downloads/subdir` in the cache.
+    Arguments, places and errors as those of `find_layout`, with one layout and one `subdir`.
+    """
+    folder, _ = find_layout(
+        [names], subdirs=[subdir], help_text=help_text, data_dir=data_dir, cache_dir=cache_dir
+    )
+    return [folder / name for name in names]
+
+
+def find_layout(
+    layouts: Sequence[Sequence[str]],
+    *,
+    subdirs: Sequence[str],
+    help_text: str,
+    data_dir: str | os.PathLike | None = None,
+    cache_dir: str | os.PathLike | None = None,
+) -> tuple[Path, Sequence[str]]:
+    """Returns a directory that holds all files of a layout, and that layout.
+
+    Looked at in this order: `data_dir` and its `subdirs`, where `data_dir` defaults to the
+    environment variable `IMAML_DATA_DIR`; without either, `downloads/subdirs[0]` in the cache. The
+    first layout that is complete anywhere is taken.
 
     Args:
-      names: file names.
-      subdir: name of the data set.
+      layouts: lists of file names that stand side by side; a name that ends in "/" is a directory.
+      subdirs: names that the data set's directory goes by.
       help_text: how to get the files; ends the error message.
       data_dir: directory given by the user.
       cache_dir: as in `imaml_jax.data.cache.cache_root`.
@@ -47,26 +67,31 @@ def find_archives(
       DataError: the directory or a file is missing, or is not what it should be.
     """
     given = data_dir or os.environ.get(ENV_DATA_DIR)
-    root = Path(given).expanduser() if given else download_dir(subdir, cache_dir=cache_dir)
+    root = Path(given).expanduser() if given else download_dir(subdirs[0], cache_dir=cache_dir)
     origin = "data_dir" if data_dir else f"${ENV_DATA_DIR}" if given else "the default data_dir"
+    expected = ", or ".join(map(_listed, layouts))
     if root.exists() and not root.is_dir():
         raise DataError(
-            f"{origin} is {root}: expected a directory that holds {_listed(names)}, found a file. "
+            f"{origin} is {root}: expected a directory that holds {expected}, found a file. "
             f"Give its parent directory instead. {help_text}"
         )
     if not root.is_dir():
         raise DataError(
-            f"{origin} is {root}: expected a directory that holds {_listed(names)}, found nothing "
+            f"{origin} is {root}: expected a directory that holds {expected}, found nothing "
             f"there. {help_text}"
         )
-    places = (root, root / subdir)
-    for place in places:
-        paths = [place / name for name in names]
-        if all(path.is_file() for path in paths):
-            return paths
-    missing = [n for n in names if not any((place / n).is_file() for place in places)] or names
+    places = [root, *(root / subdir for subdir in subdirs)]
+    absent = {
+        (i, place): [name for name in layout if not _is_there(place, name)]
+        for i, layout in enumerate(layouts)
+        for place in places
+    }
+    for (i, place), names in absent.items():
+        if not names:
+            return place, layouts[i]
+    missing = min(absent.values(), key=len)
     raise DataError(
-        f"Expected {_listed(names)} side by side in {places[0]} or {places[1]}; missing: "
+        f"Expected {expected} side by side in {' or '.join(map(str, places))}; missing: "
         f"{_listed(missing)}. {help_text}"
     )
 
@@ -154,18 +179,42 @@ def read_members(path: Path, pattern: str) -> Iterator[tuple[re.Match, bytes]]:
     Raises:
       DataError: the archive is damaged.
     """
-    with _explain_damage(path), zipfile.ZipFile(path) as archive:
-        members = sorted(archive.infolist(), key=lambda info: info.filename)
-        for info in members:
-            match = re.fullmatch(pattern, info.filename)
-            if match is None:
-                continue
-            if info.file_size > _MAX_MEMBER_BYTES:
-                raise DataError(
-                    f"{path}: {info.filename} claims {info.file_size} bytes; expected a small "
-                    "image. Get a fresh copy of the archive."
-                )
-            yield match, archive.read(info)
+    archive = Archive(path)
+    for name in sorted(archive.names):
+        match = re.fullmatch(pattern, name)
+        if match is not None:
+            yield match, archive.read(name)
+
+
+class Archive:
+    """A zip whose members are read into memory, by any thread; nothing is written to disk.
+
+    Attributes:
+      path: of the file.
+      names: of the members.
+    """
+
+    def __init__(self, path: Path):
+        self.path = path
+        with _explain_damage(path):
+            self._zip = zipfile.ZipFile(path)
+        self.names = self._zip.namelist()
+        self._lock = threading.Lock()
+
+    def read(self, name: str) -> bytes:
+        """Returns the content of a member.
+
+        Raises:
+          DataError: the archive is damaged, or the member too large for a picture.
+        """
+        info = self._zip.getinfo(name)
+        if info.file_size > _MAX_MEMBER_BYTES:
+            raise DataError(
+                f"{self.path}: {name} claims {info.file_size} bytes; expected a small image. "
+                "Get a fresh copy of the archive."
+            )
+        with self._lock, _explain_damage(self.path):
+            return self._zip.read(info)
 
 
 @contextlib.contextmanager
@@ -175,8 +224,8 @@ def _explain_damage(path: Path) -> Iterator[None]:
     except (zipfile.BadZipFile, zlib.error, EOFError, RuntimeError, OSError) as error:
         raise DataError(
             f"{path} is not a complete zip archive ({type(error).__name__}: {error}; found "
-            f"{path.stat().st_size} bytes). Delete it, then load with download=True or "
-            "copy it again."
+            f"{path.stat().st_size} bytes). Delete it, then copy it again, or load with "
+            "download=True where the data set has that."
         ) from error
 
 
@@ -193,6 +242,10 @@ def _check_connection(url: str, by_hand: str) -> None:
             f"Cannot reach {parts.hostname} to download {url}: {error}. Check the network "
             f"connection. {by_hand}"
         ) from error
+
+
+def _is_there(place: Path, name: str) -> bool:
+    return (place / name).is_dir() if name.endswith("/") else (place / name).is_file()
 
 
 def _listed(names: Sequence[str]) -> str:

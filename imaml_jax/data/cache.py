@@ -14,12 +14,17 @@ import numpy as np
 ENV_CACHE_DIR = "IMAML_CACHE_DIR"
 # What NumPy raises for files that are missing, cut, or something else altogether.
 _NUMPY_ERRORS = (OSError, ValueError, KeyError, TypeError, EOFError, RuntimeError)
-_UNREADABLE = (*_NUMPY_ERRORS, zipfile.BadZipFile, zlib.error)
+UNREADABLE = (*_NUMPY_ERRORS, zipfile.BadZipFile, zlib.error)
 
 
 def cache_root(cache_dir: str | os.PathLike | None = None) -> Path:
     """Returns `cache_dir`, else the directory in `IMAML_CACHE_DIR`, else `~/.cache/imaml_jax`."""
     return Path(cache_dir or os.environ.get(ENV_CACHE_DIR) or "~/.cache/imaml_jax").expanduser()
+
+
+def recipe_key(recipe: Mapping[str, object]) -> str:
+    """Returns the hash that names what `recipe` makes; its values have reprs that are stable."""
+    return hashlib.sha256(repr(sorted(recipe.items())).encode()).hexdigest()[:16]
 
 
 def cached_arrays(
@@ -38,8 +43,7 @@ def cached_arrays(
 
     Args:
       name: start of the file name.
-      recipe: all that the result depends on, with reprs that are stable; its hash ends the file
-        name.
+      recipe: all that the result depends on; its `recipe_key` ends the file name.
       build: makes the arrays.
       is_valid: whether what was read has the names, shapes and dtypes that `build` gives.
       cache_dir: directory; default as in `cache_root`.
@@ -47,14 +51,13 @@ def cached_arrays(
     Returns:
       The arrays by name.
     """
-    key = hashlib.sha256(repr(sorted(recipe.items())).encode()).hexdigest()[:16]
-    path = cache_root(cache_dir) / f"{name}-{key}.npz"
+    path = cache_root(cache_dir) / f"{name}-{recipe_key(recipe)}.npz"
     try:
         with open(path, "rb") as file, np.load(file, allow_pickle=False) as stored:
             arrays = {array_name: stored[array_name] for array_name in stored.files}
         if is_valid(arrays):
             return arrays
-    except _UNREADABLE:
+    except UNREADABLE:
         pass
     arrays = build()
     try:

@@ -68,7 +68,39 @@ def from_class_arrays(class_arrays: Sequence[np.ndarray] | np.ndarray) -> Datase
             )
     sizes = [array.shape[0] for array in class_arrays]
     offsets = np.concatenate([[0], np.cumsum(sizes)]).astype(np.int32)
-    return Dataset(jnp.asarray(np.concatenate(class_arrays)), jnp.asarray(offsets))
+    return from_grouped(np.concatenate(class_arrays), offsets)
+
+
+def from_grouped(images: np.ndarray, offsets: np.ndarray) -> Dataset:
+    """Makes a `Dataset` of images that are grouped by class already, without a needless copy.
+
+    On the CPU the data set may share its memory with `images`: do not change them afterwards. A
+    memory-mapped file is then read as tasks are drawn from it.
+
+    Args:
+      images: `[N, H, W, C]`.
+      offsets: integers `[num_classes + 1]`, as in `Dataset`.
+
+    Returns:
+      A `Dataset`, its arrays on the default device.
+
+    Raises:
+      ValueError: shapes or offsets that are no grouping into classes of one image or more.
+    """
+    offsets = np.asarray(offsets)
+    if images.ndim != 4:
+        raise ValueError(
+            f"images have shape {images.shape}; expected [N, H, W, C]. Add a channel axis to grey "
+            "images."
+        )
+    if offsets.ndim != 1 or len(offsets) < 2 or np.any(np.diff(offsets) < 1):
+        raise ValueError(f"offsets={offsets}; expected [num_classes + 1] integers that increase.")
+    if offsets[0] != 0 or offsets[-1] != len(images):
+        raise ValueError(
+            f"offsets run from {offsets[0]} to {offsets[-1]}; expected 0 to {len(images)}, the "
+            "number of images."
+        )
+    return Dataset(jax.device_put(images), jnp.asarray(offsets.astype(np.int32)))
 
 
 def check_task_shape(

@@ -185,3 +185,29 @@ def test_from_class_arrays():
     for bad in ([], [good[0]], [good, good[:0]], [good, good[:, :2]], [good, good.astype(float)]):
         with pytest.raises(ValueError, match="class_arrays"):
             episodes.from_class_arrays(bad)
+
+
+# --- images that are grouped already
+
+
+def test_grouped_images_are_taken_as_they_are():
+    images = np.arange(5, dtype=np.uint8).reshape(5, 1, 1, 1)
+    dataset = episodes.from_grouped(images, np.array([0, 2, 5]))
+    np.testing.assert_array_equal(dataset.images, images)
+    np.testing.assert_array_equal(dataset.offsets, [0, 2, 5])
+    assert dataset.images.dtype == np.uint8 and dataset.offsets.dtype == np.int32
+
+
+@pytest.mark.parametrize(
+    ("shape", "offsets", "message"),
+    [
+        ((5, 1, 1), [0, 5], r"expected \[N, H, W, C\]"),
+        ((5, 1, 1, 1), [0], "integers that increase"),
+        ((5, 1, 1, 1), [0, 2, 2, 5], "integers that increase"),
+        ((5, 1, 1, 1), [1, 5], "offsets run from 1 to 5; expected 0 to 5"),
+        ((5, 1, 1, 1), [0, 4], "offsets run from 0 to 4; expected 0 to 5"),
+    ],
+)
+def test_grouped_images_are_checked(shape, offsets, message):
+    with pytest.raises(ValueError, match=message):
+        episodes.from_grouped(np.zeros(shape, np.uint8), np.array(offsets))

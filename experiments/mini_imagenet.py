@@ -1,0 +1,86 @@
+"""Few-shot accuracy on unseen classes of photographs: mini-ImageNet, tiered-ImageNet or your own.
+
+python -m experiments.mini_imagenet --algorithm imaml --data-dir DIR
+python -m experiments.mini_imagenet --dataset tiered_imagenet --data-dir DIR
+python -m experiments.mini_imagenet --dataset folder:PATH
+python -m experiments.mini_imagenet --dataset arrays:FILE.npz
+"""
+
+import dataclasses
+from pathlib import Path
+from typing import Any
+
+from experiments import common, few_shot
+from imaml_jax.data import mini_imagenet, own, tiered_imagenet
+from imaml_jax.data.episodes import Splits
+from imaml_jax.protocols import Protocol
+
+
+@dataclasses.dataclass(frozen=True)
+class Config(few_shot.Config):
+    """Few-shot classification of photographs."""
+
+    dataset: str = "mini_imagenet"
+    """mini_imagenet, tiered_imagenet, folder:PATH (folders {train,val,test}/<class>/, or <class>/
+    split by name) or arrays:FILE.npz."""
+    data_dir: Path | None = None
+    """Directory of mini_imagenet or tiered_imagenet; default the environment variable
+    IMAML_DATA_DIR."""
+    image_size: int = 84
+    """Side of the images in pixels; arrays keep theirs."""
+    meta_batch: int | None = 4
+    """Tasks a meta-step."""
+
+
+def resolve(config: Config) -> Protocol:
+    """The recommended protocol on the network that is usual for photographs, without rotations.
+
+    Raises:
+      ValueError: a setting out of its range, or a protocol that is Omniglot's.
+    """
+    if config.protocol != "recommended":
+        raise ValueError(
+            f"protocol={config.protocol} is a protocol of Omniglot; allowed here: recommended"
+        )
+    protocol = few_shot.resolve(config)
+    is_reptile = config.algorithm.startswith("reptile")
+    return protocol._replace(
+        source="this library's settings for Omniglot, not tuned on photographs",
+        split=config.dataset,
+        invert=False,
+        train_rotations=None,
+        test_rotations=None,
+        network={"filters": 32, "downsample": "max_pool"},
+        train_queries=protocol.train_queries if is_reptile else 15,
+        test_queries=15,
+    )
+
+
+def load(config: Config) -> Splits:
+    """Loads the data set that the config names.
+
+    Raises:
+      ValueError: an unknown name, or what the data set's own function raises.
+    """
+    kind, _, path = config.dataset.partition(":")
+    if kind == "folder" and path:
+        return own.load_folder(path, image_size=config.image_size)
+    if kind == "arrays" and path:
+        return own.load_arrays(path)
+    named = {"mini_imagenet": mini_imagenet, "tiered_imagenet": tiered_imagenet}
+    if config.dataset not in named:
+        raise ValueError(
+            f"dataset={config.dataset} must be mini_imagenet, tiered_imagenet, folder:PATH or "
+            "arrays:FILE.npz"
+        )
+    return named[config.dataset].load(config.data_dir, image_size=config.image_size)
+
+
+def main(config: Config) -> dict[str, Any]:
+    """Runs the experiment; see `few_shot.run`."""
+    protocol = resolve(config)
+    return few_shot.run(config, protocol, load(config), config.dataset)
+
+
+if __name__ == "__main__":
+    common.run_cli(main, Config, __doc__)

@@ -1,0 +1,181 @@
+"""Pictures decoded once, in parallel, into memory-mapped uint8 arrays in the cache."""
+
+import io
+import os
+import shutil
+import struct
+import tempfile
+import zlib
+from collections.abc import Callable, Iterable, Mapping, Sequence
+from concurrent.futures import ThreadPoolExecutor
+from pathlib import Path
+from typing import NamedTuple
+
+import numpy as np
+
+from imaml_jax.data.archives import DataError
+from imaml_jax.data.cache import ENV_CACHE_DIR, UNREADABLE, cache_root, recipe_key
+from imaml_jax.data.episodes import Splits, from_grouped
+
+SPLITS = ("train", "val", "test")
+_FORMATS = ("BMP", "GIF", "JPEG", "PNG", "WEBP")
+_MAX_SIDE = 1024
+_CHUNK = 64  # images that one thread decodes between two steps of the progress bar
+
+
+class Source(NamedTuple):
+    """A picture that is read when it is needed.
+
+    Attributes:
+      where: its file, for error messages.
+      read: `() -> bytes` of an image file, or pixels, uint8 `[height, width, 3]`.
+    """
+
+    where: str
+    read: Callable[[], bytes | np.ndarray]
+
+
+Listing = Mapping[str, Sequence[Source]]  # the pictures of each class, by its name
+
+
+def load_splits(
+    name: str,
+    recipe: Mapping[str, object],
+    list_splits: Callable[[], Iterable[Listing]],
+    *,
+    image_size: int,
+    cache_dir: str | os.PathLike | None,
+    progress: bool,
+) -> Splits:
+    """Returns the images of three listings, from the cache where they were decoded before.
+
+    Pictures become RGB. Those that are not `image_size` square are resized to it, whatever their
+    proportions, by Pillow's LANCZOS filter, as in the script by which MAML's authors made the 84x84
+    images of mini-ImageNet.
+
+    The arrays are decoded by threads (Pillow decodes outside Python's lock) into files under a
+    temporary name, which is changed when all are complete: half a cache is never read.
+
+    Args:
+      name: start of the name of the cache folder.
+      recipe: all that the pictures depend on; see `cache.recipe_key`.
+      list_splits: gives the listings of train, val and test; an empty one of val becomes None.
+        Called only where the cache has nothing.
+      image_size: side of the images in pixels.
+      cache_dir: as in `cache.cache_root`.
+      progress: whether to show a progress bar, if on a terminal.
+
+    Returns:
+      `Splits` with images uint8 `[N, image_size, image_size, 3]`, grouped by class in the order of
+      the listings; memory-mapped where the device is the CPU.
+
+    Raises:
+      ValueError: `image_size` out of range.
+      DataError: a picture that cannot be read, or a cache that cannot be written.
+    """
+    if not 1 <= image_size <= _MAX_SIDE:
+        raise ValueError(f"image_size={image_size}; allowed: 1 to {_MAX_SIDE}.")
+    recipe = {**recipe, "image_size": image_size, "filter": "lanczos", "version": 1}
+    folder = cache_root(cache_dir) / f"{name}-{recipe_key(recipe)}"
+    splits = _stored(folder, image_size)
+    if splits is None:
+        _build(folder, list_splits, image_size, progress)
+        splits = _stored(folder, image_size)
+    if splits is None:
+        raise DataError(f"{folder} changed while it was read. Load again.")
+    return splits
+
+
+def _stored(folder: Path, image_size: int) -> Splits | None:
+    """What `_build` wrote; None where that is absent or damaged."""
+    datasets = []
+    try:
+        with open(folder / "offsets.npz", "rb") as file, np.load(file) as stored:
+            offsets = [stored[split] for split in SPLITS]
+        for split, offset in zip(SPLITS, offsets, strict=True):
+            if len(offset) == 1:
+                datasets.append(None)
+                continue
+            images = np.load(folder / f"{split}.npy", mmap_mode="r")
+            if images.dtype != np.uint8 or images.shape[1:] != (image_size, image_size, 3):
+                return None
+            datasets.append(from_grouped(images, offset))
+    except UNREADABLE:
+        return None
+    return Splits(*datasets)
+
+
+def _build(folder: Path, list_splits, image_size: int, progress: bool) -> None:
+    root = folder.parent
+    remedy = f"Name another place by cache_dir or ${ENV_CACHE_DIR}."
+    try:
+        root.mkdir(parents=True, exist_ok=True)
+        temporary = Path(tempfile.mkdtemp(dir=root, prefix=f"{folder.name}-", suffix=".tmp"))
+    except OSError as error:
+        raise DataError(f"Cannot write the decoded images to {root}: {error}. {remedy}") from error
+    try:
+        offsets = {}
+        for split, listing in zip(SPLITS, list_splits(), strict=True):
+            sources = [source for group in listing.values() for source in group]
+            offsets[split] = np.cumsum([0, *map(len, listing.values())])
+            needed, free = len(sources) * image_size**2 * 3, shutil.disk_usage(root).free
+            if needed > free:
+                raise DataError(
+                    f"The decoded {split} images take {needed / 1e9:.1f} GB, {root} has "
+                    f"{free / 1e9:.1f} GB left. {remedy}"
+                )
+            if sources:
+                _decode_all(sources, temporary / f"{split}.npy", image_size, progress)
+        np.savez(temporary / "offsets.npz", **offsets)
+        shutil.rmtree(folder, ignore_errors=True)
+        temporary.replace(folder)
+    except OSError as error:
+        raise DataError(f"Cannot write the decoded images to {root}: {error}. {remedy}") from error
+    finally:
+        shutil.rmtree(temporary, ignore_errors=True)
+
+
+def _decode_all(sources: Sequence[Source], path: Path, image_size: int, progress: bool) -> None:
+    from tqdm import tqdm
+
+    shape = (len(sources), image_size, image_size, 3)
+    images = np.lib.format.open_memmap(path, "w+", np.uint8, shape)
+
+    def decode_chunk(start: int) -> int:
+        chunk = sources[start : start + _CHUNK]
+        for index, source in enumerate(chunk, start):
+            images[index] = _decode(source, image_size)
+        return len(chunk)
+
+    bar = tqdm(total=len(sources), desc=path.stem, unit="image", disable=None if progress else True)
+    with bar, ThreadPoolExecutor(os.cpu_count()) as pool:
+        for count in pool.map(decode_chunk, range(0, len(sources), _CHUNK)):
+            bar.update(count)
+    images.flush()
+
+
+def _decode(source: Source, image_size: int) -> np.ndarray:
+    from PIL import Image
+
+    try:
+        content = source.read()
+        if isinstance(content, np.ndarray):
+            image = Image.fromarray(content)
+        else:
+            image = Image.open(io.BytesIO(content), formats=_FORMATS)
+        if image.mode.startswith(("I", "F")):
+            raise ValueError(f"mode {image.mode}; convert it to 8 bits a channel")
+        image = image.convert("RGB")
+        if image.size != (image_size, image_size):
+            image = image.resize((image_size, image_size), Image.Resampling.LANCZOS)
+        return np.asarray(image)
+    except DataError:
+        raise
+    except (
+        *(OSError, SyntaxError, ValueError, TypeError, EOFError, struct.error, zlib.error),
+        Image.DecompressionBombError,
+    ) as error:
+        raise DataError(
+            f"{source.where}: expected an image in one of the formats {', '.join(_FORMATS)} "
+            f"({type(error).__name__}: {error}). Get a fresh copy of it, or take it out."
+        ) from error
