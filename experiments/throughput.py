@@ -138,8 +138,7 @@ def _bare(
     def rate(num_steps: int) -> float:
         state, started = start, time.perf_counter()
         for _ in range(num_steps):
-            state = step(*state, tasks)
-        jax.block_until_ready(state)
+            state = jax.block_until_ready(step(*state, tasks))
         return num_steps / (time.perf_counter() - started)
 
     return rate

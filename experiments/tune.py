@@ -3,8 +3,7 @@
     python -m experiments.tune --algorithm imaml --data-dir DIR --output experiments/results/tuning
 
 Each trial is the `recommended` protocol but for what is named here; that protocol has what came out
-best (of two within each other's interval, the faster). Finished trials are skipped, so that a run
-that was stopped goes on.
+best. Finished trials are skipped, so that a run that was stopped goes on.
 """
 
 import dataclasses

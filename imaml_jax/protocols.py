@@ -258,7 +258,7 @@ def _recommended(algorithm: str, ways: int, shots: int) -> Protocol:
         )
     if algorithm == "imaml_hf":
         return implicit._replace(
-            reg_strength=0.5, inner="newton_cg", num_steps=2, eval_num_steps=2, cg_steps=5
+            reg_strength=0.1, inner="newton_cg", num_steps=3, eval_num_steps=3, cg_steps=8
         )
     if algorithm in ("maml", "fomaml"):
         return common._replace(inner_rate=0.03)
