@@ -41,7 +41,9 @@ from imaml_jax.types import Batch, Task
 CONVOLUTIONS = {"patches": convolve, "lax": lax_convolve}
 _MATRIX, _CPU_MATRIX, _CHAIN, _NUMBERS = 8192, workload.MATRIX, 8, 2**26
 _SAME_PLACE = ("device", "machine", "cores", "versions")
-_ACCURATE = 1e-3  # largest difference with which a cell can be picked
+# Largest difference with which a cell can be picked. Rounding alone gives 2e-2 on the reference
+# workload: it moves activations across the kink of ReLU.
+_ACCURATE = 1e-1
 
 
 class Workload(NamedTuple):
@@ -183,11 +185,7 @@ class Measurements:
 
 
 def measure(cell: Cell, rounds: int, measured: Measurements) -> dict[str, Any]:
-    """Seconds, memory and accuracy of one cell.
-
-    Raises:
-      RuntimeError: a solve took fewer CG steps than were asked for.
-    """
+    """Seconds, memory and accuracy of one cell; "error" where solves took too few CG steps."""
     work = WORKLOADS[cell.workload]
     lowered, args = _lower(cell)
     started = time.perf_counter()
@@ -198,8 +196,8 @@ def measure(cell: Cell, rounds: int, measured: Measurements) -> dict[str, Any]:
         return jax.block_until_ready(program(*args))
 
     found, steps = run()
-    if not steps == workload.CG_STEPS:
-        raise RuntimeError(f"{cell} took {steps} CG steps on average")
+    if steps != workload.CG_STEPS:
+        return {"error": f"took {steps:g} CG steps on average"}
     times = _times(run, rounds)
     _, operations = traced(run) if jax.default_backend() != "cpu" else (None, {})
     products, numbers = costs(work)
@@ -254,7 +252,8 @@ def _lower(cell: Cell) -> tuple[Any, tuple[Any, Task]]:
     """The mean meta-gradient of the cell with the mean number of CG steps, and its arguments."""
     work = WORKLOADS[cell.workload]
     convolution = partial(CONVOLUTIONS[cell.convolution], precision=cell.precision)
-    network = conv4(work.ways, convolution=convolution, **work.network)
+    head = jax.nn.initializers.normal(0.05)
+    network = conv4(work.ways, convolution=convolution, head_init=head, **work.network)
     image = jnp.zeros((1, work.side, work.side, work.channels))
     args = network.init(jax.random.key(0), image), _tasks(work)
     learner = imaml_jax.imaml(

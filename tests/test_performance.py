@@ -22,6 +22,7 @@ def tiny(monkeypatch):
     monkeypatch.setitem(platform_defaults.WORKLOADS, "reference", TINY)
     monkeypatch.setattr(platform_defaults, "_CPU_MATRIX", 64)
     monkeypatch.setattr(platform_defaults, "_NUMBERS", 64)
+    monkeypatch.setattr(platform_defaults.workload, "CG_STEPS", 2)
 
 
 def test_operations_are_told_apart_by_what_they_hold():
@@ -116,6 +117,13 @@ def test_the_roofline_counts_each_product_once():
     products, numbers = platform_defaults.costs(platform_defaults.WORKLOADS["reference"])
     assert products == platform_defaults.workload.flops("imaml")
     assert 10 < products / (4 * numbers) < 100  # operations a byte
+
+
+def test_a_solve_cut_short_is_no_measurement(tiny, monkeypatch):
+    monkeypatch.setattr(platform_defaults.workload, "CG_STEPS", 500)
+    cell = platform_defaults.Cell("reference", "map", "patches", "highest")
+    row = platform_defaults.measure(cell, 1, platform_defaults.Measurements())
+    assert "CG steps on average" in row["error"]
 
 
 def test_no_cell_is_begun_after_the_time_is_up(tiny, tmp_path):
