@@ -13,6 +13,7 @@ import os
 import re
 import tempfile
 import time
+import warnings
 from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
@@ -96,15 +97,17 @@ def traced(run: Callable[[], Any]) -> tuple[float, dict[str, list[float]]]:
             started = time.perf_counter()
             run()
             seconds = time.perf_counter() - started
-        planes = [
-            plane
-            for file in Path(folder).rglob("*.xplane.pb")
-            for plane in jax.profiler.ProfileData.from_file(str(file)).planes
-        ]
-    on_cpu = jax.default_backend() == "cpu"
+        files = Path(folder).rglob("*.xplane.pb")
+        # Planes point into the profile that they came from, which must outlive them.
+        profiles = [jax.profiler.ProfileData.from_file(str(file)) for file in files]
+    planes = [plane for profile in profiles for plane in profile.planes]
+    if jax.default_backend() != "cpu":
+        planes = [plane for plane in planes if plane.name.startswith("/device:")]
     times = collections.defaultdict(list)
-    for plane in planes if on_cpu else [p for p in planes if p.name.startswith("/device:")]:
-        for event in (event for line in plane.lines for event in line.events):
+    with warnings.catch_warnings():
+        # JAX's reader is deprecated in Python 3.12 for types without the name of a module.
+        warnings.simplefilter("ignore", DeprecationWarning)
+        for event in (event for plane in planes for line in plane.lines for event in line.events):
             stats = dict(event.stats)
             name = stats.get("hlo_op")
             if name is not None or "kernel_details" in stats:
