@@ -15,9 +15,12 @@ from typing import Any, NoReturn
 
 import jax
 import jax.numpy as jnp
+import numpy as np
+from jax.flatten_util import ravel_pytree
 
 import imaml_jax
 from imaml_jax.data import cache
+from imaml_jax.mapping import MapTasks, map_over_tasks
 from imaml_jax.training import NonFiniteError, TrainResult
 from imaml_jax.types import MetaLearner, Task
 
@@ -94,6 +97,20 @@ def meta_gradient(learner: MetaLearner, meta_params: Any, task: Task) -> Any:
     return learner.meta_grad(meta_params, task, jax.random.key(0), jnp.zeros((), jnp.int32))[0]
 
 
+def mean_over_tasks(
+    fn: Callable[..., Any], map_tasks: MapTasks = None, devices: Sequence[Any] | None = None
+) -> Callable[..., Any]:
+    """`map_over_tasks` with every output averaged over the tasks."""
+    mapped = map_over_tasks(fn, map_tasks, devices)
+    return lambda shared, *per_task: jax.tree.map(lambda x: x.mean(0), mapped(shared, *per_task))
+
+
+def relative_difference(found: Any, exact: Any) -> float:
+    """Of two trees, in float64 and the Euclidean norm."""
+    found, exact = (np.asarray(ravel_pytree(tree)[0], np.float64) for tree in (found, exact))
+    return float(np.linalg.norm(found - exact) / np.linalg.norm(exact))
+
+
 def fixed_key(seed: tuple[int, int]) -> jax.Array:
     """One of the keys above."""
     return jax.random.fold_in(jax.random.key(seed[0]), seed[1])
@@ -167,6 +184,11 @@ def outcome(result: TrainResult, started: float) -> dict[str, Any]:
     }
 
 
+def with_ending(output: Path, ending: str) -> Path:
+    """The file of a report; its name may have dots of its own."""
+    return output.with_name(f"{output.name}.{ending}")
+
+
 def check_output(output: Path) -> None:
     """Makes the folder of a report, before anything is computed.
 
@@ -190,8 +212,8 @@ def write_report(
     draw: Callable[[Any, Path], None],
 ) -> None:
     """Writes `output`.json and `output`.png and prints the table."""
-    write_json(output.with_name(output.name + ".json"), results)
-    draw(results, output.with_name(output.name + ".png"))
+    write_json(with_ending(output, "json"), results)
+    draw(results, with_ending(output, "png"))
     print(table(results), flush=True)
 
 

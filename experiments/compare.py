@@ -47,8 +47,7 @@ def main(config: Config) -> list[dict[str, Any]]:
     rows.sort(key=lambda row: -row["test_accuracy"])
     common.check_output(config.output)
     common.write_report(config.output, rows, _table, _draw)
-    markdown = config.output.with_name(config.output.name + ".md")
-    markdown.write_text(_table(rows), encoding="utf-8")
+    common.with_ending(config.output, "md").write_text(_table(rows), encoding="utf-8")
     return rows
 
 

@@ -25,7 +25,6 @@ import optax
 
 import imaml_jax
 from experiments import common
-from imaml_jax.mapping import map_over_tasks
 from imaml_jax.networks import conv4
 from imaml_jax.plots import new_figure
 from imaml_jax.types import Batch, Task
@@ -174,8 +173,7 @@ def fit(values: Sequence[int], costs: Sequence[float]) -> Line:
 
 
 def _meta_gradient(learner: imaml_jax.MetaLearner, params: Any, tasks: Task) -> Any:
-    grads = map_over_tasks(partial(common.meta_gradient, learner), "map")(params, tasks)
-    return jax.tree.map(lambda g: g.mean(0), grads)
+    return common.mean_over_tasks(partial(common.meta_gradient, learner), "map")(params, tasks)
 
 
 def _tasks(size: Config, seed: int) -> Task:

@@ -113,10 +113,9 @@ def main(config: Config) -> list[dict[str, Any]]:
     for cell, own in runs:
         print(f"\n{own.workdir}", flush=True)
         rows.append(cell._asdict() | {"full_meta_steps": _full_steps(cell)} | _result(own))
-        common.write_json(config.output.with_name(config.output.name + ".json"), rows)
+        common.write_json(common.with_ending(config.output, "json"), rows)
         for ending, text in (("md", markdown(rows)), ("html", as_html(rows))):
-            path = config.output.with_name(f"{config.output.name}.{ending}")
-            path.write_text(text, encoding="utf-8")
+            common.with_ending(config.output, ending).write_text(text, encoding="utf-8")
     print(f"\n{markdown(rows)}", flush=True)
     return rows
 

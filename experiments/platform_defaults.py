@@ -25,9 +25,7 @@ from typing import Any, Literal, NamedTuple
 
 import jax
 import jax.numpy as jnp
-import numpy as np
 import optax
-from jax.flatten_util import ravel_pytree
 
 import imaml_jax
 from experiments import common
@@ -117,7 +115,7 @@ def main(config: Config) -> list[dict[str, Any]]:
     for mapping in mappings:
         map_over_tasks(lambda shared: shared, mapping)
     common.check_output(config.output)
-    path = config.output.with_name(config.output.name + ".json")
+    path = common.with_ending(config.output, "json")
     stored, where = _stored(path), common.provenance()
     here = [row for row in stored if all(row[name] == where[name] for name in _SAME_PLACE)]
     others = [row for row in stored if row not in here]
@@ -210,7 +208,7 @@ def measure(cell: Cell, rounds: int, measured: Measurements) -> dict[str, Any]:
         "temp_bytes": program.memory_analysis().temp_size_in_bytes,
         "kernels": sum(map(len, operations.values())) or None,
         "busy_seconds": sum(map(sum, operations.values())) or None,
-        "difference": _difference(found, measured.exact(cell.workload)),
+        "difference": common.relative_difference(found, measured.exact(cell.workload)),
         "flops": products,
         "least_bytes": 4 * numbers,
         "matmul_flops": rate,
@@ -270,9 +268,7 @@ def _lower(cell: Cell) -> tuple[Any, tuple[Any, Task]]:
         grads, info = learner.meta_grad(params, task, key, step)
         return grads, info.solve_steps.astype(jnp.float32)
 
-    mapped = map_over_tasks(of_task, cell.map_tasks)
-    mean = jax.jit(lambda *args: jax.tree.map(lambda x: x.mean(0), mapped(*args)))
-    return mean.lower(*args), args
+    return jax.jit(common.mean_over_tasks(of_task, cell.map_tasks)).lower(*args), args
 
 
 def _stored(path: Path) -> list[dict[str, Any]]:
@@ -299,11 +295,6 @@ def _tasks(work: Workload) -> Task:
         shape = (*labels.shape, work.side, work.side, work.channels)
         batches.append(Batch(jax.random.uniform(jax.random.key(i), shape), labels))
     return Task(*batches)
-
-
-def _difference(found: Any, exact: Any) -> float:
-    found, exact = (np.asarray(ravel_pytree(tree)[0], np.float64) for tree in (found, exact))
-    return float(np.linalg.norm(found - exact) / np.linalg.norm(exact))
 
 
 def _times(run: Callable[[], Any], rounds: int) -> list[float]:

@@ -29,7 +29,6 @@ import jax.numpy as jnp
 import numpy as np
 import optax
 from jax import lax
-from jax.flatten_util import ravel_pytree
 
 import imaml_jax
 from experiments import common, few_shot, glyphs
@@ -145,7 +144,7 @@ def main(config: Config) -> list[dict[str, Any]]:
     rows = []
     for ways, shots in sizes:
         rows += [row | {"about": about} for row in measure(config, splits, ways, shots)]
-        common.write_json(config.output.with_name(config.output.name + ".json"), rows)
+        common.write_json(common.with_ending(config.output, "json"), rows)
     print(table(rows), flush=True)
     return rows
 
@@ -312,11 +311,10 @@ def _median_error(found: Sequence[Any], exact: Sequence[Any] | None) -> float | 
     """None where the exact solutions were not reached."""
     if exact is None:
         return None
-    errors = []
-    for (x, _), (solution, _) in zip(found, exact, strict=True):
-        x, solution = (np.asarray(ravel_pytree(tree)[0], np.float64) for tree in (x, solution))
-        errors.append(np.linalg.norm(x - solution) / np.linalg.norm(solution))
-    return statistics.median(map(float, errors))
+    pairs = zip(found, exact, strict=True)
+    return statistics.median(
+        common.relative_difference(x, solution) for (x, _), (solution, _) in pairs
+    )
 
 
 def table(rows: list[dict[str, Any]]) -> str:

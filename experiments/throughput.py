@@ -12,6 +12,7 @@ import statistics
 import tempfile
 import time
 from collections.abc import Callable
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -60,6 +61,7 @@ def main(config: Config) -> dict[str, Any]:
     common.cache_compilations()
     protocol = glyphs.resolve(glyphs.Config(algorithm=config.algorithm))
     dataset = glyph_data.load().train
+    example = dataset.images[:1].astype(jnp.float32)
     learner = build.build_learner(protocol, ways=5)
     devices = common.task_devices(None, protocol.meta_batch)
     num_steps = config.log_every * (1 + config.chunks)
@@ -85,7 +87,7 @@ def main(config: Config) -> dict[str, Any]:
                 sample,
                 key=jax.random.key(0),
                 num_steps=num_steps,
-                example_inputs=dataset.images[:1].astype(jnp.float32),
+                example_inputs=example,
                 log_every=config.log_every,
                 workdir=folder,
                 devices=devices,
@@ -94,7 +96,6 @@ def main(config: Config) -> dict[str, Any]:
         first, last = result.history[0], result.history[-1]
         return (last["step"] - first["step"]) / (last["seconds"] - first["seconds"])
 
-    example = dataset.images[:1].astype(jnp.float32)
     meta_params = init_meta_params(learner, jax.random.key(0), example)
     bare_rate = _bare(learner, tx, meta_params, jax.jit(sample)(jax.random.key(0)), devices)
     rounds = [(trained_rate(), bare_rate(num_steps)) for _ in range(config.rounds)]
@@ -105,7 +106,7 @@ def main(config: Config) -> dict[str, Any]:
         "share": statistics.median(trained / bare for trained, bare in rounds),
         **common.provenance(),
     }
-    common.write_json(config.output.with_name(config.output.name + ".json"), results)
+    common.write_json(common.with_ending(config.output, "json"), results)
     print(
         f"{config.algorithm}: {statistics.median(results['trained']):.2f} meta-steps a second in "
         f"training, {statistics.median(results['bare']):.2f} bare: {100 * results['share']:.1f}%"
@@ -118,15 +119,11 @@ def _bare(
 ) -> Callable[[int], float]:
     """`number of meta-steps -> meta-steps a second`, compiled."""
 
-    def task_grad(params, task):
-        return common.meta_gradient(learner, params, task)
-
-    mapped = mapping.map_over_tasks(task_grad, None, devices)
+    mean_grad = common.mean_over_tasks(partial(common.meta_gradient, learner), None, devices)
 
     @jax.jit
     def step(params, opt_state, tasks):
-        grads = jax.tree.map(lambda g: g.mean(0), mapped(params, tasks))
-        updates, opt_state = tx.update(grads, opt_state, params)
+        updates, opt_state = tx.update(mean_grad(params, tasks), opt_state, params)
         return optax.apply_updates(params, updates), opt_state
 
     start = (meta_params, tx.init(meta_params))

@@ -115,8 +115,7 @@ def _means(learner: MetaLearner, devices, params: Any, tasks: Task) -> Any:
     def of_task(params, task):
         return learner.meta_grad(params, task, jax.random.key(0), jnp.zeros((), jnp.int32))
 
-    mapped = map_over_tasks(of_task, None, devices)
-    return jax.tree.map(lambda x: x.mean(0), mapped(params, tasks))
+    return common.mean_over_tasks(of_task, None, devices)(params, tasks)
 
 
 def _task(tasks: workload.Tasks) -> Task:

@@ -60,8 +60,9 @@ def main(config: Config) -> dict[str, Any]:
     Raises:
       ValueError: an unknown contender.
     """
-    if config.contender not in ours.learners():
-        raise ValueError(f"contender={config.contender!r} must be one of {list(ours.learners())}")
+    names = list(ours.learners())
+    if config.contender not in names:
+        raise ValueError(f"contender={config.contender!r} must be one of {names}")
     flags = os.environ.get("XLA_FLAGS", "")
     os.environ["XLA_FLAGS"] = f"{flags} --xla_gpu_enable_command_buffer="
     common.cache_compilations()
