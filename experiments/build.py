@@ -32,6 +32,19 @@ def build_learner(protocol: Protocol, ways: int) -> MetaLearner:
         head_init=_INITIALIZERS[settings.pop("head", "zero")],
         **settings,
     )
+    loss_fn = imaml_jax.cross_entropy
+    if protocol.cg_damping is not None:
+        return imaml_jax.imaml_dev(
+            network,
+            loss_fn,
+            inner_rate=protocol.inner_rate,
+            num_steps=protocol.num_steps,
+            eval_num_steps=protocol.eval_num_steps,
+            reg_strength=protocol.reg_strength,
+            cg_damping=protocol.cg_damping,
+            cg_steps=protocol.cg_steps,
+            statistics=protocol.statistics,
+        )
     shared = {
         "inner": _make_inner(protocol),
         "num_steps": protocol.num_steps,
@@ -39,7 +52,6 @@ def build_learner(protocol: Protocol, ways: int) -> MetaLearner:
         "fast": None if protocol.adapts_norm else _is_not_norm,
         "statistics": protocol.statistics,
     }
-    loss_fn = imaml_jax.cross_entropy
     if protocol.algorithm == "maml":
         return imaml_jax.maml(network, loss_fn, **shared)
     if protocol.algorithm == "fomaml":
@@ -71,8 +83,14 @@ def make_outer(protocol: Protocol, meta_steps: int) -> optax.GradientTransformat
         "cosine": lambda: optax.cosine_decay_schedule(protocol.outer_rate, meta_steps),
     }[protocol.schedule]()
     if protocol.outer == "sgd":
-        return optax.sgd(rate)
-    return optax.adam(rate, eps=protocol.outer_epsilon)
+        outer = optax.sgd(rate)
+    else:
+        outer = optax.adam(rate, eps=protocol.outer_epsilon)
+    return (
+        outer
+        if protocol.outer_clip is None
+        else optax.chain(optax.clip(protocol.outer_clip), outer)
+    )
 
 
 def _make_inner(protocol: Protocol) -> optax.GradientTransformation:

@@ -28,32 +28,16 @@ class Config(few_shot.Config):
     IMAML_DATA_DIR."""
     image_size: int = 84
     """Side of the images in pixels; arrays keep theirs."""
-    meta_batch: int | None = 4
-    """Tasks a meta-step."""
 
 
 def resolve(config: Config) -> Protocol:
-    """The recommended protocol on the network that is usual for photographs, without rotations.
+    """The protocol of mini-ImageNet, which serves the other data sets too.
 
     Raises:
-      ValueError: a setting out of its range, or a protocol that is Omniglot's.
+      ValueError: a setting out of its range, or a protocol that has none for photographs.
     """
-    if config.protocol != "recommended":
-        raise ValueError(
-            f"protocol={config.protocol} is a protocol of Omniglot; allowed here: recommended"
-        )
-    protocol = few_shot.resolve(config)
-    is_reptile = config.algorithm.startswith("reptile")
-    return protocol._replace(
-        source="this library's settings for Omniglot, not tuned on photographs",
-        split=config.dataset,
-        invert=False,
-        train_rotations=None,
-        test_rotations=None,
-        network={"filters": 32, "downsample": "max_pool"},
-        train_queries=protocol.train_queries if is_reptile else 15,
-        test_queries=15,
-    )
+    protocol = few_shot.resolve(config, "mini_imagenet")
+    return protocol._replace(split=config.dataset)
 
 
 def load(config: Config) -> Splits:

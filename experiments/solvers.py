@@ -82,7 +82,7 @@ class Config:
     sizes: tuple[str, ...] = ("5x1", "5x5", "20x1", "20x5")
     """Ways x shots."""
     reg_strengths: tuple[float, ...] = (2.0, 0.03)
-    """Values of lambda: the published and the recommended one."""
+    """Values of lambda: the published one and that of the protocol `common`."""
     meta_steps: int = 100
     """Meta-steps of 8 tasks before."""
     num_tasks: int = 2

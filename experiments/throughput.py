@@ -33,7 +33,7 @@ class Config:
     """What is timed."""
 
     algorithm: few_shot.Algorithm = "imaml"
-    """Meta-learning algorithm, with its recommended settings, 5-way 1-shot."""
+    """Meta-learning algorithm, with the settings of the protocol `common`, 5-way 1-shot."""
     log_every: int = 50
     """Meta-steps between two log points with their checkpoints."""
     chunks: int = 3

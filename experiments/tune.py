@@ -2,7 +2,7 @@
 
     python -m experiments.tune --algorithm imaml --data-dir DIR --output experiments/results/tuning
 
-Each trial is the `recommended` protocol but for what is named here; that protocol has what came out
+Each trial is the `common` protocol but for what is named here; that protocol has what came out
 best. Finished trials are skipped, so that a run that was stopped goes on.
 """
 
@@ -22,7 +22,7 @@ _MAML = (
     {"inner_rate": 0.03},
 )
 # Reptile trains alike with and without transduction, so that one set of trials serves both. They
-# have the published 5 tasks a meta-step; `recommended` has 8, which two devices can share.
+# have the published 5 tasks a meta-step; `common` has 8, which two devices can share.
 _REPTILE = (
     {"meta_batch": 5, "inner_rate": 1e-3},
     {"meta_batch": 5, "inner_rate": 3e-3},

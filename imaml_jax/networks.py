@@ -71,7 +71,7 @@ def conv4(
     num_blocks: int = 4,
     downsample: Literal["stride", "max_pool"] = "stride",
     readout: Literal["flatten", "mean"] = "flatten",
-    pool_before_norm: bool = False,
+    pool_padding: Literal["valid", "same"] = "valid",
     conv_bias: bool = False,
     epsilon: float = 1e-3,
     activation: Callable[[Array], Array] = nn.relu,
@@ -92,7 +92,8 @@ def conv4(
       num_blocks: number of blocks.
       downsample: "stride" or "max_pool".
       readout: "flatten", or "mean" over positions before the head.
-      pool_before_norm: with max-pooling, pool before the norm (Reptile) instead of at the end.
+      pool_padding: of an odd number of rows or columns max-pooling drops the last ("valid"), or
+        pools it alone ("same", as in Reptile's code).
       conv_bias: a bias before the norm; off, since it is an exactly flat direction of the loss.
       epsilon: added to the variance.
       activation: after the norm.
@@ -110,6 +111,7 @@ def conv4(
     _check_widths("conv4", [ways, filters, num_blocks])
     _check_choice("downsample", downsample, ("stride", "max_pool"))
     _check_choice("readout", readout, ("flatten", "mean"))
+    _check_choice("pool_padding", pool_padding, ("valid", "same"))
     if not epsilon > 0:
         raise ValueError(f"conv4: epsilon={epsilon} must be positive")
     stride = 2 if downsample == "stride" else 1
@@ -122,12 +124,10 @@ def conv4(
             x = convolution(x, self.param("kernel", kernel_init, shape, x.dtype), stride)
             if conv_bias:
                 x = x + _per_channel(self.param("bias", nn.initializers.zeros, (filters,), x.dtype))
-            if pools and pool_before_norm:
-                x = max_pool2x2(x)
             scale = self.param("scale", nn.initializers.ones, (filters,), x.dtype)
             offset = self.param("offset", nn.initializers.zeros, (filters,), x.dtype)
             x = activation(batch_norm(x, scale, offset, epsilon, statistics_weights))
-            return max_pool2x2(x) if pools and not pool_before_norm else x
+            return max_pool2x2(x, pool_padding) if pools else x
 
     class Conv4(nn.Module):
         @nn.compact
@@ -152,11 +152,14 @@ def conv4(
     return Network(_init_of(module), apply)
 
 
-def max_pool2x2(x: Array) -> Array:
-    """2x2 max-pooling with stride 2; an odd last row or column is dropped."""
+def max_pool2x2(x: Array, padding: Literal["valid", "same"] = "valid") -> Array:
+    """2x2 max-pooling with stride 2; an odd last row or column is dropped, or pooled alone."""
     n, height, width, channels = x.shape
-    x = x[:, : height // 2 * 2, : width // 2 * 2]
-    return x.reshape(n, height // 2, 2, width // 2, 2, channels).max((2, 4))
+    if padding == "same":
+        x = jnp.pad(x, ((0, 0), (0, height % 2), (0, width % 2), (0, 0)), mode="edge")
+    rows, columns = x.shape[1] // 2, x.shape[2] // 2
+    x = x[:, : 2 * rows, : 2 * columns]
+    return x.reshape(n, rows, 2, columns, 2, channels).max((2, 4))
 
 
 def batch_norm(

@@ -23,7 +23,13 @@ TINY_SINUSOID = "--meta-steps 4 --log-every 2 --num-steps 2 --validation-tasks 2
 TINY_SINUSOID += "--test-tasks 3".split()
 TRAINING = ("glyphs", "mini_imagenet", "omniglot", "sinusoid")
 REPORTS = ("benchmark", "compare", "compute_and_memory", "gradient_combinations")
-REPORTS += ("meta_gradient_accuracy", "omniglot_table", "platform_defaults", "solvers")
+REPORTS += (
+    "meta_gradient_accuracy",
+    "mini_imagenet_table",
+    "omniglot_table",
+    "platform_defaults",
+    "solvers",
+)
 REPORTS += ("throughput", "tune")
 COMMANDS = (*TRAINING, *REPORTS)
 RECORDED = {"algorithm", "command", "cores", "date", "device", "machine", "seed", "versions"}
@@ -194,7 +200,8 @@ REFUSED_SETTINGS = {
     "--seed 99999999999999999999": ("seed=99999999999999999999", "between 0 and"),
     "--protocol finn": ("protocol='finn'", "maml and fomaml", "algorithm='imaml'"),
     "--protocol reptile --algorithm maml": ("protocol='reptile'", "algorithm='maml'"),
-    "--protocol imaml --algorithm fomaml": ("protocol='imaml'", "algorithm='fomaml'"),
+    "--protocol imaml_paper --algorithm fomaml": ("protocol='imaml_paper'", "algorithm='fomaml'"),
+    "--protocol imaml_dev --solve cg": ("solve=cg has no effect on protocol=imaml_dev",),
 }
 REFUSED_WITH_DATA = {
     "--ways 1000": ("ways=1000", "Lower ways"),
@@ -375,69 +382,3 @@ print(demo.main(Path({str(tmp_path)!r}), {{"fomaml": 2, "imaml": 2}}, **{values}
     curve = tmp_path / "imaml" / "learning_curve.png"
     assert curve.exists()
     assert shown[-2:] == [f"learning curve: {curve}", f"results: {tmp_path / 'results.json'}"]
-
-
-# The protocols as data.
-
-COVERED = {
-    "finn": {"fomaml", "maml"},
-    "imaml": {"imaml", "imaml_hf"},
-    "recommended": set(protocols.ALGORITHMS),
-    "reptile": {"reptile", "reptile_transductive"},
-}
-
-
-def test_the_names_are_documented(modules):
-    assert COVERED.keys() == protocols.PROTOCOLS.keys()
-    few_shot = modules["few_shot"]
-    assert list(few_shot.Algorithm.__args__) == list(protocols.ALGORITHMS)
-    assert list(few_shot.ProtocolName.__args__) == sorted(protocols.PROTOCOLS)
-    readme = (ROOT / "README.md").read_text(encoding="utf-8")
-    for name in (*protocols.PROTOCOLS, *protocols.ALGORITHMS):
-        assert f"`{name}`" in readme
-    documented = protocols.Protocol.__doc__
-    for field in protocols.Protocol._fields:
-        assert f"\n      {field}: " in documented
-
-
-@pytest.mark.parametrize("shots", [1, 5])
-@pytest.mark.parametrize("ways", [5, 20])
-@pytest.mark.parametrize("algorithm", protocols.ALGORITHMS)
-@pytest.mark.parametrize("name", protocols.PROTOCOLS)
-def test_a_protocol_makes_a_learner_or_says_what_it_covers(modules, name, algorithm, ways, shots):
-    few_shot = modules["few_shot"]
-    config = few_shot.Config(algorithm=algorithm, protocol=name, ways=ways, shots=shots)
-    if algorithm not in COVERED[name]:
-        with pytest.raises(ValueError, match=f"'{name}' covers .*'{algorithm}'"):
-            few_shot.resolve(config)
-        return
-    protocol = few_shot.resolve(config)
-    assert (protocol.name, protocol.algorithm) == (name, algorithm)
-    build = modules["build"]
-    learner = build.build_learner(protocol, ways)
-    images = jax.ShapeDtypeStruct((1, 28, 28, 1), np.float32)
-    params = jax.eval_shape(learner.init, jax.random.key(0), images)
-    assert params["head"]["bias"].shape == (ways,)
-    build.make_outer(protocol, protocol.meta_steps).init({"w": np.zeros(1)})
-    assert protocol.source in few_shot.describe(config, protocol, "Omniglot")
-
-
-def test_overrides_take_the_place_of_the_protocols(modules):
-    few_shot = modules["few_shot"]
-    plain = few_shot.resolve(few_shot.Config(protocol="imaml"))
-    changed = few_shot.resolve(
-        few_shot.Config(protocol="imaml", inner_rate=0.05, test_tasks=10, meta_steps=300)
-    )
-    assert changed == plain._replace(inner_rate=0.05, test_tasks=10, meta_steps=300)
-
-
-@pytest.mark.parametrize(
-    ("arguments", "named"),
-    [
-        (dict(name="cbfinn", algorithm="maml"), "cbfinn"),
-        (dict(name="finn", algorithm="anil"), "anil"),
-    ],
-)
-def test_unknown_names_are_refused(arguments, named):
-    with pytest.raises(ValueError, match=f"{named}.*must be one of"):
-        protocols.get(**arguments, ways=5, shots=1)

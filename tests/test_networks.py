@@ -87,53 +87,57 @@ def test_conv4_has_the_published_shapes_on_mini_imagenet():
     assert jax.eval_shape(network.apply, params, images).shape == (3, 5)
 
 
-def forward_by_hand(params, x, weights, *, pools, pool_first, mean):
+def forward_by_hand(params, x, weights, *, pools, mean):
     """Two blocks and the head in `lax` and `jnp`; a norm by its formula."""
     for i in range(2):
         block = params[f"block_{i}"]
         x = lax_convolve(x, block["kernel"], 1 if pools else 2)
-        if pools and pool_first:
-            x = lax.reduce_window(x, -np.inf, lax.max, (1, 2, 2, 1), (1, 2, 2, 1), "VALID")
         picked = x if weights is None else x[np.flatnonzero(weights)]
         mu, var = (f(picked, (0, 1, 2), keepdims=True) for f in (jnp.mean, jnp.var))
         scale, offset = (block[name][None, None, None, :] for name in ("scale", "offset"))
         x = jnp.tanh(scale * (x - mu) / jnp.sqrt(var + 1e-3) + offset)
-        if pools and not pool_first:
-            x = lax.reduce_window(x, -np.inf, lax.max, (1, 2, 2, 1), (1, 2, 2, 1), "VALID")
+        if pools:
+            x = lax.reduce_window(x, -np.inf, lax.max, (1, 2, 2, 1), (1, 2, 2, 1), pools)
     x = x.mean((1, 2)) if mean else x.reshape(x.shape[0], -1)
     return x @ params["head"]["kernel"] + params["head"]["bias"][None]
 
 
 @pytest.mark.parametrize(
-    "settings, pools, pool_first, mean",
+    "settings, pools, mean",
     [
-        ({}, False, False, False),
-        ({"readout": "mean"}, False, False, True),
-        ({"downsample": "max_pool"}, True, False, False),
-        ({"downsample": "max_pool", "pool_before_norm": True}, True, True, False),
+        ({}, None, False),
+        ({"readout": "mean"}, None, True),
+        ({"downsample": "max_pool"}, "VALID", False),
+        ({"downsample": "max_pool", "pool_padding": "same"}, "SAME", False),
     ],
-    ids=["stride", "mean", "max_pool", "pool before norm"],
+    ids=["stride", "mean", "max_pool", "padded max_pool"],
 )
 @pytest.mark.parametrize("weights", [None, (1.0, 1.0, 0.0)], ids=["batch", "support"])
-def test_conv4_equals_its_definition(settings, pools, pool_first, mean, weights):
+def test_conv4_equals_its_definition(settings, pools, mean, weights):
     network = conv4(3, filters=4, num_blocks=2, activation=jnp.tanh, **settings)
-    x = normal(0, 3, 8, 8, 1)
+    x = normal(0, 3, 9, 6, 1)
     params = random_params(network, x)
     extra = {} if weights is None else {"statistics_weights": jnp.array(weights)}
     found = jax.jit(network.apply)(params, x, **extra)
-    by_hand = partial(forward_by_hand, pools=pools, pool_first=pool_first, mean=mean)
+    by_hand = partial(forward_by_hand, pools=pools, mean=mean)
     expected = jax.jit(lambda params, x: by_hand(params, x, weights))(params, x)
     assert found.shape == (3, 3)
     np.testing.assert_allclose(found, expected, atol=1e-12)
 
 
-def test_the_order_of_pool_and_norm_matters():
-    x = normal(0, 3, 4, 4, 1)
-    outputs = []
-    for first in (False, True):
-        network = conv4(3, filters=2, num_blocks=1, downsample="max_pool", pool_before_norm=first)
-        outputs.append(jax.jit(network.apply)(random_params(network, x), x))
-    assert np.abs(outputs[0] - outputs[1]).max() > 1e-3
+def test_a_padded_pool_is_that_of_lax():
+    x = normal(0, 2, 5, 7, 3)
+
+    def reference(x):
+        return lax.reduce_window(x, -np.inf, lax.max, (1, 2, 2, 1), (1, 2, 2, 1), "SAME")
+
+    np.testing.assert_array_equal(max_pool2x2(x, "same"), reference(x))
+    weights = normal(1, *reference(x).shape)
+    found, expected = (
+        jax.grad(lambda x, f=f: jnp.sum(weights * f(x)))(x)
+        for f in (partial(max_pool2x2, padding="same"), reference)
+    )
+    np.testing.assert_allclose(found, expected, atol=1e-14)
 
 
 def test_support_statistics_make_predictions_independent_of_other_queries():

@@ -12,7 +12,16 @@ from imaml_jax.training import NonFiniteError
 
 # Importing the experiments must not change the devices of the other tests.
 with mock.patch.dict(os.environ, XLA_FLAGS=os.environ.get("XLA_FLAGS", "")):
-    from experiments import compare, few_shot, omniglot, omniglot_table, tune
+    from experiments import (
+        accuracy_table,
+        compare,
+        few_shot,
+        mini_imagenet,
+        mini_imagenet_table,
+        omniglot,
+        omniglot_table,
+        tune,
+    )
 
 
 def write_run(path, accuracy, **changes):
@@ -95,8 +104,8 @@ def test_the_omniglot_table(tmp_path, capsys):
     with mock.patch.object(omniglot, "main", run):
         rows = omniglot_table.main(config)
         names = [(row["protocol"], row["algorithm"]) for row in rows]
-        recommended = [("recommended", "fomaml"), ("recommended", "imaml")]
-        assert names == [("finn", "fomaml"), ("imaml", "imaml"), *recommended]
+        in_common = [("common", "fomaml"), ("common", "imaml")]
+        assert names == [("finn", "fomaml"), ("imaml_paper", "imaml"), *in_common]
         assert [c.meta_steps for c in ran] == [600, 200, 100, 100]
         assert all(c.meta_steps % c.validate_every == 0 for c in ran)
         again = omniglot_table.main(config)
@@ -105,16 +114,41 @@ def test_the_omniglot_table(tmp_path, capsys):
     text = (tmp_path / "table.md").read_text()
     assert "| first-order MAML | in print | 89.4 ± 0.5 |" in text
     assert "|  | finn | 87.50 ± 1.00 (r 0.25) *600 |" in text
-    assert "|  | imaml | diverged at step 7 |" in text
+    assert "|  | imaml_paper | diverged at step 7 |" in text
     assert text in capsys.readouterr().out
     assert "<td>89.4 ± 0.5</td>" in (tmp_path / "table.html").read_text()
 
 
+def test_the_mini_imagenet_table(tmp_path):
+    results = finished(accuracy=0.4, steps=100)
+    with mock.patch.object(mini_imagenet, "main", lambda config: results):
+        mini_imagenet_table.main(
+            mini_imagenet_table.Config(
+                ways=(5, 10),
+                shots=(1,),
+                algorithms=("reptile", "imaml"),
+                protocols=("common",),
+                workdir=tmp_path,
+                output=tmp_path / "table",
+            )
+        )
+    text = (tmp_path / "table.md").read_text()
+    assert "| Reptile | in print | 47.07 ± 0.26 | 31.1 |" in text
+    assert "| iMAML, gradient descent | in print | 48.96 ± 1.84 |  |" in text
+
+
+def test_only_imaml_has_the_protocol_of_its_code():
+    config = omniglot_table.Config(ways=(5,), shots=(1,), protocols=("imaml_dev",))
+    assert [cell.algorithm for cell in accuracy_table.cells(config)] == ["imaml"]
+    with pytest.raises(ValueError, match="nothing to run"):
+        omniglot_table.main(omniglot_table.Config(protocols=("imaml_dev",), algorithms=("maml",)))
+
+
 def test_a_full_budget_is_not_marked():
     row = {"full_meta_steps": 100, **finished(), "inner_residual": None}
-    assert omniglot_table._shown(row) == "87.50 ± 1.00"
+    assert accuracy_table._shown(row) == "87.50 ± 1.00"
 
 
-def test_every_published_value_has_its_place():
-    assert set(omniglot_table.NAMES) == set(omniglot_table.PUBLISHED) == set(protocols.ALGORITHMS)
-    assert {len(v) for v in omniglot_table.PUBLISHED.values()} == {len(omniglot_table.TASKS)}
+@pytest.mark.parametrize("table", [omniglot_table, mini_imagenet_table])
+def test_every_published_value_has_its_place(table):
+    assert set(table.PUBLISHED) == set(accuracy_table.NAMES) == set(protocols.ALGORITHMS)

@@ -523,8 +523,10 @@ def test_the_protocol_of_the_command():
     assert protocol.network == {"filters": 32, "downsample": "max_pool"}
     assert protocol.train_queries == protocol.test_queries == 15
     assert experiment.resolve(experiment.Config(meta_batch=2)).meta_batch == 2
-    with pytest.raises(ValueError, match=r"protocol=finn .* allowed here: recommended"):
-        experiment.resolve(experiment.Config(protocol="finn", algorithm="maml"))
+    published = experiment.resolve(experiment.Config(protocol="finn", algorithm="maml"))
+    assert published.split == "mini_imagenet" and published.outer_clip == 10 / 75
+    with pytest.raises(ValueError, match=r"'imaml_dev' covers Omniglot"):
+        experiment.resolve(experiment.Config(protocol="imaml_dev"))
 
 
 @pytest.mark.parametrize("name", ["cifar", "folder:", "arrays", "http://x"])

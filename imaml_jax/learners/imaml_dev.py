@@ -1,0 +1,107 @@
+"""The meta-gradient of the code that was published with iMAML, which is not the paper's."""
+
+from functools import partial
+from typing import Any
+
+import jax
+import optax
+
+from imaml_jax.curvature import damped, hessian
+from imaml_jax.inner import minimize
+from imaml_jax.learners.base import (
+    LossFn,
+    Statistics,
+    check_steps,
+    inner_report,
+    make_adapt,
+    supervised,
+)
+from imaml_jax.linear_solve import solve_cg
+from imaml_jax.types import MetaLearner
+
+_LAMBDA_DAMPING = 10.0  # a constant of the code
+
+
+def imaml_dev(
+    network: Any,
+    loss_fn: LossFn,
+    *,
+    inner_rate: float,
+    num_steps: int,
+    reg_strength: float = 2.0,
+    cg_damping: float = 1.0,
+    cg_steps: int = 5,
+    eval_num_steps: int | None = None,
+    statistics: Statistics = "batch",
+) -> MetaLearner:
+    """What the published code of iMAML computes, for comparison with numbers that it gave.
+
+    Gradient descent on the support loss without the proximal term; in training one step more, on
+    that term alone: `phi <- phi - rate lambda (phi - theta)`. The meta-gradient is the solution of
+    `((1 + damping) I + H / (lambda + 10)) g = grad L^query(phi)`, close to first-order MAML's; the
+    paper has `(I + H / lambda) g = grad L^query(phi*)`, which `imaml` solves. All parameters are
+    adapted.
+
+    Args:
+      network: `(init, apply)` pair, see `imaml_jax.networks.Network`.
+      loss_fn: `(outputs, targets) -> scalar`, a mean over examples.
+      inner_rate: learning rate of the descent, positive.
+      num_steps: inner steps in training, without the last one.
+      reg_strength: lambda, at least 0.
+      cg_damping: at least 0.
+      cg_steps: steps of conjugate gradient.
+      eval_num_steps: inner steps in `adapt`; default `num_steps`.
+      statistics: batch-norm mode of the query examples, see `learners.base.supervised`.
+
+    Returns:
+      The `MetaLearner`; `inner_residual` is that of the support loss before the last step.
+
+    Raises:
+      ValueError: a setting out of its range.
+
+    References:
+      github.com/aravindr93/imaml_dev, `examples/omniglot_implicit_maml.py` and
+      `Learner.matrix_evaluator`; the defaults are its README's.
+    """
+    check_steps("imaml_dev", num_steps=num_steps, cg_steps=cg_steps, eval_num_steps=eval_num_steps)
+    if not inner_rate > 0:
+        raise ValueError(f"imaml_dev: inner_rate={inner_rate} must be positive")
+    for name, value in (("reg_strength", reg_strength), ("cg_damping", cg_damping)):
+        if not value >= 0:
+            raise ValueError(f"imaml_dev: {name}={value} must be at least 0")
+    problem = supervised(network, loss_fn, statistics=statistics)
+    descend = partial(minimize, problem.support_loss, tx=optax.sgd(inner_rate))
+
+    def run_at_evaluation(fast_params, slow_params, support, key):
+        del key
+        steps = eval_num_steps or num_steps
+        return descend(fast_params, slow_params, support, num_steps=steps)
+
+    def meta_grad(meta_params, task, key, step):
+        del key, step
+        anchor, slow_params = problem.split(meta_params)
+        adapted, inner_info = descend(anchor, slow_params, task.support, num_steps=num_steps)
+        adapted = jax.tree.map(
+            lambda phi, theta: phi - inner_rate * reg_strength * (phi - theta), adapted, anchor
+        )
+        (loss, accuracy), query_grad = jax.value_and_grad(problem.query_loss, has_aux=True)(
+            adapted, slow_params, task
+        )
+        # The code's system times lambda + 10, which conjugate gradient does not notice.
+        scale = reg_strength + _LAMBDA_DAMPING
+        curvature = hessian(lambda p: problem.support_loss(p, slow_params, task.support), adapted)
+        grads, solve_info = solve_cg(
+            damped(curvature, (1 + cg_damping) * scale),
+            optax.tree.scale(scale, query_grad),
+            tol=0.0,
+            max_steps=cg_steps,
+        )
+        return grads, inner_report(
+            inner_info,
+            query_loss=loss,
+            query_accuracy=accuracy,
+            solve_residual=solve_info.relative_residual,
+        )
+
+    adapt = make_adapt(problem, run_at_evaluation)
+    return MetaLearner(problem.init, adapt, problem.predict, meta_grad)
