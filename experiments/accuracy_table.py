@@ -124,12 +124,12 @@ def main(config: Any, table: Table) -> list[dict[str, Any]]:
 
 def cells(config: Any) -> Iterator[Cell]:
     """All cells, column by column, so that comparable ones are finished first."""
-    columns = itertools.product(config.seeds, config.ways, config.shots)
-    for (seed, ways, shots), kind in itertools.product(columns, config.protocols):
-        for algorithm in config.algorithms:
-            protocol = _OWN_PROTOCOL[algorithm] if kind == "published" else kind
-            if protocol != "imaml_dev" or algorithm == "imaml":
-                yield Cell(protocol, algorithm, ways, shots, seed)
+    for seed, ways, shots in itertools.product(config.seeds, config.ways, config.shots):
+        for kind in config.protocols:
+            for algorithm in config.algorithms:
+                protocol = _OWN_PROTOCOL[algorithm] if kind == "published" else kind
+                if protocol != "imaml_dev" or algorithm == "imaml":
+                    yield Cell(protocol, algorithm, ways, shots, seed)
 
 
 def settings(config: Any, cell: Cell, table: Table) -> few_shot.Config:

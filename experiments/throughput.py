@@ -61,7 +61,7 @@ def main(config: Config) -> dict[str, Any]:
     common.cache_compilations()
     protocol = glyphs.resolve(glyphs.Config(algorithm=config.algorithm))
     dataset = glyph_data.load().train
-    example = dataset.images[:1].astype(jnp.float32)
+    example = jnp.zeros((1, *dataset.images.shape[1:]))
     learner = build.build_learner(protocol, ways=5)
     devices = common.task_devices(None, protocol.meta_batch)
     num_steps = config.log_every * (1 + config.chunks)

@@ -22,8 +22,31 @@ class Dataset(NamedTuple):
       offsets: int32 `[num_classes + 1]`; class `c` owns `images[offsets[c]:offsets[c + 1]]`.
     """
 
-    images: Array
+    images: "Array | HostImages"
     offsets: Array
+
+
+@jax.tree_util.register_static
+class HostImages:
+    """Images `[N, H, W, C]` that stay in the host's memory, or in a mapped file.
+
+    Those of the tasks drawn are sent to the device, batch by batch. For sets that are too large for
+    the device; `from_grouped` chooses it there. Slower than images on the device, and the same
+    tasks.
+    """
+
+    def __init__(self, images: np.ndarray):
+        self.images, self.shape, self.dtype = images, images.shape, images.dtype
+
+    def take(self, indices: Array) -> Array:
+        """`images[indices]`, on the device."""
+        found = jax.ShapeDtypeStruct((*indices.shape, *self.shape[1:]), self.dtype)
+        return jax.pure_callback(
+            lambda i: self.images[np.clip(i, 0, len(self.images) - 1)],
+            found,
+            indices,
+            vmap_method="broadcast_all",
+        )
 
 
 class Splits(NamedTuple):
@@ -75,14 +98,15 @@ def from_grouped(images: np.ndarray, offsets: np.ndarray) -> Dataset:
     """Makes a `Dataset` of images that are grouped by class already, without a needless copy.
 
     On the CPU the data set may share its memory with `images`: do not change them afterwards. A
-    memory-mapped file is then read as tasks are drawn from it.
+    memory-mapped file is then read as tasks are drawn from it. Elsewhere images that would fill
+    more than a quarter of the device's memory stay where they are, see `HostImages`.
 
     Args:
       images: `[N, H, W, C]`.
       offsets: integers `[num_classes + 1]`, as in `Dataset`.
 
     Returns:
-      A `Dataset`, its arrays on the default device.
+      A `Dataset`.
 
     Raises:
       ValueError: shapes or offsets that are no grouping into classes of one image or more.
@@ -100,7 +124,10 @@ def from_grouped(images: np.ndarray, offsets: np.ndarray) -> Dataset:
             f"offsets run from {offsets[0]} to {offsets[-1]}; expected 0 to {len(images)}, the "
             "number of images."
         )
-    return Dataset(jax.device_put(images), jnp.asarray(offsets.astype(np.int32)))
+    memory = (jax.local_devices()[0].memory_stats() or {}).get("bytes_limit")
+    is_large = memory is not None and images.nbytes > memory / 4
+    placed = HostImages(images) if is_large else jax.device_put(images)
+    return Dataset(placed, jnp.asarray(offsets.astype(np.int32)))
 
 
 def check_task_shape(
@@ -206,7 +233,10 @@ def sample_tasks(
     def gather(indices):  # [num_tasks, ways, n] -> float32 [num_tasks, ways * n, H, W, C]
         n = indices.shape[-1]
         indices = indices.reshape(num_tasks, ways * n)
-        images = jnp.take(dataset.images, indices, axis=0, mode="clip")
+        if isinstance(dataset.images, HostImages):
+            images = dataset.images.take(indices)
+        else:
+            images = jnp.take(dataset.images, indices, axis=0, mode="clip")
         if rotations is not None:
             images = _rotate(images, jnp.repeat(turns, n, axis=1, total_repeat_length=ways * n))
         images = _to_unit(images, invert)

@@ -1,10 +1,13 @@
 import functools
+from types import SimpleNamespace
+from unittest import mock
 
 import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
 
+from imaml_jax import mapping
 from imaml_jax.data import episodes
 
 SIDE = 4
@@ -211,3 +214,47 @@ def test_grouped_images_are_taken_as_they_are():
 def test_grouped_images_are_checked(shape, offsets, message):
     with pytest.raises(ValueError, match=message):
         episodes.from_grouped(np.zeros(shape, np.uint8), np.array(offsets))
+
+
+# --- images that are too many for the device
+
+
+@pytest.fixture
+def on_host():
+    """The same data set on the device, and on the host since the device is small."""
+    dataset = labelled_dataset((6, 9, 7))
+    device = SimpleNamespace(memory_stats=lambda: {"bytes_limit": 100})
+    with mock.patch.object(jax, "local_devices", return_value=[device]):
+        other = episodes.from_grouped(np.asarray(dataset.images), dataset.offsets)
+    assert isinstance(other.images, episodes.HostImages)
+    return dataset, other
+
+
+@pytest.mark.parametrize("rotations", episodes.ROTATIONS)
+def test_host_images_give_the_same_tasks(on_host, rotations):
+    key = jax.random.key(3)
+    expected, found = (sample(key, dataset, rotations=rotations) for dataset in on_host)
+    jax.tree.map(np.testing.assert_array_equal, found, expected)
+    found = sample(key, on_host[1], jit=False, rotations=rotations)
+    jax.tree.map(np.testing.assert_array_equal, found, expected)
+
+
+def test_host_images_are_drawn_inside_a_loop_and_side_by_side(on_host):
+    def draw(dataset, key):
+        return sample(key, dataset, jit=False, num_tasks=2)
+
+    keys = jax.random.split(jax.random.key(0), 4)
+    for run in (
+        lambda draw: jax.lax.map(draw, keys),
+        lambda draw: jax.vmap(draw)(keys),
+        lambda draw: mapping.jit_lifted(lambda k: jax.lax.map(draw, k), devices=jax.devices())(
+            keys
+        ),
+    ):
+        expected, found = (run(functools.partial(draw, dataset)) for dataset in on_host)
+        jax.tree.map(np.testing.assert_array_equal, found, expected)
+
+
+def test_a_class_that_is_too_small_is_refused_on_the_host_too(on_host):
+    with pytest.raises(ValueError, match="class 0 has only 6 images"):
+        episodes.check_task_shape(on_host[1], ways=2, shots=4, queries=3)
