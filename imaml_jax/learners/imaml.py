@@ -2,7 +2,7 @@
 
 from collections.abc import Callable
 from functools import partial
-from typing import Any, Literal
+from typing import Any, Literal, NamedTuple
 
 import jax
 import jax.numpy as jnp
@@ -30,6 +30,18 @@ Curvature = Literal["hessian", "gauss_newton"]
 _FIVE_CG_STEPS = partial(solve_cg_steihaug, max_steps=5)
 
 
+class LearnedStrength(NamedTuple):
+    """Meta-parameters of an iMAML that learns lambda.
+
+    Attributes:
+      params: the network's.
+      log_reg_strength: log lambda, shaped like `reg_strength`.
+    """
+
+    params: PyTree
+    log_reg_strength: PyTree
+
+
 def imaml(
     network: Any,
     loss_fn: LossFn,
@@ -37,6 +49,7 @@ def imaml(
     inner: optax.GradientTransformation,
     num_steps: int,
     reg_strength: PyTree = 2.0,
+    learn_reg_strength: bool = False,
     solve: Callable[..., tuple[PyTree, SolveInfo]] = _FIVE_CG_STEPS,
     curvature: Curvature = "hessian",
     eval_num_steps: int | None = None,
@@ -63,6 +76,10 @@ def imaml(
       reg_strength: lambda, positive: a scalar or a tree prefix of the adapted parameters. May be
         traced, so that the factory can be called inside a function that is transformed; then it
         is not checked.
+      learn_reg_strength: meta-learn lambda, from `reg_strength` on: the meta-parameters are then a
+        `LearnedStrength`, whose gradient in log lambda is `-lambda (phi - theta)^T u`, with `u` the
+        solution of the linear system. A scalar learns one lambda, a tree of scalars one for each
+        of its branches, arrays shaped like the adapted parameters one for each of them.
       solve: a solver of `imaml_jax.linear_solve`; `partial(solve_cg, max_steps=5)` is the original
         description's, `solve_woodbury` is exact for the Gauss-Newton matrix.
       curvature: "hessian" (exact), or "gauss_newton": positive semi-definite whatever batch norm
@@ -96,7 +113,22 @@ def imaml(
         raise ValueError(f"imaml: curvature={curvature!r} must be 'hessian' or 'gauss_newton'")
     problem = supervised(network, loss_fn, fast=fast, statistics=statistics)
     objective = proximal_objective(problem.support_loss)
-    eval_strength = reg_strength if eval_reg_strength is None else eval_reg_strength
+
+    def given_strength(params):
+        dtype = jnp.result_type(*jax.tree.leaves(params))
+        return jax.tree.map(lambda s: jnp.asarray(s, dtype), reg_strength)
+
+    def init(key, example_inputs):
+        params = problem.init(key, example_inputs)
+        if not learn_reg_strength:
+            return params
+        return LearnedStrength(params, jax.tree.map(jnp.log, given_strength(params)))
+
+    def separate(meta_params):
+        """The network's parameters, and lambda."""
+        if not learn_reg_strength:
+            return meta_params, given_strength(meta_params)
+        return meta_params.params, jax.tree.map(jnp.exp, meta_params.log_reg_strength)
 
     def inner_curvature(params, anchor, strength, slow_params, support):
         del anchor
@@ -123,29 +155,39 @@ def imaml(
             curvature=inner_curvature,
         )
 
-    def run_at_evaluation(fast_params, slow_params, support, key):
-        del key
-        return run(fast_params, slow_params, support, eval_strength, eval_num_steps or num_steps)
+    def adapt(meta_params, support, key):
+        params, strength = separate(meta_params)
+        strength = strength if eval_reg_strength is None else eval_reg_strength
+
+        def run_at_evaluation(fast_params, slow_params, support, key):
+            del key
+            return run(fast_params, slow_params, support, strength, eval_num_steps or num_steps)
+
+        return make_adapt(problem, run_at_evaluation)(params, support, key)
 
     def meta_grad(meta_params, task, key, step):
         del step
-        anchor, slow_params = problem.split(meta_params)
-        adapted, inner_info = run(anchor, slow_params, task.support, reg_strength, num_steps)
+        params, strength = separate(meta_params)
+        anchor, slow_params = problem.split(params)
+        adapted, inner_info = run(anchor, slow_params, task.support, strength, num_steps)
         (loss, accuracy), (query_grad, direct) = jax.value_and_grad(
             problem.query_loss, argnums=(0, 1), has_aux=True
         )(adapted, slow_params, task)
-        (grads, through_adaptation), solve_info = root_vjp(
-            lambda p, theta, psi: jax.grad(objective)(p, theta, reg_strength, psi, task.support),
+        (grads, strength_grad, through_adaptation), solve_info = root_vjp(
+            lambda p, *args: jax.grad(objective)(p, *args, task.support),
             adapted,
-            (anchor, slow_params),
+            (anchor, strength, slow_params),
             query_grad,
-            inner_curvature(adapted, anchor, reg_strength, slow_params, task.support),
+            inner_curvature(adapted, anchor, strength, slow_params, task.support),
             solve,
             key=key,
         )
         tiny = jnp.finfo(loss.dtype).tiny
         norms = optax.tree.norm(grads) * optax.tree.norm(query_grad)
-        return combine(grads, optax.tree.add(direct, through_adaptation)), inner_report(
+        meta_grads = combine(grads, optax.tree.add(direct, through_adaptation))
+        if learn_reg_strength:
+            meta_grads = LearnedStrength(meta_grads, optax.tree.mul(strength, strength_grad))
+        return meta_grads, inner_report(
             inner_info,
             query_loss=loss,
             query_accuracy=accuracy,
@@ -155,8 +197,7 @@ def imaml(
             cosine=jnp.asarray(optax.tree.vdot(grads, query_grad)) / jnp.maximum(norms, tiny),
         )
 
-    adapt = make_adapt(problem, run_at_evaluation)
-    return MetaLearner(problem.init, adapt, problem.predict, meta_grad)
+    return MetaLearner(init, adapt, problem.predict, meta_grad)
 
 
 def _concrete_leaves(tree: PyTree) -> list[np.ndarray]:

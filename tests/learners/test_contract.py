@@ -88,6 +88,13 @@ LEARNERS = [
     Row("imaml_woodbury", imaml, dict(inner=sgd, num_steps=8, **woodbury), only_mlp, False),
     Row("imaml_newton_cg", imaml, dict(inner=newton_cg(), num_steps=2), only_mlp, False),
     Row("imaml_head", imaml, dict(inner=sgd, num_steps=8, fast=is_head), only_mlp, False),
+    Row(
+        "imaml_learned_strength",
+        imaml,
+        dict(inner=sgd, num_steps=8, learn_reg_strength=True),
+        only_mlp,
+        False,
+    ),
     Row("imaml_dev", imaml_dev, dict(inner_rate=0.1, num_steps=8), only_mlp, False),
     Row(
         "imaml_tree_strength",

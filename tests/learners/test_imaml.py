@@ -424,6 +424,60 @@ def test_custom_argmin_in_a_scalar_and_in_a_tree_strength(finite_differences):
     assert relative_error(prefix, {k: sum(jax.tree.leaves(v)) for k, v in by_leaf.items()}) < 1e-8
 
 
+@pytest.mark.parametrize("granularity", ["scalar", "per_leaf", "per_parameter"])
+def test_the_strength_is_learned_by_its_logarithm(granularity, finite_differences):
+    reference, dense = reference_and_dense("mlp")
+    coordinates = -2.0 * (dense.adapted - reference.flat) * dense.u  # lambda dF/dlambda
+    by_parameter = ravel_pytree(reference.params)[1](coordinates)
+    strength, expected = {
+        "scalar": (2, coordinates.sum()),
+        "per_leaf": (
+            jax.tree.map(lambda _: 2.0, reference.params),
+            jax.tree.map(jnp.sum, by_parameter),
+        ),
+        "per_parameter": (
+            jax.tree.map(lambda p: jnp.full(p.shape, 2.0), reference.params),
+            by_parameter,
+        ),
+    }[granularity]
+    learner = imaml(
+        reference.network,
+        reference.loss_fn,
+        reg_strength=strength,
+        learn_reg_strength=True,
+        **INNER,
+        **EXACT["steihaug"],
+    )
+    start = learner.init(KEY, reference.task.support.inputs)
+    logs = jax.tree.map(jnp.log, jax.tree.map(jnp.float64, strength))
+    jax.tree.map(np.testing.assert_array_equal, start.log_reg_strength, logs)
+    meta_params = start._replace(params=reference.params)
+    grads, _ = jit(learner.meta_grad)(meta_params, reference.task, KEY, 0)
+    assert jax.tree.structure(grads) == jax.tree.structure(meta_params)
+    assert relative_error(grads.params, dense.grads) < 1e-8
+    assert relative_error(grads.log_reg_strength, expected) < 1e-8
+
+
+def test_adaptation_follows_the_learned_strength():
+    reference, _ = reference_and_dense("mlp")
+    settings = dict(learn_reg_strength=True, **INNER)
+    make = partial(imaml, reference.network, reference.loss_fn, **settings)
+    learner = make(reg_strength=2.0)
+    meta_params = learner.init(KEY, reference.task.support.inputs)
+    meta_params = meta_params._replace(params=reference.params)
+
+    def adapted(learner, log_strength):
+        changed = meta_params._replace(log_reg_strength=jnp.log(log_strength))
+        return jit(learner.adapt)(changed, reference.task.support, KEY)[0].params
+
+    for strength in (0.5, 2.0):
+        fixed = imaml(reference.network, reference.loss_fn, reg_strength=strength, **INNER)
+        expected = jit(fixed.adapt)(reference.params, reference.task.support, KEY)[0].params
+        assert relative_error(adapted(learner, strength), expected) < 1e-10
+    at_test = make(reg_strength=2.0, eval_reg_strength=0.5)
+    assert relative_error(adapted(at_test, 2.0), adapted(learner, 0.5)) < 1e-10
+
+
 # Relatives: the unrolled objective, first-order MAML, what happens short of convergence.
 
 
