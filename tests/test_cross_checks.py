@@ -23,6 +23,8 @@ from imaml_jax.types import LinearOperator
 pytestmark = pytest.mark.usefixtures("x64")
 
 SIZE, AGREEMENT, TIGHT = 12, 1e-8, 1e-13
+# LLVM's optimisations take longer than they save.
+jit = partial(jax.jit, compiler_options={"xla_backend_optimization_level": 0})
 rng = np.random.default_rng(0)
 INPUTS, TARGETS = rng.normal(size=(30, SIZE)), rng.normal(size=30)
 LABELS = np.sign(TARGETS)
@@ -154,7 +156,7 @@ def theirs_optimistix(problem):
 def gradient(make, name):
     """Of a weighted sum of the solution, in the argument."""
     solver = make(PROBLEMS[name])
-    return jax.jit(jax.grad(lambda a: WEIGHTS @ solver(jnp.zeros(SIZE), a)))(ARGUMENT)
+    return jit(jax.grad(lambda a: WEIGHTS @ solver(jnp.zeros(SIZE), a)))(ARGUMENT)
 
 
 @pytest.mark.parametrize("name", PROBLEMS)
@@ -173,7 +175,7 @@ def test_linear_solutions_agree_with_lineax(ours, kind, theirs, _):
     settings = {} if theirs == "LU" else {"rtol": TIGHT, "atol": TIGHT}
     operator = lineax.MatrixLinearOperator(jnp.asarray(MATRICES[kind]), tags)
     solver = getattr(lineax, theirs)(**settings)
-    found = jax.jit(lambda b: lineax.linear_solve(operator, b, solver).value)(jnp.asarray(RIGHT))
+    found = jit(lambda b: lineax.linear_solve(operator, b, solver).value)(jnp.asarray(RIGHT))
     check_linear(ours, kind, found)
 
 
@@ -182,14 +184,14 @@ def test_linear_solutions_agree_with_jaxopt(ours, kind, _, theirs):
     solver = getattr(peer("jaxopt").linear_solve, theirs)
     settings = {} if theirs == "solve_lu" else {"tol": TIGHT}
     matrix = jnp.asarray(MATRICES[kind])
-    found = jax.jit(lambda b: solver(lambda v: matrix @ v, b, **settings))(jnp.asarray(RIGHT))
+    found = jit(lambda b: solver(lambda v: matrix @ v, b, **settings))(jnp.asarray(RIGHT))
     check_linear(ours, kind, found)
 
 
 @cache
 def solution(name, kind):
     operator = LinearOperator(lambda v: MATRICES[kind] @ v)
-    return jax.jit(partial(SOLVERS[name], operator))(jnp.asarray(RIGHT))
+    return jit(partial(SOLVERS[name], operator))(jnp.asarray(RIGHT))
 
 
 def check_linear(name, kind, expected):
