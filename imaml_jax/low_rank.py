@@ -11,7 +11,7 @@ from jax import lax
 from jax.flatten_util import ravel_pytree
 from jax.scipy.linalg import lu_factor, lu_solve
 
-from imaml_jax.linear_solve import SolveInfo, dot, ravel_system, relative_residual
+from imaml_jax.linear_system import SolveInfo, dot, ravel_system, relative_residual, report
 from imaml_jax.types import Array, LinearOperator, PyTree
 
 
@@ -51,7 +51,7 @@ def solve_woodbury(
     x = _woodbury(jacobian, output_hessian, diagonal)(flat_b)
     product = diagonal * x + dot(dot(output_hessian, dot(jacobian, x)), jacobian)
     relative = relative_residual(flat_b - product, flat_b)
-    return unravel(x), SolveInfo(relative, None, None, relative <= tol)
+    return report(unravel, x, relative, tol)
 
 
 def solve_nystrom(
@@ -92,7 +92,7 @@ def solve_nystrom(
     flat_b, matvec, unravel = ravel_system(operator, b)
     x = nystrom_preconditioner(operator, b, key, rank=rank)(flat_b)
     relative = relative_residual(flat_b - matvec(x), flat_b)
-    return unravel(x), SolveInfo(relative, None, None, relative <= tol)
+    return report(unravel, x, relative, tol)
 
 
 def nystrom_preconditioner(
