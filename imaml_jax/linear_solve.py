@@ -7,7 +7,8 @@ Which to use for a meta-gradient: `solve_cg_steihaug` in general (it stops where
 negative and says so); `solve_minres` where the Hessian itself is wanted there; `solve_woodbury`
 with the Gauss-Newton matrix when the support set has few outputs; `solve_cg` is the plain path of
 the original description. `solve_neumann` and `solve_nystrom` are what other bilevel methods use.
-`solve_minres`, and those that need a low rank, are in `imaml_jax.minres` and `imaml_jax.low_rank`.
+`solve_minres`, and those that need a low rank, are in `imaml_jax.minres` and `imaml_jax.low_rank`;
+preconditioners there and in `imaml_jax.diagonal`.
 """
 
 from collections.abc import Callable
@@ -120,8 +121,8 @@ def solve_cg_steihaug(
       tol: relative tolerance on the residual.
       max_steps: most iterations, one product each.
       precondition: `(operator, b, key) -> (r -> M^-1 r)`, on raveled vectors, with a positive
-        definite `M` close to `A`: `partial(nystrom_preconditioner, rank=20)`. None (default) for
-        none.
+        definite `M` close to `A`: `partial(nystrom_preconditioner, rank=20)`, or
+        `jacobi_preconditioner`. None (default) for none.
 
     Returns:
       `(x, SolveInfo)`; `converged` is False and `condition` infinite after a stop at non-positive

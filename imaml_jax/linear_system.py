@@ -8,6 +8,7 @@ from collections.abc import Callable
 from functools import partial
 from typing import NamedTuple
 
+import jax
 import jax.numpy as jnp
 from jax import lax
 from jax.flatten_util import ravel_pytree
@@ -55,6 +56,21 @@ def ravel_system(
         flat_b / scale,
         lambda flat: ravel_pytree(operator.matvec(unravel(flat)))[0],
         lambda flat: unravel(scale * flat),
+    )
+
+
+def raveled_damping(operator: LinearOperator, b: PyTree) -> Array:
+    """What was added to the operator's diagonal."""
+    flat = [ravel_pytree(broadcast_to_leaves(damping, b))[0] for damping in operator.dampings]
+    return sum(flat, jnp.zeros_like(ravel_pytree(b)[0]))
+
+
+def broadcast_to_leaves(prefix: PyTree, tree: PyTree) -> PyTree:
+    """A tree like `tree` from a scalar or a tree prefix whose leaves broadcast to its leaves."""
+    return jax.tree.map(
+        lambda d, x: jnp.broadcast_to(d, x.shape).astype(x.dtype),
+        jax.tree.broadcast(prefix, tree),
+        tree,
     )
 
 

@@ -26,7 +26,7 @@ FLOORS = (
     ("types",),
     ("curvature", "linear_system"),
     ("linear_solve",),
-    ("low_rank", "minres"),
+    ("diagonal", "low_rank", "minres"),
     ("implicit",),
     ("inner",),
     ("convolution",),
