@@ -5,6 +5,7 @@ module, so that the toolbox needs neither flax nor orbax.
 """
 
 from imaml_jax.curvature import damped, gauss_newton, ggnvp, ggnvp_fn, hessian, hvp, hvp_fn
+from imaml_jax.diagonal import estimate_diagonal, jacobi_preconditioner
 from imaml_jax.implicit import custom_argmin, custom_root, root_jvp, root_vjp
 from imaml_jax.inner import MinimizeInfo, adaptive_gd, minimize, newton_cg, proximal_objective
 from imaml_jax.learners import (
@@ -43,6 +44,7 @@ __all__ = [
     "custom_argmin",
     "custom_root",
     "damped",
+    "estimate_diagonal",
     "fomaml",
     "gauss_newton",
     "ggnvp",
@@ -52,6 +54,7 @@ __all__ = [
     "hvp_fn",
     "imaml",
     "imaml_dev",
+    "jacobi_preconditioner",
     "maml",
     "mean_squared_error",
     "minimize",

@@ -1,47 +1,35 @@
 """Linear solvers of one signature: `solve_*(operator, b, *, key=None, ...) -> (x, SolveInfo)`.
 
 Each solves `A x = b` for pytrees `b` shaped like the parameters and reports what it met. Settings
-are bound with `functools.partial`. Arrays are raveled first: `jax.scipy.sparse.linalg.cg` on a tree
-fails under `vmap(grad(...))` of convolutions, and one long vector means few kernels.
+are bound with `functools.partial`.
 
 Which to use for a meta-gradient: `solve_cg_steihaug` in general (it stops where the curvature turns
 negative and says so); `solve_minres` where the Hessian itself is wanted there; `solve_woodbury`
 with the Gauss-Newton matrix when the support set has few outputs; `solve_cg` is the plain path of
 the original description. `solve_neumann` and `solve_nystrom` are what other bilevel methods use.
-`solve_minres`, and those that need a low rank, are in `imaml_jax.minres` and `imaml_jax.low_rank`.
+`solve_minres`, and those that need a low rank, are in `imaml_jax.minres` and `imaml_jax.low_rank`;
+preconditioners there and in `imaml_jax.diagonal`.
 """
 
 from collections.abc import Callable
-from functools import partial
 from typing import NamedTuple
 
 import jax
 import jax.numpy as jnp
 from jax import lax
-from jax.flatten_util import ravel_pytree
 from jax.scipy.sparse.linalg import cg, gmres
 
+from imaml_jax.linear_system import (
+    SolveInfo,
+    condition_bound,
+    confirmed,
+    dot,
+    ravel_system,
+    relative_residual,
+    report,
+)
 from imaml_jax.types import Array, LinearOperator, PyTree
 
-
-class SolveInfo(NamedTuple):
-    """What a solver met.
-
-    Attributes:
-      relative_residual: `||b - A x|| / ||b||`, 0 where `b` is 0.
-      num_steps: iterations taken; None where the solver does not tell, or has none.
-      min_curvature: smallest `p^T A p / p^T p` met; an upper bound of the smallest eigenvalue. None
-        where the solver does not tell.
-      converged: whether the relative residual is within the tolerance.
-    """
-
-    relative_residual: Array
-    num_steps: Array | None
-    min_curvature: Array | None
-    converged: Array
-
-
-dot = partial(jnp.matmul, precision=lax.Precision.HIGHEST)
 # `(operator, b, key) -> (r -> M^-1 r)` on raveled vectors.
 Precondition = Callable[[LinearOperator, PyTree, Array | None], Callable[[Array], Array]]
 
@@ -54,6 +42,7 @@ class _CGState(NamedTuple):
     product: Array  # of the residual and the preconditioned one
     num_steps: Array
     min_curvature: Array
+    max_stretch: Array  # largest `||A p|| / ||p||`
     positive: Array
 
 
@@ -122,7 +111,8 @@ def solve_cg_steihaug(
     """Conjugate gradient that counts its steps, reports curvature and stops where `p^T A p <= 0`.
 
     Where the first direction already has no positive curvature, `x = 0`. Starts at zero without
-    spending a product on it. The residual reported is the one of the recurrence.
+    spending a product on it. The residual is that of the recurrence, and where this claims to be
+    within the tolerance the true one, at the price of one product.
 
     Args:
       operator: symmetric `A`.
@@ -131,11 +121,12 @@ def solve_cg_steihaug(
       tol: relative tolerance on the residual.
       max_steps: most iterations, one product each.
       precondition: `(operator, b, key) -> (r -> M^-1 r)`, on raveled vectors, with a positive
-        definite `M` close to `A`: `partial(nystrom_preconditioner, rank=20)`. None (default) for
-        none.
+        definite `M` close to `A`: `partial(nystrom_preconditioner, rank=20)`, or
+        `jacobi_preconditioner`. None (default) for none.
 
     Returns:
-      `(x, SolveInfo)`; `converged` is False after a stop at non-positive curvature.
+      `(x, SolveInfo)`; `converged` is False and `condition` infinite after a stop at non-positive
+      curvature.
 
     References:
       Steihaug, "The conjugate gradient method and trust regions in large scale optimization", 1983.
@@ -158,7 +149,8 @@ def solve_cg_steihaug(
         residual = state.residual - length * image
         preconditioned = inverse(residual)
         product = dot(residual, preconditioned)
-        rayleigh = curvature / dot(state.direction, state.direction)
+        squared_direction = dot(state.direction, state.direction)
+        stretch = jnp.sqrt(dot(image, image) / squared_direction)
         return _CGState(
             x=state.x + length * state.direction,
             residual=residual,
@@ -166,7 +158,8 @@ def solve_cg_steihaug(
             squared_residual=dot(residual, residual),
             product=product,
             num_steps=state.num_steps + 1,
-            min_curvature=jnp.minimum(state.min_curvature, rayleigh),
+            min_curvature=jnp.minimum(state.min_curvature, curvature / squared_direction),
+            max_stretch=jnp.maximum(state.max_stretch, stretch),
             positive=positive,
         )
 
@@ -181,12 +174,13 @@ def solve_cg_steihaug(
             product=dot(flat_b, first),
             num_steps=jnp.zeros((), jnp.int32),
             min_curvature=jnp.full((), jnp.inf, flat_b.dtype),
+            max_stretch=jnp.zeros((), flat_b.dtype),
             positive=jnp.array(True),
         ),
     )
-    relative = jnp.sqrt(safe_ratio(state.squared_residual, squared_b))
-    info = SolveInfo(relative, state.num_steps, state.min_curvature, relative <= tol)
-    return unravel(state.x), info
+    relative = confirmed(matvec, flat_b, state.x, state.residual, tol)
+    condition = condition_bound(state.max_stretch, state.min_curvature)
+    return report(unravel, state.x, relative, tol, state.num_steps, state.min_curvature, condition)
 
 
 def solve_dense(
@@ -201,7 +195,8 @@ def solve_dense(
       tol: relative residual up to which the solve counts as converged.
 
     Returns:
-      `(x, SolveInfo)`; `min_curvature` is the smallest eigenvalue of the symmetric part of `A`.
+      `(x, SolveInfo)`; `min_curvature` is the smallest eigenvalue of the symmetric part of `A`,
+      `condition` the condition number itself.
     """
     del key
     flat_b, matvec, unravel = ravel_system(operator, b)
@@ -209,7 +204,8 @@ def solve_dense(
     x = jnp.linalg.solve(matrix, flat_b)
     relative = relative_residual(flat_b - dot(matrix, x), flat_b)
     min_curvature = jnp.linalg.eigvalsh((matrix + matrix.T) / 2)[0]
-    return unravel(x), SolveInfo(relative, None, min_curvature, relative <= tol)
+    condition = jnp.linalg.cond(matrix)
+    return report(unravel, x, relative, tol, min_curvature=min_curvature, condition=condition)
 
 
 def solve_neumann(
@@ -246,18 +242,19 @@ def solve_neumann(
     squared_b = dot(flat_b, flat_b)
 
     def keep_going(state) -> Array:
-        _, residual, num_steps, _ = state
+        _, residual, num_steps, _, _ = state
         return (dot(residual, residual) > tol**2 * squared_b) & (num_steps < max_steps)
 
     def step(state):
-        x, residual, num_steps, min_curvature = state
+        x, residual, num_steps, min_curvature, max_stretch = state
         product = matvec(residual)
-        rayleigh = dot(residual, product) / dot(residual, residual)
+        squared_residual = dot(residual, residual)
         return (
             x + step_size * residual,
             residual - step_size * product,
             num_steps + 1,
-            jnp.minimum(min_curvature, rayleigh),
+            jnp.minimum(min_curvature, dot(residual, product) / squared_residual),
+            jnp.maximum(max_stretch, jnp.sqrt(dot(product, product) / squared_residual)),
         )
 
     start = (
@@ -265,42 +262,15 @@ def solve_neumann(
         flat_b,
         jnp.zeros((), jnp.int32),
         jnp.full((), jnp.inf, flat_b.dtype),
+        jnp.zeros((), flat_b.dtype),
     )
-    x, residual, num_steps, min_curvature = lax.while_loop(keep_going, step, start)
-    relative = relative_residual(residual, flat_b)
-    return unravel(x), SolveInfo(relative, num_steps, min_curvature, relative <= tol)
-
-
-def ravel_system(
-    operator: LinearOperator, b: PyTree
-) -> tuple[Array, Callable[[Array], Array], Callable[[Array], PyTree]]:
-    """Right-hand side scaled to largest entry 1, the matrix, and back to a tree and its scale.
-
-    Squares of tiny or huge numbers leave the range. What is not finite becomes NaN everywhere.
-    """
-    flat_b, unravel = ravel_pytree(b)
-    largest = lax.stop_gradient(jnp.max(jnp.abs(flat_b), initial=0))
-    scale = jnp.where(largest == 0, 1, jnp.where(jnp.isfinite(largest), largest, jnp.nan))
-    return (
-        flat_b / scale,
-        lambda flat: ravel_pytree(operator.matvec(unravel(flat)))[0],
-        lambda flat: unravel(scale * flat),
-    )
-
-
-def relative_residual(residual: Array, b: Array) -> Array:
-    """`||residual|| / ||b||`, 0 where `b` is 0."""
-    return jnp.sqrt(safe_ratio(dot(residual, residual), dot(b, b)))
+    x, residual, num_steps, min_curvature, max_stretch = lax.while_loop(keep_going, step, start)
+    relative = confirmed(matvec, flat_b, x, residual, tol)
+    condition = condition_bound(max_stretch, min_curvature)
+    return report(unravel, x, relative, tol, num_steps, min_curvature, condition)
 
 
 def _solve_with(solver, operator: LinearOperator, b: PyTree, *, tol: float, **settings):
     flat_b, matvec, unravel = ravel_system(operator, b)
     x, _ = solver(matvec, flat_b, tol=tol, **settings)
-    relative = relative_residual(flat_b - matvec(x), flat_b)
-    return unravel(x), SolveInfo(relative, None, None, relative <= tol)
-
-
-def safe_ratio(numerator: Array, denominator: Array) -> Array:
-    """`numerator / denominator`, 0 where the denominator is 0."""
-    zero = denominator == 0  # and not `denominator > 0`, which would take NaN for solved
-    return jnp.where(zero, 0.0, numerator / jnp.where(zero, 1, denominator))
+    return report(unravel, x, relative_residual(flat_b - matvec(x), flat_b), tol)

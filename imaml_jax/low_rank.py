@@ -8,10 +8,16 @@ from collections.abc import Callable
 import jax
 import jax.numpy as jnp
 from jax import lax
-from jax.flatten_util import ravel_pytree
 from jax.scipy.linalg import lu_factor, lu_solve
 
-from imaml_jax.linear_solve import SolveInfo, dot, ravel_system, relative_residual
+from imaml_jax.linear_system import (
+    SolveInfo,
+    dot,
+    ravel_system,
+    raveled_damping,
+    relative_residual,
+    report,
+)
 from imaml_jax.types import Array, LinearOperator, PyTree
 
 
@@ -51,7 +57,7 @@ def solve_woodbury(
     x = _woodbury(jacobian, output_hessian, diagonal)(flat_b)
     product = diagonal * x + dot(dot(output_hessian, dot(jacobian, x)), jacobian)
     relative = relative_residual(flat_b - product, flat_b)
-    return unravel(x), SolveInfo(relative, None, None, relative <= tol)
+    return report(unravel, x, relative, tol)
 
 
 def solve_nystrom(
@@ -92,7 +98,7 @@ def solve_nystrom(
     flat_b, matvec, unravel = ravel_system(operator, b)
     x = nystrom_preconditioner(operator, b, key, rank=rank)(flat_b)
     relative = relative_residual(flat_b - matvec(x), flat_b)
-    return unravel(x), SolveInfo(relative, None, None, relative <= tol)
+    return report(unravel, x, relative, tol)
 
 
 def nystrom_preconditioner(
@@ -152,13 +158,4 @@ def _diagonal(name: str, operator: LinearOperator, b: PyTree) -> Array:
     """
     if not operator.dampings:
         raise ValueError(f"{name} needs damping > 0; wrap the operator in damped(...)")
-    diagonals = [ravel_pytree(_broadcast_to_leaves(d, b))[0] for d in operator.dampings]
-    return sum(diagonals[1:], diagonals[0])
-
-
-def _broadcast_to_leaves(prefix: PyTree, tree: PyTree) -> PyTree:
-    return jax.tree.map(
-        lambda d, x: jnp.broadcast_to(d, x.shape).astype(x.dtype),
-        jax.tree.broadcast(prefix, tree),
-        tree,
-    )
+    return raveled_damping(operator, b)

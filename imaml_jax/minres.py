@@ -5,7 +5,7 @@ from typing import NamedTuple
 import jax.numpy as jnp
 from jax import lax
 
-from imaml_jax.linear_solve import SolveInfo, dot, ravel_system, relative_residual, safe_ratio
+from imaml_jax.linear_system import SolveInfo, dot, ravel_system, relative_residual, report
 from imaml_jax.types import Array, LinearOperator, PyTree
 
 
@@ -23,6 +23,8 @@ class _MinresState(NamedTuple):
     residual: Array
     num_steps: Array
     min_curvature: Array
+    min_length: Array  # of the diagonal of the triangular factor
+    max_length: Array
 
 
 def solve_minres(
@@ -70,12 +72,12 @@ def solve_minres(
         above = state.cosine * state.above + state.sine * curvature
         diagonal = state.sine * state.above - state.cosine * curvature
         length = jnp.hypot(diagonal, off_diagonal)
-        cosine, sine = safe_ratio(diagonal, length), safe_ratio(off_diagonal, length)
+        cosine, sine = _safe_ratio(diagonal, length), _safe_ratio(off_diagonal, length)
         known = above * state.direction + state.twice_above * state.last_direction
-        direction = safe_ratio(state.basis - known, length)
+        direction = _safe_ratio(state.basis - known, length)
         return _MinresState(
             x=state.x + cosine * state.residual * direction,
-            basis=safe_ratio(product, off_diagonal),
+            basis=_safe_ratio(product, off_diagonal),
             last_basis=state.basis,
             direction=direction,
             last_direction=state.direction,
@@ -88,6 +90,8 @@ def solve_minres(
             num_steps=state.num_steps + 1,
             # That of the residual before this step.
             min_curvature=jnp.minimum(state.min_curvature, -state.cosine * diagonal),
+            min_length=jnp.minimum(state.min_length, length),
+            max_length=jnp.maximum(state.max_length, length),
         )
 
     nothing = jnp.zeros_like(flat_b)
@@ -96,7 +100,7 @@ def solve_minres(
         step,
         _MinresState(
             x=nothing,
-            basis=safe_ratio(flat_b, norm),
+            basis=_safe_ratio(flat_b, norm),
             last_basis=nothing,
             direction=nothing,
             last_direction=nothing,
@@ -108,8 +112,18 @@ def solve_minres(
             residual=norm,
             num_steps=jnp.zeros((), jnp.int32),
             min_curvature=zero + jnp.inf,
+            min_length=zero + jnp.inf,
+            max_length=zero,
         ),
     )
-    relative = relative_residual(flat_b - matvec(state.x), flat_b)
-    info = SolveInfo(relative, state.num_steps, state.min_curvature, relative <= tol)
-    return unravel(state.x), info
+    product = matvec(state.x)
+    relative = relative_residual(flat_b - product, flat_b)
+    shrinkage = _safe_ratio(jnp.linalg.norm(state.x), jnp.linalg.norm(product))
+    condition = state.max_length * jnp.maximum(shrinkage, 1 / state.min_length)
+    return report(unravel, state.x, relative, tol, state.num_steps, state.min_curvature, condition)
+
+
+def _safe_ratio(numerator: Array, denominator: Array) -> Array:
+    """`numerator / denominator`, 0 where the denominator is 0."""
+    zero = denominator == 0  # and not `denominator > 0`, which would take NaN for solved
+    return jnp.where(zero, 0.0, numerator / jnp.where(zero, 1, denominator))

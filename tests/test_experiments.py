@@ -22,7 +22,7 @@ TINY += "--eval-num-steps 2 --validation-tasks 2 --test-tasks 2".split()
 TINY_SINUSOID = "--meta-steps 4 --log-every 2 --num-steps 2 --validation-tasks 2".split()
 TINY_SINUSOID += "--test-tasks 3".split()
 TRAINING = ("glyphs", "mini_imagenet", "omniglot", "sinusoid")
-REPORTS = ("benchmark", "compare", "compute_and_memory", "gradient_combinations")
+REPORTS = ("benchmark", "compare", "compute_and_memory", "conditioning", "gradient_combinations")
 REPORTS += (
     "meta_gradient_accuracy",
     "mini_imagenet_table",
@@ -30,7 +30,7 @@ REPORTS += (
     "platform_defaults",
     "solvers",
 )
-REPORTS += ("throughput", "tune")
+REPORTS += ("throughput", "toolbox_comparison", "tune")
 COMMANDS = (*TRAINING, *REPORTS)
 RECORDED = {"algorithm", "command", "cores", "date", "device", "machine", "seed", "versions"}
 RECORDED |= {"best_step", "dataset", "seconds", "settings", "test_ci95", "trained_meta_steps"}
@@ -230,6 +230,12 @@ REFUSED_REPORTS = {
     "compute_and_memory --values 1 2": ("num_steps=1", "at least 2"),
     "compute_and_memory --rounds -1": ("rounds=-1", "at least 0"),
     "compute_and_memory --output .": ("output=.", "must name a file"),
+    "conditioning --conditions 1": ("conditions=(1.0,)", "above 1"),
+    "conditioning --size 1": ("size=1", "at least 2"),
+    "conditioning --tol 0": ("tol=0", "above 0"),
+    "conditioning --max-steps 0": ("max_steps=0", "at least 1"),
+    "conditioning --threshold nan": ("threshold=nan", "positive"),
+    "conditioning --output .": ("output=.", "must name a file"),
     "gradient_combinations --meta-steps 100": ("meta_steps=100", "multiple of eval_every=250"),
     "gradient_combinations --dataset glyphs --data-dir x": ("data_dir=x", "leave it out"),
     "gradient_combinations --output .": ("output=.", "must name a file"),
@@ -254,6 +260,10 @@ REFUSED_REPORTS = {
     "solvers --output .": ("output=.", "must name a file"),
     "throughput --chunks 0": ("chunks=0", "at least 1"),
     "throughput --output .": ("output=.", "must name a file"),
+    "toolbox_comparison --size 0": ("size=0", "at least 1"),
+    "toolbox_comparison --rounds 0": ("rounds=0", "at least 1"),
+    "toolbox_comparison --tol 1": ("tol=1", "below 1"),
+    "toolbox_comparison --output .": ("output=.", "must name a file"),
 }
 
 

@@ -24,9 +24,9 @@ SOURCES = sorted(PACKAGE.rglob("*.py"))
 # each other. `imaml_jax/__init__.py` stands just above the learners and exports what is below.
 FLOORS = (
     ("types",),
-    ("curvature",),
+    ("curvature", "linear_system"),
     ("linear_solve",),
-    ("low_rank", "minres"),
+    ("diagonal", "low_rank", "minres"),
     ("implicit",),
     ("inner",),
     ("convolution",),

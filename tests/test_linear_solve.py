@@ -223,8 +223,9 @@ def test_steihaug_stops_and_says_so_where_the_curvature_is_negative(dtype):
     solve = jax.vmap(lambda m, b: solve_cg_steihaug(matrix_operator(m), as_tree(b), tol=1e-6))
     matrices, right = matrices.astype(dtype), right.astype(dtype)
     x, info = jax.jit(solve)(matrices, right)
-    assert all(np.isfinite(leaf).all() for leaf in jax.tree.leaves((x, info)))
-    assert not info.converged.any()
+    found = x, info.relative_residual, info.min_curvature
+    assert all(np.isfinite(leaf).all() for leaf in jax.tree.leaves(found))
+    assert not info.converged.any() and np.isposinf(info.condition).all()
     assert (info.num_steps <= SIZE).all()
     lowest = np.linalg.eigvalsh(matrices.astype(np.float64))[:, 0]
     assert (info.min_curvature <= 0).all()
@@ -304,7 +305,7 @@ def test_the_residual_of_minres_never_grows():
 
 
 @pytest.mark.parametrize("max_steps", [0, 3, 100])
-def test_steihaug_spends_one_product_a_step_and_none_on_the_start(max_steps):
+def test_steihaug_spends_one_product_a_step_and_one_where_it_claims_to_converge(max_steps):
     counter = []
 
     def matvec(v):
@@ -317,8 +318,9 @@ def test_steihaug_spends_one_product_a_step_and_none_on_the_start(max_steps):
 
     _, info = solve(jnp.ones(SIZE))
     jax.effects_barrier()
-    assert len(counter) == info.num_steps
+    assert len(counter) == info.num_steps + info.converged
     assert info.num_steps == min(max_steps, SIZE)
+    assert info.converged == (max_steps == 100)
 
 
 def test_the_error_after_k_steps_is_below_the_bound():

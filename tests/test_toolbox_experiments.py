@@ -1,0 +1,98 @@
+"""The experiments on the toolbox: hard linear systems, and the libraries beside it."""
+
+import importlib.util
+import json
+import os
+from fractions import Fraction
+from unittest import mock
+
+import numpy as np
+import pytest
+
+# Importing the experiments must not change the devices of the other tests.
+with mock.patch.dict(os.environ, XLA_FLAGS=os.environ.get("XLA_FLAGS", "")):
+    from experiments import conditioning, toolbox_comparison
+
+
+def exact_solution(matrix, b):
+    """Gaussian elimination of a definite matrix in rational numbers."""
+    rows = [[*row, right] for row, right in zip(matrix, b, strict=True)]
+    for i, pivot in enumerate(rows):
+        for j, row in enumerate(rows):
+            if i != j:
+                ratio = row[i] / pivot[i]
+                rows[j] = [x - ratio * y for x, y in zip(row, pivot, strict=True)]
+    return [float(row[-1] / row[i]) for i, row in enumerate(rows)]
+
+
+@pytest.mark.parametrize("spectrum", ["positive", "indefinite"])
+@pytest.mark.parametrize("dtype", ["float32", "float64"])
+def test_solutions_are_exact_at_any_condition_number(spectrum, dtype):
+    config = conditioning.Config(size=5)
+    system = conditioning.spectral(config, spectrum, 1e12, dtype)
+    basis = np.vectorize(Fraction)(system.basis.astype(np.float64))
+    undamped = np.vectorize(Fraction)(system.undamped.astype(np.float64))
+    damping = Fraction(float(system.damping))
+    matrix = (basis * undamped[None, :]) @ basis.T
+    matrix += damping * np.vectorize(Fraction)(np.eye(5, dtype=int))
+    exact = exact_solution(matrix, np.vectorize(Fraction)(system.b.astype(np.float64)))
+    assert np.linalg.norm(system.solution - exact) < 1e-12 * np.linalg.norm(exact)
+
+
+def test_conditioning(tmp_path, capsys):
+    config = conditioning.Config(
+        conditions=(1e2, 1e10), size=12, max_steps=100, output=tmp_path / "hard"
+    )
+    names = ("cg", "cg_steihaug", "dense")
+    chosen = {name: conditioning.solvers(100)[name] for name in names}
+    with mock.patch.object(conditioning, "solvers", lambda _: chosen):
+        rows = conditioning.main(config)
+    assert len(rows) == 2 * len(names) * (2 * 3 + 12)
+    written = json.loads((tmp_path / "hard.json").read_text(encoding="utf-8"))
+    assert [row["silent"] for row in written] == [row["silent"] for row in rows]
+    assert "0 not finite and called converged" in capsys.readouterr().out
+    found = {(row["dtype"], row["spectrum"], row["case"], row["solver"]): row for row in rows}
+    easy = found["float64", "positive", 1e2, "cg_steihaug"]
+    assert easy["converged"] and not easy["flags"] and easy["error"] < 1e-3
+    assert "curvature" in found["float64", "indefinite", 1e2, "cg_steihaug"]["flags"]
+    assert "condition" in found["float32", "hidden", 1e10, "dense"]["flags"]
+    assert "residual" in found["float32", "broken", "singular", "cg"]["flags"]
+    assert "range" in found["float32", "broken", "singular, nothing to solve", "dense"]["flags"]
+    assert not any(row["silent"] for row in rows if row["spectrum"] == "broken")
+    assert not any(row["silent"] for row in rows if row["solver"] == "dense")
+
+
+def test_toolbox_comparison(tmp_path, capsys):
+    ours = [c for c in toolbox_comparison.CONTENDERS if c.libraries == ("imaml_jax",)]
+    absent = toolbox_comparison.Contender(("no_such_library",), "none", lambda *_: None)
+    config = toolbox_comparison.Config(size=6, rounds=2, output=tmp_path / "beside")
+    with mock.patch.object(toolbox_comparison, "CONTENDERS", (*ours, absent)):
+        results = toolbox_comparison.main(config)
+    assert [row["library"] for row in results["rows"]] == ["imaml_jax"] * 2
+    for row, contender in zip(results["rows"], ours, strict=True):
+        assert row["error"] < 1e-8 and row["seconds"] > 0 and len(row["all_seconds"]) == 2
+        assert row["lines"] == toolbox_comparison.lines_of_code(contender.make)
+    assert results["missing"] == ["no_such_library"]
+    assert "not installed and left out: no_such_library" in capsys.readouterr().out
+    written = json.loads((tmp_path / "beside.json").read_text(encoding="utf-8"))
+    assert written["rows"] == results["rows"] and "imaml_jax" in written["versions"]
+
+
+@pytest.mark.slow
+def test_toolbox_comparison_with_every_library(tmp_path):
+    for name in ("jaxopt", "lineax", "optimistix"):
+        if importlib.util.find_spec(name) is None:
+            pytest.skip(f"no {name}: pip install -e .[crosscheck]")
+    config = toolbox_comparison.Config(size=6, rounds=1, output=tmp_path / "beside")
+    rows = toolbox_comparison.main(config)["rows"]
+    assert len(rows) == len(toolbox_comparison.CONTENDERS)
+    assert all(row["error"] < 1e-5 for row in rows)
+
+
+def test_lines_that_hold_nothing_are_not_counted():
+    def make(objective):
+        first = objective
+
+        return first
+
+    assert toolbox_comparison.lines_of_code(make) == 2
