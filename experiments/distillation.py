@@ -191,12 +191,17 @@ def table(results: dict[str, Any]) -> str:
 
 
 def draw(results: dict[str, Any], path: Path) -> None:
-    """Class means, real images of a draw and distilled images, one column a class."""
+    """Class means, real and distilled images, and these less their mean; one column a class."""
     count = results["per_class"]
-    rows = [("class means", np.asarray(results["means"])[:, None])]
-    for name, key in (("real", "random_images"), ("distilled", "images")):
-        images = np.asarray(results[key]).reshape(NUM_CLASSES, count, -1)
-        rows += [(name, images[:, i : i + 1]) for i in range(count)]
+    rows = [("class means", np.asarray(results["means"]))]
+    distilled = np.asarray(results["images"])
+    for name, images in (
+        ("real", np.asarray(results["random_images"])),
+        ("distilled", distilled),
+        ("less mean", distilled - distilled.mean(0)),
+    ):
+        by_class = images.reshape(NUM_CLASSES, count, -1)
+        rows += [(name, by_class[:, i]) for i in range(count)]
     figure = new_figure(NUM_CLASSES, len(rows) + 0.3)
     grid = figure.subplots(len(rows), NUM_CLASSES)
     for axes_row, (name, images) in zip(grid, rows, strict=True):
