@@ -1,16 +1,21 @@
 """The data sets that come with scikit-learn, for experiments that need no download."""
 
 from collections.abc import Sequence
-from typing import Literal
+from typing import Any, Literal, NamedTuple
 
 import numpy as np
-
-from imaml_jax.types import Batch
 
 Name = Literal["breast_cancer", "diabetes", "digits"]
 
 
-def load(name: Name) -> Batch:
+class Examples(NamedTuple):
+    """Inputs `[n, features]` and targets `[n]`, arrays of NumPy or JAX."""
+
+    inputs: Any
+    targets: Any
+
+
+def load(name: Name) -> Examples:
     """Arrays of one of scikit-learn's bundled data sets; pixels lie in [0, 1].
 
     Raises:
@@ -24,10 +29,10 @@ def load(name: Name) -> Batch:
         ) from error
     found = getattr(datasets, f"load_{name}")()
     inputs = found.data / 16 if name == "digits" else found.data
-    return Batch(np.asarray(inputs, np.float64), found.target)
+    return Examples(np.asarray(inputs, np.float64), found.target)
 
 
-def split(data: Batch, sizes: Sequence[int], rng: np.random.Generator) -> list[Batch]:
+def split(data: Examples, sizes: Sequence[int], rng: np.random.Generator) -> list[Examples]:
     """Random disjoint parts of the given sizes, and last a part of all other examples.
 
     Raises:
@@ -40,4 +45,4 @@ def split(data: Batch, sizes: Sequence[int], rng: np.random.Generator) -> list[B
             f"some of the {total} for the test: lower the sizes"
         )
     order = np.split(rng.permutation(total), np.cumsum(sizes))
-    return [Batch(data.inputs[rows], data.targets[rows]) for rows in order]
+    return [Examples(data.inputs[rows], data.targets[rows]) for rows in order]

@@ -24,9 +24,9 @@ import optax
 from jax import lax
 
 from experiments import bundled, common, softmax_regression
+from experiments.bundled import Examples
 from imaml_jax import cross_entropy
 from imaml_jax.plots import new_figure
-from imaml_jax.types import Batch
 
 NUM_CLASSES, SIDE = 10, 8
 LOG_GRID = np.log(np.logspace(-5, 0, 11))
@@ -68,17 +68,17 @@ def main(config: Config) -> dict[str, Any]:
     data = bundled.load("digits")
     rng = np.random.default_rng(config.seed)
     train, test = (
-        Batch(jnp.asarray(part.inputs, jnp.float32), jnp.asarray(part.targets))
+        Examples(jnp.asarray(part.inputs, jnp.float32), jnp.asarray(part.targets))
         for part in bundled.split(data, [config.train_examples], rng)
     )
     draws = [_draw_images(train, config.per_class, rng) for _ in range(config.draws + 1)]
     common.cache_compilations()
     best_of_grid = jax.jit(partial(_best_of_grid, train, test))
     start, labels = draws[0]
-    distilled, history = jax.jit(partial(_distil, config, train))(start, labels)
+    distilled, history, found = jax.jit(partial(_distil, config, train, test))(start, labels)
     means = jnp.stack([train.inputs[train.targets == c].mean(0) for c in range(NUM_CLASSES)])
     fitted = {
-        "distilled": _judge(train, test, distilled["images"], labels, distilled["log_strength"]),
+        "distilled": found,
         "class means": best_of_grid(means, jnp.arange(NUM_CLASSES)),
         "all real images": best_of_grid(*train),
     }
@@ -103,7 +103,7 @@ def main(config: Config) -> dict[str, Any]:
     return results
 
 
-def _draw_images(train: Batch, per_class: int, rng: np.random.Generator) -> Batch:
+def _draw_images(train: Examples, per_class: int, rng: np.random.Generator) -> Examples:
     """`per_class` real images of each class.
 
     Raises:
@@ -121,7 +121,7 @@ def _draw_images(train: Batch, per_class: int, rng: np.random.Generator) -> Batc
         for c in range(NUM_CLASSES)
     ]
     chosen = np.concatenate(rows)
-    return Batch(train.inputs[chosen], train.targets[chosen])
+    return Examples(train.inputs[chosen], train.targets[chosen])
 
 
 def _fit(images: jax.Array, labels: jax.Array, log_strength: jax.Array, init: Any) -> Any:
@@ -133,11 +133,11 @@ def _zeros() -> Any:
     return softmax_regression.init(SIDE * SIDE, NUM_CLASSES)
 
 
-def _loss(params: Any, batch: Batch) -> jax.Array:
+def _loss(params: Any, batch: Examples) -> jax.Array:
     return cross_entropy(softmax_regression.predict(params, batch.inputs), batch.targets)
 
 
-def _judge(train: Batch, test: Batch, images: Any, labels: Any, log_strength: Any) -> Any:
+def _judge(train: Examples, test: Examples, images: Any, labels: Any, log_strength: Any) -> Any:
     """Of the classifier trained on these images."""
     params, info = _fit(images, labels, log_strength, _zeros())
     return {
@@ -147,14 +147,14 @@ def _judge(train: Batch, test: Batch, images: Any, labels: Any, log_strength: An
     }
 
 
-def _best_of_grid(train: Batch, test: Batch, images: jax.Array, labels: jax.Array) -> Any:
+def _best_of_grid(train: Examples, test: Examples, images: jax.Array, labels: jax.Array) -> Any:
     """The same with the strength of the grid whose loss on the training images is least."""
     found = lax.map(partial(_judge, train, test, images, labels), jnp.asarray(LOG_GRID))
     return jax.tree.map(lambda x: x[jnp.argmin(found["loss"])], found)
 
 
-def _distil(config: Config, train: Batch, images: jax.Array, labels: jax.Array) -> Any:
-    """Trained images with the logarithm of the strength, and the losses of all steps."""
+def _distil(config: Config, train: Examples, test: Examples, images: Any, labels: Any) -> Any:
+    """Trained images with the logarithm of the strength, the losses of all steps and the end."""
     tx = optax.adam(config.outer_rate)
 
     def outer_loss(learned, init):
@@ -170,7 +170,7 @@ def _distil(config: Config, train: Batch, images: jax.Array, labels: jax.Array) 
     learned = {"images": images, "log_strength": jnp.asarray(LOG_START)}
     carry = (learned, _zeros(), tx.init(learned))
     (learned, *_), losses = lax.scan(step, carry, length=config.steps)
-    return learned, losses
+    return learned, losses, _judge(train, test, learned["images"], labels, learned["log_strength"])
 
 
 def table(results: dict[str, Any]) -> str:

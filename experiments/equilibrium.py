@@ -3,8 +3,9 @@
     python -m experiments.equilibrium
 
 The state of an input x solves z = tanh(W z + U x + b), where W is scaled so that the iteration
-contracts; scikit-learn's digits are classified by a linear read-out of it. The fixed point is found by iteration and differentiated through by `custom_root`: one linear system with
-I - diag(1 - z^2) W, which is not symmetric. Against it stands differentiation of K iterations:
+contracts; scikit-learn's digits are classified by a linear read-out of it. The fixed point is found
+by iteration and differentiated by `custom_root`: one linear system with I - diag(1 - z^2) W, which
+is not symmetric. Against it stands differentiation of K iterations:
 
 - the error of its gradient, relative to the implicit one, in float64 at trained parameters,
 - the temporary memory of both compiled programs,
@@ -30,9 +31,10 @@ import optax
 from jax import lax
 
 from experiments import bundled, common
+from experiments.bundled import Examples
 from imaml_jax import cross_entropy, custom_root, solve_gmres
 from imaml_jax.plots import new_figure
-from imaml_jax.types import Batch, LinearOperator
+from imaml_jax.types import LinearOperator
 
 NUM_CLASSES, BATCH = 10, 100
 MOST_ITERATIONS, KRYLOV_SIZE, MOST_RESTARTS = 2000, 20, 20
@@ -80,14 +82,17 @@ def main(config: Config) -> dict[str, Any]:
     rng = np.random.default_rng(config.seed)
     train, test = bundled.split(data, [config.train_examples], rng)
     common.cache_compilations()
-    single = [Batch(p.inputs.astype(np.float32), p.targets.astype(np.int32)) for p in (train, test)]
+    single = [
+        Examples(p.inputs.astype(np.float32), p.targets.astype(np.int32)) for p in (train, test)
+    ]
     most = max(config.unrolled)
     states = {
         "implicit": equilibrium,
         f"unrolled, {most} iterations": partial(iterate, num_steps=most),
         "a single iteration": partial(iterate, num_steps=1),
     }
-    trained = {name: _train(config, state, single[0]) for name, state in states.items()}
+    start = jax.jit(partial(init_params, config, train.inputs.shape[1]))()
+    trained = {name: _train(config, state, start, single[0]) for name, state in states.items()}
     batch = jax.tree.map(lambda x: x[:BATCH], train)
     results = {
         **dataclasses.asdict(config),
@@ -173,16 +178,16 @@ def logits(config: Config, find_state: FindState, params: Any, inputs: jax.Array
     return state @ params["readout"] + params["readout_bias"]
 
 
-def _loss(config: Config, find_state: FindState, params: Any, batch: Batch) -> jax.Array:
+def _loss(config: Config, find_state: FindState, params: Any, batch: Examples) -> jax.Array:
     return cross_entropy(logits(config, find_state, params, batch.inputs), batch.targets)
 
 
-def _accuracy(config: Config, find_state: FindState, params: Any, batch: Batch) -> float:
+def _accuracy(config: Config, find_state: FindState, params: Any, batch: Examples) -> float:
     outputs = jax.jit(partial(logits, config, find_state))(params, batch.inputs)
     return float(jnp.mean(outputs.argmax(-1) == batch.targets))
 
 
-def _train(config: Config, find_state: FindState, data: Batch) -> tuple[Any, float]:
+def _train(config: Config, find_state: FindState, start: Any, data: Examples) -> tuple[Any, float]:
     """Trained parameters, and the seconds of a step without compilation."""
     tx = optax.adam(config.learning_rate)
     loss = partial(_loss, config, find_state)
@@ -194,8 +199,7 @@ def _train(config: Config, find_state: FindState, data: Batch) -> tuple[Any, flo
         updates, opt_state = tx.update(grads, opt_state)
         return (optax.apply_updates(params, updates), opt_state), None
 
-    params = init_params(config, data.inputs.shape[1])
-    carry = (params, tx.init(params))
+    carry = (start, tx.init(start))
     keys = jax.random.split(jax.random.key(config.seed + 1), config.steps)
     program = jax.jit(partial(lax.scan, step)).lower(carry, keys).compile()
     started = time.perf_counter()
@@ -203,7 +207,7 @@ def _train(config: Config, find_state: FindState, data: Batch) -> tuple[Any, flo
     return params, (time.perf_counter() - started) / config.steps
 
 
-def _compare(config: Config, params: Any, batch: Batch) -> dict[str, Any]:
+def _compare(config: Config, params: Any, batch: Examples) -> dict[str, Any]:
     """Gradients in float64 and memory in float32, of one batch."""
     ways = {k: partial(iterate, num_steps=k) for k in config.unrolled}
 
@@ -211,10 +215,10 @@ def _compare(config: Config, params: Any, batch: Batch) -> dict[str, Any]:
         return jax.jit(jax.grad(partial(_loss, config, find_state)))
 
     def temporary_bytes(find_state):
-        memory = gradient(find_state).lower(params, single).compile().memory_analysis()
+        memory: Any = gradient(find_state).lower(params, single).compile().memory_analysis()
         return memory.temp_size_in_bytes
 
-    single = Batch(batch.inputs.astype(np.float32), batch.targets)
+    single = Examples(batch.inputs.astype(np.float32), batch.targets)
     bytes_by_way = {k: temporary_bytes(way) for k, way in ways.items()}
     with jax.enable_x64(True):
         double = jax.tree.map(lambda x: jnp.asarray(x, jnp.float64), params)
@@ -252,14 +256,14 @@ def draw(results: dict[str, Any], path: Path) -> None:
     left, right = figure.subplots(1, 2)
     steps = results["unrolled"]
     left.plot(steps, [results["gradient_difference"][k] for k in steps], "o-")
-    left.set(yscale="log", ylabel="relative difference from the implicit gradient")
+    left.set(yscale="log", title="gradient, unrolled from implicit", ylabel="relative difference")
     mebibytes = {way: count / 2**20 for way, count in results["temporary_bytes"].items()}
     right.plot(steps, [mebibytes[k] for k in steps], "o-", label="unrolled")
     right.axhline(mebibytes["implicit"], color="C1", label="implicit")
     right.set(ylabel="temporary MiB")
     right.legend()
     for axes in (left, right):
-        axes.set(xscale="log", xlabel="iterations K")
+        axes.set(xlabel="iterations K")
     figure.savefig(path, dpi=120)
 
 

@@ -6,12 +6,12 @@ Ridge regression on scikit-learn's diabetes set and logistic regression on its b
 
     min_w  L_train(w) + 1/2 sum_i exp(a_i) w_i^2,
 
-alone and with probes beside the features: shuffled copies of them, which carry no information. Training
-of `a` begins at the best common weight of a grid for the same validation examples. So many weights
-can be fitted to them too well: besides the end of a training on all of them, the step that is best
-for one half of them is taken from a training on the other half. What either is worth is told by
-test examples, on several random splits into thirds. The gradient in `a` is compared with central
-differences. All in float64. Writes OUTPUT.json and OUTPUT.png.
+alone and with probes beside the features: shuffled copies of them, which carry no information.
+Training of `a` begins at the best common weight of a grid for the same validation examples. So many
+weights can be fitted to them too well: besides the end of a training on all of them, the step that
+is best for one half of them is taken from a training on the other half. What either is worth is
+told by test examples, on several random splits into thirds. The gradient in `a` is compared with
+central differences. All in float64. Writes OUTPUT.json and OUTPUT.png.
 """
 
 import dataclasses
@@ -28,9 +28,9 @@ import optax
 from jax import lax
 
 from experiments import bundled, common
+from experiments.bundled import Examples
 from imaml_jax import custom_argmin, mean_squared_error, minimize, newton_cg, solve_cg_steihaug
 from imaml_jax.plots import new_figure
-from imaml_jax.types import Batch
 
 GRID = np.log(np.logspace(-4, 2, 25))
 NEWTON_STEPS, NEWTON_TOLERANCE = 10, 1e-4
@@ -56,7 +56,7 @@ class Config:
     """Numbers of features without information to put beside those of the data set."""
     splits: int = 10
     """Random splits into training, validation and test examples."""
-    steps: int = 200
+    steps: int = 100
     """Steps of Adam on the logarithms of the weights."""
     outer_rate: float = 0.1
     """Its rate."""
@@ -69,9 +69,9 @@ class Config:
 class Split(NamedTuple):
     """Standardised by the training examples."""
 
-    train: Batch
-    validation: Batch
-    test: Batch
+    train: Examples
+    validation: Examples
+    test: Examples
 
 
 def main(config: Config) -> dict[str, Any]:
@@ -122,7 +122,7 @@ def predict(params: Any, inputs: jax.Array) -> jax.Array:
     return inputs @ params["kernel"] + params["bias"]
 
 
-def measure(config: Config, name: str, data: Batch, probes: int) -> dict[str, Any]:
+def measure(config: Config, name: str, data: Examples, probes: int) -> dict[str, Any]:
     """The row of one data set."""
     rng = np.random.default_rng(config.seed)
     fit_split = jax.jit(partial(_fit_split, config, LOSSES[name]))
@@ -141,11 +141,11 @@ def measure(config: Config, name: str, data: Batch, probes: int) -> dict[str, An
     }
 
 
-def _prepare(name: str, data: Batch, probes: int, rng: np.random.Generator) -> Split:
+def _prepare(name: str, data: Examples, probes: int, rng: np.random.Generator) -> Split:
     """A random split into thirds."""
     columns = rng.integers(data.inputs.shape[1], size=probes)
     shuffled = [rng.permutation(data.inputs[:, column]) for column in columns]
-    data = Batch(np.column_stack([data.inputs, *shuffled]), data.targets)
+    data = Examples(np.column_stack([data.inputs, *shuffled]), data.targets)
     third = len(data.targets) // 3
     parts = bundled.split(data, [third, third], rng)
     mean, scale = parts[0].inputs.mean(0), parts[0].inputs.std(0)
@@ -153,7 +153,7 @@ def _prepare(name: str, data: Batch, probes: int, rng: np.random.Generator) -> S
     if name == "diabetes":
         middle, spread = parts[0].targets.mean(), parts[0].targets.std()
     return Split(
-        *(Batch((p.inputs - mean) / scale, (p.targets - middle) / spread) for p in parts)
+        *(Examples((p.inputs - mean) / scale, (p.targets - middle) / spread) for p in parts)
     )
 
 
@@ -208,7 +208,8 @@ def _fit_split(config: Config, loss: Callable[..., Any], split: Split) -> dict[s
         DIFFERENCE * jnp.eye(num_features),
     )
     exact = jax.grad(validation)(start)
-    found = {"gradient_error": optax.tree.norm(exact - numeric) / optax.tree.norm(numeric)}
+    error = optax.tree.norm(exact - numeric) / optax.tree.norm(numeric)
+    found: dict[str, Any] = {"gradient_error": error}
     for way, log_weights in weights.items():
         params, info = fit(zeros, log_weights, split.train)
         found[f"log_weights_{way}"] = log_weights

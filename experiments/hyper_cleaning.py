@@ -2,13 +2,13 @@
 
     python -m experiments.hyper_cleaning
 
-A share of the labels of handwritten digits is replaced by wrong ones. A linear classifier is trained
-on all of them, each with a weight between 0 and 1; the weights are trained on the loss of the
-classifier on a few examples with clean labels, differentiated through the classifier's training.
-What is measured: how well the weights tell wrong labels from clean ones (AUROC), and the accuracy
-on test examples beside classifiers of the same kind that were trained on all examples alike, on the
-clean ones only, which nobody would know, and on the few clean examples themselves, without and with
-the others. Writes OUTPUT.json and OUTPUT.png.
+A share of the labels of handwritten digits is replaced by wrong ones. A linear classifier is
+trained on all of them, each with a weight between 0 and 1; the weights are trained on the loss of
+the classifier on a few examples with clean labels, differentiated through the classifier's
+training. What is measured: how well the weights tell wrong labels from clean ones (AUROC), and the
+accuracy on test examples beside classifiers of the same kind that were trained on all examples
+alike, on the clean ones only, which nobody would know, and on the few clean examples themselves,
+without and with the others. Writes OUTPUT.json and OUTPUT.png.
 
 Franceschi et al., "Forward and reverse gradient-based hyperparameter optimization", ICML 2017.
 """
@@ -26,9 +26,9 @@ import optax
 from jax import lax
 
 from experiments import bundled, common, softmax_regression
+from experiments.bundled import Examples
 from imaml_jax import cross_entropy
 from imaml_jax.plots import new_figure
-from imaml_jax.types import Batch
 
 NUM_CLASSES = 10
 LEARNED, ALL, CLEAN = "learned weights", "all examples alike", "clean examples only (oracle)"
@@ -69,10 +69,10 @@ class Problem(NamedTuple):
       validation, test: examples with clean labels.
     """
 
-    train: Batch
+    train: Examples
     is_clean: Any
-    validation: Batch
-    test: Batch
+    validation: Examples
+    test: Examples
 
 
 def main(config: Config) -> dict[str, Any]:
@@ -108,7 +108,7 @@ def main(config: Config) -> dict[str, Any]:
     return results
 
 
-def corrupt(config: Config, data: Batch, rng: np.random.Generator) -> Problem:
+def corrupt(config: Config, data: Examples, rng: np.random.Generator) -> Problem:
     """A random split, with labels replaced by other classes at random."""
     sizes = [config.train_examples, config.validation_examples]
     train, *others = bundled.split(data, sizes, rng)
@@ -119,8 +119,8 @@ def corrupt(config: Config, data: Batch, rng: np.random.Generator) -> Problem:
     labels = np.where(wrong, (train.targets + shifts) % NUM_CLASSES, train.targets)
     is_clean = (~wrong).astype(np.float32)
     parts = [
-        Batch(part.inputs.astype(np.float32), part.targets)
-        for part in (Batch(train.inputs, labels), *others)
+        Examples(part.inputs.astype(np.float32), part.targets)
+        for part in (Examples(train.inputs, labels), *others)
     ]
     return Problem(parts[0], is_clean, parts[1], parts[2])
 
@@ -148,10 +148,11 @@ def _clean(config: Config, problem: Problem) -> dict[str, Any]:
 
     start = jnp.zeros(len(train.targets))
     carry = (start, zeros, tx.init(start))
-    (logits, params, _), residuals = lax.scan(step, carry, length=config.steps)
+    trained, residuals = lax.scan(step, carry, length=config.steps)
+    logits: Any = trained[0]
     both = jax.tree.map(lambda *parts: jnp.concatenate(parts), train, validation)
     fitted = {
-        LEARNED: fit(train, jax.nn.sigmoid(logits), params),
+        LEARNED: fit(train, jax.nn.sigmoid(logits), trained[1]),
         ALL: fit(train, jnp.ones_like(is_clean)),
         CLEAN: fit(train, is_clean),
         VALIDATION: fit(validation, jnp.ones(len(validation.targets))),

@@ -16,9 +16,9 @@ markets, `sum_i a_ij w_i = p_j E_j` with `E_j = sum_i e_ij`. SciPy finds them, t
     p_j = a_j E_1 / (a_1 E_j),    dp_j = (sum_i w_i da_ij + a_j / a_1 sum_ik w_i da_ik) / E_j.
 
 Jacobians of both in all that they depend on, in forward and reverse mode, are compared with the
-closed forms. Last, a tax t on each unit is added to the firms' costs and set by Newton's method on the
-logarithm of its revenue t Q, with second derivatives through their equilibrium; the revenue is known
-to be highest at t = mean(c) / (eta - 1). All in float64. Writes OUTPUT.json and OUTPUT.png.
+closed forms. Last, a tax t on each unit is added to the firms' costs and set by Newton's method on
+the logarithm of its revenue t Q, with second derivatives through their equilibrium; the revenue is
+known to be highest at t = mean(c) / (eta - 1). All in float64. Writes OUTPUT.json and OUTPUT.png.
 """
 
 import dataclasses
@@ -83,7 +83,7 @@ def main(config: Config) -> dict[str, Any]:
                 {"tastes": common_tastes, "endowments": endowments},
             ),
         }
-        tax = float(best_tax(costs, eta))
+        tax = float(jax.jit(best_tax)(costs, eta))
     exact_tax = float(costs.mean() / (eta - 1))
     results = {
         **dataclasses.asdict(config),
@@ -138,9 +138,10 @@ def cournot_closed_form(costs: np.ndarray, eta: np.ndarray) -> tuple[np.ndarray,
     slope = 1 / (len(costs) - 1 / eta)
     price = slope * costs.sum()
     by_price = eta * price ** (-eta - 2) * ((eta + 1) * costs - eta * price)
-    own = eta * price ** (-eta - 1) * (price - costs)
+    by_own_cost = -eta * price ** (-eta - 1)
+    own = by_own_cost * (costs - price)
     return own, {
-        "costs": slope * by_price[:, None] - np.diag(np.full(len(costs), eta * price ** (-eta - 1))),
+        "costs": slope * by_price[:, None] + by_own_cost * np.eye(len(costs)),
         "elasticity": own * (1 / eta - np.log(price)) - by_price * slope * price / eta**2,
     }
 
@@ -193,7 +194,7 @@ def _compare(solve: Any, closed_form: tuple[np.ndarray, dict[str, Any]], args: A
     }
     return {
         "root": root.tolist(),
-        "root_error": common.relative_difference(solve(*args.values()), root),
+        "root_error": common.relative_difference(jax.jit(solve)(*args.values()), root),
         "jacobians": {
             name: {
                 "exact": jacobians[name].ravel().tolist(),
