@@ -169,7 +169,8 @@ def _distil(config: Config, train: Examples, test: Examples, images: Any, labels
 
     learned = {"images": images, "log_strength": jnp.asarray(LOG_START)}
     carry = (learned, _zeros(), tx.init(learned))
-    (learned, *_), losses = lax.scan(step, carry, length=config.steps)
+    trained, losses = lax.scan(step, carry, length=config.steps)
+    learned: Any = trained[0]
     return learned, losses, _judge(train, test, learned["images"], labels, learned["log_strength"])
 
 
