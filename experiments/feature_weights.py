@@ -256,7 +256,8 @@ def draw(results: dict[str, Any], path: Path) -> None:
         axes.axhline(common_weight, color="gray", ls=":", label="common weight")
         axes.set(xlabel="column", title=f"{row['dataset']}, {row['probes']} probes")
     figure.axes[0].set(ylabel="log10 of the weight")
-    figure.axes[-1].legend()
+    handles, labels = figure.axes[-1].get_legend_handles_labels()
+    figure.legend(handles, labels, loc="outside right upper")
     figure.savefig(path, dpi=120)
 
 
