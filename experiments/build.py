@@ -17,8 +17,8 @@ _INITIALIZERS = {
     "xavier_1.73": nn.initializers.variance_scaling(1.73**2, "fan_avg", "uniform"),
 }
 _SOLVERS = {
-    "cg": lambda steps: partial(imaml_jax.solve_cg, max_steps=steps),
-    "cg_steihaug": lambda steps: partial(imaml_jax.solve_cg_steihaug, max_steps=steps),
+    "cg": lambda steps: partial(imaml_jax.solve_cg, tol=0.0, max_steps=steps),
+    "cg_steihaug": lambda steps: partial(imaml_jax.solve_cg_steihaug, tol=0.0, max_steps=steps),
     "woodbury": lambda steps: imaml_jax.solve_woodbury,
 }
 

@@ -27,7 +27,7 @@ from imaml_jax.linear_solve import SolveInfo, solve_cg_steihaug
 from imaml_jax.types import MetaLearner, PyTree
 
 Curvature = Literal["hessian", "gauss_newton"]
-_FIVE_CG_STEPS = partial(solve_cg_steihaug, max_steps=5)
+_FIVE_CG_STEPS = partial(solve_cg_steihaug, tol=0.0, max_steps=5)
 
 
 class LearnedStrength(NamedTuple):

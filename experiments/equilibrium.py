@@ -1,0 +1,286 @@
+"""A deep equilibrium layer: a classifier whose hidden state is a fixed point.
+
+    python -m experiments.equilibrium
+
+The state of an input x solves z = tanh(W z + U x + b), where W is scaled so that the iteration
+contracts; scikit-learn's digits are classified by a linear read-out of it. The fixed point is found
+by iteration and differentiated by `custom_root`: one linear system with I - diag(1 - z^2) W, which
+is not symmetric. Against it stands differentiation of K iterations:
+
+- the error of its gradient, relative to the implicit one, in float64 at trained parameters,
+- the temporary memory of both compiled programs,
+- test accuracies, also of the network with a single iteration, which is no fixed point.
+
+Writes OUTPUT.json and OUTPUT.png.
+
+Bai, Kolter and Koltun, "Deep equilibrium models", NeurIPS 2019.
+"""
+
+import dataclasses
+import math
+import time
+from collections.abc import Callable
+from functools import partial
+from pathlib import Path
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import optax
+from jax import lax
+
+from experiments import bundled, common
+from experiments.bundled import Examples
+from imaml_jax import cross_entropy, custom_root, solve_gmres
+from imaml_jax.plots import new_figure
+from imaml_jax.types import LinearOperator
+
+NUM_CLASSES, BATCH = 10, 100
+MOST_ITERATIONS, KRYLOV_SIZE, MOST_RESTARTS = 2000, 20, 20
+
+
+# `(W, U x + b) -> z`.
+FindState = Callable[[jax.Array, jax.Array], jax.Array]
+
+
+@dataclasses.dataclass(frozen=True)
+class Config:
+    """What is trained and measured."""
+
+    width: int = 50
+    """Numbers in the hidden state."""
+    contraction: float = 0.95
+    """Bound on the factor of the error in one iteration, between 0 and 1."""
+    steps: int = 500
+    """Steps of Adam, each with 100 examples."""
+    learning_rate: float = 3e-3
+    """Its rate."""
+    unrolled: tuple[int, ...] = (1, 2, 4, 8, 16, 32, 64, 128)
+    """Numbers of iterations K, each at least 1."""
+    train_examples: int = 1000
+    """Training examples, at least 100; the others are for the test."""
+    seed: int = 0
+    """Seed of the split, the initialisation and the batches."""
+    output: Path = Path("runs/equilibrium")
+    """Where to write, without an ending."""
+
+
+def main(config: Config) -> dict[str, Any]:
+    """Trains, measures, writes and prints.
+
+    Returns:
+      The settings, the test accuracies, and for the implicit gradient and each K the temporary
+      bytes, with the relative difference of the gradients.
+
+    Raises:
+      ValueError: a setting out of its range.
+    """
+    _check(config)
+    common.check_output(config.output)
+    data = bundled.load("digits")
+    rng = np.random.default_rng(config.seed)
+    train, test = bundled.split(data, [config.train_examples], rng)
+    common.cache_compilations()
+    single = [
+        Examples(p.inputs.astype(np.float32), p.targets.astype(np.int32)) for p in (train, test)
+    ]
+    most = max(config.unrolled)
+    states = {
+        "implicit": equilibrium,
+        f"unrolled, {most} iterations": partial(iterate, num_steps=most),
+        "a single iteration": partial(iterate, num_steps=1),
+    }
+    start = jax.jit(partial(init_params, config, train.inputs.shape[1]))()
+    trained = {name: _train(config, state, start, single[0]) for name, state in states.items()}
+    batch = jax.tree.map(lambda x: x[:BATCH], train)
+    results = {
+        **dataclasses.asdict(config),
+        "test_accuracy": {
+            name: _accuracy(config, state, trained[name][0], single[1])
+            for name, state in states.items()
+        },
+        "seconds_a_step": {name: seconds for name, (_, seconds) in trained.items()},
+        **_compare(config, trained["implicit"][0], batch),
+        **common.provenance(),
+    }
+    common.write_report(config.output, results, table, draw)
+    return results
+
+
+def next_state(state: jax.Array, recurrent: jax.Array, drive: jax.Array) -> jax.Array:
+    """One iteration, on rows of a batch."""
+    return jnp.tanh(state @ recurrent + drive)
+
+
+def iterate(recurrent: jax.Array, drive: jax.Array, *, num_steps: int) -> jax.Array:
+    """So many iterations from zero, to be differentiated step by step."""
+
+    def step(state, _):
+        return next_state(state, recurrent, drive), None
+
+    return lax.scan(step, jnp.zeros_like(drive), length=num_steps)[0]
+
+
+def equilibrium(recurrent: jax.Array, drive: jax.Array) -> jax.Array:
+    """The fixed point, to be differentiated implicitly."""
+    return _fixed_point(jnp.zeros_like(drive), recurrent, drive)
+
+
+def _solve(operator: LinearOperator, b: Any) -> Any:
+    tol = _tolerance(b)
+    return solve_gmres(operator, b, tol=tol, restart=KRYLOV_SIZE, max_restarts=MOST_RESTARTS)
+
+
+def _tolerance(x: jax.Array) -> float:
+    return 100 * float(jnp.finfo(x.dtype).eps)
+
+
+@custom_root(lambda state, *args: next_state(state, *args) - state, _solve)
+def _fixed_point(init: jax.Array, recurrent: jax.Array, drive: jax.Array) -> jax.Array:
+    def unfinished(carry):
+        _, change, count = carry
+        return (change > _tolerance(drive)) & (count < MOST_ITERATIONS)
+
+    def step(carry):
+        state, _, count = carry
+        new = next_state(state, recurrent, drive)
+        return new, jnp.max(jnp.abs(new - state)), count + 1
+
+    return lax.while_loop(unfinished, step, step((init, jnp.inf, 0)))[0]
+
+
+def init_params(config: Config, num_inputs: int) -> dict[str, jax.Array]:
+    """W is orthogonal; the read-out begins at zero."""
+    keys = jax.random.split(jax.random.key(config.seed))
+    return {
+        "recurrent": jax.nn.initializers.orthogonal()(keys[0], (config.width, config.width)),
+        "input": jax.nn.initializers.lecun_normal()(keys[1], (num_inputs, config.width)),
+        "bias": jnp.zeros((1, config.width)),
+        "readout": jnp.zeros((config.width, NUM_CLASSES)),
+        "readout_bias": jnp.zeros((1, NUM_CLASSES)),
+    }
+
+
+def largest_singular_value_bound(matrix: jax.Array) -> jax.Array:
+    """`||(W^T W)^4||_inf^(1/8)`, without a decomposition; exact where W is orthogonal."""
+    power = matrix.T @ matrix
+    for _ in range(2):
+        power = power @ power
+    return jnp.max(jnp.sum(jnp.abs(power), 0)) ** (1 / 8)
+
+
+def logits(config: Config, find_state: FindState, params: Any, inputs: jax.Array) -> jax.Array:
+    """Of a batch of inputs `[n, features]`."""
+    largest = largest_singular_value_bound(params["recurrent"])
+    recurrent = params["recurrent"] * jnp.minimum(1.0, config.contraction / largest)
+    state = find_state(recurrent, inputs @ params["input"] + params["bias"])
+    return state @ params["readout"] + params["readout_bias"]
+
+
+def _loss(config: Config, find_state: FindState, params: Any, batch: Examples) -> jax.Array:
+    return cross_entropy(logits(config, find_state, params, batch.inputs), batch.targets)
+
+
+def _accuracy(config: Config, find_state: FindState, params: Any, batch: Examples) -> float:
+    outputs = jax.jit(partial(logits, config, find_state))(params, batch.inputs)
+    return float(jnp.mean(outputs.argmax(-1) == batch.targets))
+
+
+def _train(config: Config, find_state: FindState, start: Any, data: Examples) -> tuple[Any, float]:
+    """Trained parameters, and the seconds of a step without compilation."""
+    tx = optax.adam(config.learning_rate)
+    loss = partial(_loss, config, find_state)
+
+    def step(carry, key):
+        params, opt_state = carry
+        rows = jax.random.choice(key, len(data.targets), (BATCH,), replace=False)
+        grads = jax.grad(loss)(params, jax.tree.map(lambda x: jnp.asarray(x)[rows], data))
+        updates, opt_state = tx.update(grads, opt_state)
+        return (optax.apply_updates(params, updates), opt_state), None
+
+    carry = (start, tx.init(start))
+    keys = jax.random.split(jax.random.key(config.seed + 1), config.steps)
+    program = jax.jit(partial(lax.scan, step)).lower(carry, keys).compile()
+    started = time.perf_counter()
+    (params, _), _ = jax.block_until_ready(program(carry, keys))
+    return params, (time.perf_counter() - started) / config.steps
+
+
+def _compare(config: Config, params: Any, batch: Examples) -> dict[str, Any]:
+    """Gradients in float64 and memory in float32, of one batch."""
+    ways = {k: partial(iterate, num_steps=k) for k in config.unrolled}
+
+    def gradient(find_state):
+        return jax.jit(jax.grad(partial(_loss, config, find_state)))
+
+    def temporary_bytes(find_state):
+        memory: Any = gradient(find_state).lower(params, single).compile().memory_analysis()
+        return memory.temp_size_in_bytes
+
+    single = Examples(batch.inputs.astype(np.float32), batch.targets)
+    bytes_by_way = {k: temporary_bytes(way) for k, way in ways.items()}
+    with jax.enable_x64(True):
+        double = jax.tree.map(lambda x: jnp.asarray(x, jnp.float64), params)
+        exact = gradient(equilibrium)(double, batch)
+        errors = {
+            k: common.relative_difference(gradient(way)(double, batch), exact)
+            for k, way in ways.items()
+        }
+    return {
+        "gradient_difference": errors,
+        "temporary_bytes": {"implicit": temporary_bytes(equilibrium), **bytes_by_way},
+    }
+
+
+def table(results: dict[str, Any]) -> str:
+    """The measurements as text."""
+    bytes_by_way = results["temporary_bytes"]
+    lines = [f"{'':28}{'accuracy':>10}{'ms a step':>11}"]
+    lines += [
+        f"{name:28}{accuracy:10.4f}{1e3 * results['seconds_a_step'][name]:11.2f}"
+        for name, accuracy in results["test_accuracy"].items()
+    ]
+    lines.append(f"{'gradient of a batch':28}{'MiB':>10}{'difference':>12}")
+    lines.append(f"{'implicit':28}{bytes_by_way['implicit'] / 2**20:10.2f}")
+    lines += [
+        f"{f'{k} iterations':28}{bytes_by_way[k] / 2**20:10.2f}{difference:12.0e}"
+        for k, difference in results["gradient_difference"].items()
+    ]
+    return "\n".join(lines)
+
+
+def draw(results: dict[str, Any], path: Path) -> None:
+    """Difference of the gradients and memory against iterations."""
+    figure = new_figure(9, 3.5)
+    left, right = figure.subplots(1, 2)
+    steps = results["unrolled"]
+    left.plot(steps, [results["gradient_difference"][k] for k in steps], "o-")
+    left.set(yscale="log", title="gradient, unrolled from implicit", ylabel="relative difference")
+    mebibytes = {way: count / 2**20 for way, count in results["temporary_bytes"].items()}
+    right.plot(steps, [mebibytes[k] for k in steps], "o-", label="unrolled")
+    right.axhline(mebibytes["implicit"], color="C1", label="implicit")
+    right.set(ylabel="temporary MiB")
+    right.legend()
+    for axes in (left, right):
+        axes.set(xlabel="iterations K")
+    figure.savefig(path, dpi=120)
+
+
+def _check(config: Config) -> None:
+    if not 0 < config.contraction < 1:
+        raise ValueError(f"contraction={config.contraction} must lie between 0 and 1")
+    if not config.unrolled or min(config.unrolled) < 1:
+        raise ValueError(f"unrolled={config.unrolled} must name numbers of at least 1")
+    if config.train_examples < BATCH:
+        raise ValueError(f"train_examples={config.train_examples} must be at least {BATCH}")
+    for name in ("width", "steps"):
+        if getattr(config, name) < 1:
+            raise ValueError(f"{name}={getattr(config, name)} must be at least 1")
+    if not 0 < config.learning_rate < math.inf:
+        raise ValueError(f"learning_rate={config.learning_rate} must be positive")
+    common.check_seed(config.seed)
+
+
+if __name__ == "__main__":
+    common.run_cli(main, Config, __doc__)
