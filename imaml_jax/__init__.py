@@ -4,8 +4,14 @@ The light modules' names; networks, data, training, evaluation and checkpoints a
 module, so that the toolbox needs neither flax nor orbax.
 """
 
+from imaml_jax.adaptive import AdaptiveInfo, adaptive_gradient
 from imaml_jax.curvature import damped, gauss_newton, ggnvp, ggnvp_fn, hessian, hvp, hvp_fn
 from imaml_jax.diagonal import estimate_diagonal, jacobi_preconditioner
+from imaml_jax.gradient_error import (
+    GradientError,
+    implicit_gradient_bound,
+    implicit_gradient_error,
+)
 from imaml_jax.implicit import custom_argmin, custom_root, root_jvp, root_vjp
 from imaml_jax.inner import MinimizeInfo, adaptive_gd, minimize, newton_cg, proximal_objective
 from imaml_jax.learners import (
@@ -32,7 +38,9 @@ from imaml_jax.types import Batch, LinearOperator, LowRank, MetaLearner, Task
 __version__ = "0.1.0"
 
 __all__ = [
+    "AdaptiveInfo",
     "Batch",
+    "GradientError",
     "LinearOperator",
     "LowRank",
     "MetaLearner",
@@ -40,6 +48,7 @@ __all__ = [
     "SolveInfo",
     "Task",
     "adaptive_gd",
+    "adaptive_gradient",
     "cross_entropy",
     "custom_argmin",
     "custom_root",
@@ -54,6 +63,8 @@ __all__ = [
     "hvp_fn",
     "imaml",
     "imaml_dev",
+    "implicit_gradient_bound",
+    "implicit_gradient_error",
     "jacobi_preconditioner",
     "maml",
     "mean_squared_error",

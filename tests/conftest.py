@@ -23,6 +23,15 @@ def x64():
     jax.config.update("jax_enable_x64", before)
 
 
+@pytest.fixture(scope="module")
+def x64_module():
+    """Runs a whole module with float64 enabled, so that its fixtures can be shared."""
+    before = jax.config.read("jax_enable_x64")
+    jax.config.update("jax_enable_x64", True)
+    yield
+    jax.config.update("jax_enable_x64", before)
+
+
 @pytest.fixture
 def key():
     """A fixed random key."""

@@ -31,7 +31,14 @@ REPORTS += (
     "solvers",
 )
 REPORTS += ("throughput", "toolbox_comparison", "tune")
-REPORTS += ("distillation", "equilibrium", "feature_weights", "hyper_cleaning", "market")
+REPORTS += (
+    "distillation",
+    "equilibrium",
+    "error_estimate",
+    "feature_weights",
+    "hyper_cleaning",
+    "market",
+)
 COMMANDS = (*TRAINING, *REPORTS)
 RECORDED = {"algorithm", "command", "cores", "date", "device", "machine", "seed", "versions"}
 RECORDED |= {"best_step", "dataset", "seconds", "settings", "test_ci95", "trained_meta_steps"}
@@ -246,6 +253,9 @@ REFUSED_REPORTS = {
     "equilibrium --train-examples 10": ("train_examples=10", "at least 100"),
     "equilibrium --learning-rate 0": ("learning_rate=0.0", "positive"),
     "equilibrium --output .": ("output=.", "must name a file"),
+    "error_estimate --problems 1": ("problems=1", "at least 2"),
+    "error_estimate --cg-steps 0": ("cg_steps=0", "at least 1"),
+    "error_estimate --seed -1": ("seed=-1", "between 0 and"),
     "feature_weights --datasets": ("datasets=()", "name at least one"),
     "feature_weights --probes -1": ("probes=(-1,)", "at least 0"),
     "feature_weights --splits 0": ("splits=0", "at least 1"),

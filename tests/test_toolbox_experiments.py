@@ -11,7 +11,7 @@ import pytest
 
 # Importing the experiments must not change the devices of the other tests.
 with mock.patch.dict(os.environ, XLA_FLAGS=os.environ.get("XLA_FLAGS", "")):
-    from experiments import conditioning, toolbox_comparison
+    from experiments import conditioning, error_estimate, toolbox_comparison
 
 
 def exact_solution(matrix, b):
@@ -96,3 +96,15 @@ def test_lines_that_hold_nothing_are_not_counted():
         return first
 
     assert toolbox_comparison.lines_of_code(make) == 2
+
+
+@pytest.mark.slow
+def test_the_estimate_covers_the_error(tmp_path, capsys):
+    config = error_estimate.Config(problems=4, rounds=8, output=tmp_path / "figure")
+    kinds = error_estimate.main(config)["kinds"]
+    assert kinds["logistic"]["coverage"] == 1.0 and kinds["logistic"]["within_10"] > 0.9
+    assert kinds["sinusoid"]["coverage"] > 0.9
+    for asked in kinds["logistic"]["asked"]:
+        assert asked["largest_error"] <= asked["accuracy"] and asked["converged"] == 4
+    assert "estimate / error" in capsys.readouterr().out
+    assert (tmp_path / "figure.png").stat().st_size > 10_000

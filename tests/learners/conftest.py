@@ -10,15 +10,6 @@ import pytest
 jit = partial(jax.jit, compiler_options={"xla_backend_optimization_level": 0})
 
 
-@pytest.fixture(scope="module")
-def x64_module():
-    """Runs a whole module with float64 enabled, so that its fixtures can be shared."""
-    before = jax.config.read("jax_enable_x64")
-    jax.config.update("jax_enable_x64", True)
-    yield
-    jax.config.update("jax_enable_x64", before)
-
-
 @pytest.fixture(scope="session")
 def finite_differences():
     """`(fun, x [n]) -> gradient [n]` by central differences, one point at a time."""

@@ -1,0 +1,185 @@
+"""How far an implicit gradient is from the exact one: an estimate from its residuals, and a bound.
+
+At a point `x` the inner gradient `s = grad objective(x)` should be zero, and so should the residual
+`r(x) = grad outer(x) - A(x) u` of the adjoint `u`. A Newton step for each gives to first order what
+is missing:
+
+    x* - x = -d,    A d = s;        u* - u = e,    A e = r(x) - Dr(x) d;
+
+and the derivative of the gradient along `(-d, e)` is its error. What the solver leaves of the two
+systems counts by its norm over the strong convexity, and what is of second order by what the step
+leaves of the inner gradient. That is an estimate; `implicit_gradient_bound` gives a bound where the
+constants are known.
+
+References:
+  Pedregosa, "Hyperparameter optimization with approximate gradient", ICML 2016 (the error from both
+  residuals).
+  Becker and Rannacher, "An optimal control approach to a posteriori error estimation", 2001.
+"""
+
+from collections.abc import Callable, Sequence
+from typing import NamedTuple
+
+import jax
+import jax.numpy as jnp
+import optax
+
+from imaml_jax.curvature import hessian
+from imaml_jax.linear_solve import SolveInfo
+from imaml_jax.types import Array, LinearOperator, PyTree
+
+_SAFETY, _MOST_LEFT = 3.0, 0.9
+
+
+class GradientError(NamedTuple):
+    """The error of an implicit gradient.
+
+    Attributes:
+      estimate: of its norm: `3 (||correction|| + unresolved) / (1 - l)`, where `l` is the part of
+        the inner gradient that a Newton step leaves, at most 0.9.
+      unresolved: what the linear solves left open; where it outweighs the correction, more steps
+        for `solve` give a sharper estimate.
+      correction: to add to the gradient: its error to first order, one tree for each of `args`.
+    """
+
+    estimate: Array
+    unresolved: Array
+    correction: tuple[PyTree, ...]
+
+
+def implicit_gradient_error(
+    outer_fn: Callable[..., Array],
+    objective: Callable[..., Array],
+    params: PyTree,
+    args: Sequence[PyTree],
+    adjoint: PyTree,
+    *,
+    solve: Callable[..., tuple[PyTree, SolveInfo]],
+    strong_convexity: float | Array,
+    curvature: Callable[..., LinearOperator] | None = None,
+    key: Array | None = None,
+) -> GradientError:
+    """Estimates the error of `d outer_fn(x*(args), *args) / d args` as computed at `params`.
+
+    The gradient is that of `outer_fn` in `args` less `adjoint^T d2 objective / dx dargs`. Costs two
+    linear solves and three products with derivatives of second and third order.
+
+    Args:
+      outer_fn: `(params, *args) -> scalar`.
+      objective: `(params, *args) -> scalar`, minimised in `params`.
+      params: an approximate minimiser.
+      args: the other arguments, trees of floating-point arrays.
+      adjoint: an approximate solution of `A u = grad outer_fn`, shaped like `params`.
+      solve: a solver of `imaml_jax.linear_solve`; the better it solves, the sharper the estimate.
+      strong_convexity: lower bound of the eigenvalues of `A`, positive: lambda, where the loss is
+        convex or `curvature` is the Gauss-Newton matrix.
+      curvature: `(params, *args) -> LinearOperator`, the matrix of the adjoint's system; default
+        the objective's Hessian. With another one the error is that of the gradient which this
+        matrix has in the limit, not of the exact one.
+      key: passed to the solver.
+
+    Returns:
+      The `GradientError`.
+
+    Raises:
+      ValueError: `strong_convexity` not positive.
+    """
+    _check("implicit_gradient_error", strong_convexity)
+    args = tuple(args)
+    inner_grad = jax.grad(objective)
+
+    def matrix(x: PyTree) -> LinearOperator:
+        if curvature is None:
+            return hessian(lambda p: objective(p, *args), x)
+        return curvature(x, *args)
+
+    def adjoint_residual(x: PyTree) -> PyTree:
+        return optax.tree.sub(jax.grad(outer_fn)(x, *args), matrix(x).matvec(adjoint))
+
+    def gradient(x: PyTree, u: PyTree) -> tuple[PyTree, ...]:
+        direct = jax.grad(outer_fn, argnums=tuple(range(1, len(args) + 1)))(x, *args)
+        _, pullback = jax.vjp(lambda *a: inner_grad(x, *a), *args)
+        return optax.tree.sub(direct, pullback(u))
+
+    operator = matrix(params)
+    slope = inner_grad(params, *args)
+    step, step_info = solve(operator, slope, key=key)
+    residual, turn = jax.jvp(adjoint_residual, (params,), (step,))
+    missing = optax.tree.sub(residual, turn)
+    change, change_info = solve(operator, missing, key=key)
+
+    zeros = optax.tree.zeros_like(params)
+    by_params = jax.jvp(gradient, (params, adjoint), (optax.tree.scale(-1, step), zeros))[1]
+    by_adjoint = jax.jvp(gradient, (params, adjoint), (zeros, change))[1]
+    correction = optax.tree.add(by_params, by_adjoint)
+
+    norm = optax.tree.norm
+    open_step = step_info.relative_residual * norm(slope) / strong_convexity
+    open_turn = _ratio(norm(turn), norm(step)) * open_step
+    open_change = (change_info.relative_residual * norm(missing) + open_turn) / strong_convexity
+    unresolved = (
+        _ratio(norm(by_params), norm(step)) * open_step
+        + _ratio(norm(by_adjoint), norm(change)) * open_change
+    )
+    left = norm(inner_grad(optax.tree.sub(params, step), *args))
+    left = jnp.clip(_ratio(left, norm(slope)), max=_MOST_LEFT)
+    estimate = _SAFETY * (norm(correction) + unresolved) / (1 - left)
+    return GradientError(estimate, unresolved, correction)
+
+
+def implicit_gradient_bound(
+    inner_residual: Array | float,
+    adjoint_residual: Array | float,
+    adjoint_norm: Array | float,
+    *,
+    strong_convexity: float,
+    hessian_lipschitz: float,
+    outer_lipschitz: float,
+) -> Array:
+    """A bound on the error of the adjoint, which holds where the constants do.
+
+    With `s`, `r` the norms of the two residuals and `m` the strong convexity, `||x - x*|| <= s / m`
+    and
+
+        ||u - u*|| <= (r + (outer_lipschitz + hessian_lipschitz (||u|| + r / m)) s / m) / m.
+
+    The error of the gradient in an argument `a` is at most that times `||d2 objective / da dx||`
+    (lambda, for iMAML's anchor) where that derivative and the outer function's own in `a` do not
+    depend on `x`.
+
+    Args:
+      inner_residual: `||grad objective(x)||`.
+      adjoint_residual: `||grad outer(x) - A(x) u||`.
+      adjoint_norm: `||u||`.
+      strong_convexity: positive lower bound of the Hessian's eigenvalues, at `x`, at `x*` and
+        between them.
+      hessian_lipschitz: of the objective's Hessian, in the spectral norm.
+      outer_lipschitz: of the outer function's gradient in `x`.
+
+    Returns:
+      The bound, a scalar.
+
+    Raises:
+      ValueError: a constant out of its range.
+    """
+    _check("implicit_gradient_bound", strong_convexity)
+    for name, value in (
+        ("hessian_lipschitz", hessian_lipschitz),
+        ("outer_lipschitz", outer_lipschitz),
+    ):
+        if not value >= 0:
+            raise ValueError(f"implicit_gradient_bound: {name}={value} must be at least 0")
+    distance = inner_residual / strong_convexity
+    exact_norm = adjoint_norm + adjoint_residual / strong_convexity
+    moved = (outer_lipschitz + hessian_lipschitz * exact_norm) * distance
+    return jnp.asarray((adjoint_residual + moved) / strong_convexity)
+
+
+def _ratio(numerator: Array, denominator: Array) -> Array:
+    """0 where the denominator is 0."""
+    return jnp.where(denominator == 0, 0.0, numerator / jnp.where(denominator == 0, 1, denominator))
+
+
+def _check(name: str, strong_convexity: float | Array) -> None:
+    if not isinstance(strong_convexity, jax.core.Tracer) and not strong_convexity > 0:
+        raise ValueError(f"{name}: strong_convexity={strong_convexity} must be positive")
