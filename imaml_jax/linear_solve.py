@@ -3,8 +3,8 @@
 Each solves `A x = b` for pytrees `b` shaped like the parameters and reports what it met. Settings
 are bound with `functools.partial`.
 
-Which to use for a meta-gradient, by `python -m experiments.solvers` on conv4 (relative errors of the
-solution with the solver's own matrix):
+Which to use for a meta-gradient, by `python -m experiments.solvers` on conv4 (relative errors of
+the solution with the solver's own matrix):
 
 - `solve_cg_steihaug` with the Gauss-Newton matrix in general. For lambda = 2, 8 steps err by 2e-3
   or less from 5-way 1-shot to 20-way 1-shot; for lambda = 0.03 by 3e-3 at 5-way 1-shot, 1e-2 at
