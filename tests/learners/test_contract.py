@@ -37,6 +37,7 @@ jit = partial(jax.jit, compiler_options={"xla_backend_optimization_level": 0})
 sgd = optax.sgd(0.1)
 gauss_newton_cg = dict(solve=partial(solve_cg_steihaug, max_steps=5), curvature="gauss_newton")
 woodbury = dict(solve=solve_woodbury, curvature="gauss_newton")
+INIT_KEY = jax.random.key(3)
 both, only_mlp = ("mlp", "conv"), ("mlp",)
 
 
@@ -141,7 +142,7 @@ def regression() -> Setting:
     inputs = rng.normal(size=(3, 14, 2)).astype(np.float32)
     slopes = 1 + rng.normal(size=(3, 2, 1)).astype(np.float32) / 2
     tasks = split(Batch(inputs, np.sin(inputs @ slopes)))
-    params = jit(network.init)(jax.random.key(3), inputs[0])
+    params = jit(network.init)(INIT_KEY, inputs[0])
     return Setting(network, mean_squared_error, params, tasks)
 
 
@@ -152,7 +153,7 @@ def classification() -> Setting:
     images = prototypes + rng.normal(size=(3, 4, 3, 8, 8, 1)) / 2
     images = images.reshape(3, 12, 8, 8, 1).astype(np.float32)
     labels = np.tile(np.arange(3, dtype=np.int32), (3, 4))
-    params = jit(network.init)(jax.random.key(3), images[0])
+    params = jit(network.init)(INIT_KEY, images[0])
     return Setting(network, cross_entropy, params, split(Batch(images, labels)))
 
 
@@ -169,8 +170,9 @@ class Case:
     """A learner on a problem, with the compiled programs that its tests share."""
 
     def __init__(self, row: Row, setting: Setting):
-        self.network, self.loss_fn, self.params, self.tasks = setting
+        self.network, self.loss_fn, self.network_params, self.tasks = setting
         self.learner = row.factory(self.network, self.loss_fn, **row.settings)
+        self.params = jit(self.learner.init)(INIT_KEY, first(self.tasks).support.inputs)
         self.fast = row.settings.get("fast")
         self.keys = jax.random.split(jax.random.key(4), 3)
         self.task = jax.tree.map(lambda x: x[0], self.tasks)
@@ -192,7 +194,10 @@ class Case:
                 adapted,
                 info,
                 outputs[1],
-                self.loss_fn(self.network.apply(params, task.support.inputs), task.support.targets),
+                self.loss_fn(
+                    self.network.apply(self.network_params, task.support.inputs),
+                    task.support.targets,
+                ),
                 self.loss_fn(outputs[0], task.support.targets),
                 self.loss_fn(outputs[1], task.query.targets),
             )
@@ -267,7 +272,7 @@ def test_adaptation_lowers_the_support_loss(case):
     assert jnp.isfinite(outcome.query_loss).all()
     assert isinstance(outcome.info, tuple) and hasattr(outcome.info, "_fields")
     assert all(value is None or value.shape == (3,) for value in outcome.info)
-    expected = jax.eval_shape(case.network.apply, case.params, case.task.query.inputs)
+    expected = jax.eval_shape(case.network.apply, case.network_params, case.task.query.inputs)
     assert outcome.query_outputs.shape == (3, *expected.shape)
     assert outcome.query_outputs.dtype == expected.dtype
 
