@@ -7,6 +7,7 @@ import jax
 import jax.numpy as jnp
 import optax
 from jax import lax
+from jax.core import Tracer
 
 from imaml_jax.curvature import hessian
 from imaml_jax.gradient_error import implicit_gradient_error
@@ -102,9 +103,9 @@ def adaptive_gradient(
       True
     """
     for name, value in (("accuracy", accuracy), ("num_steps", num_steps)):
-        if not isinstance(value, jax.core.Tracer) and not value > 0:
+        if not isinstance(value, Tracer) and not value > 0:
             raise ValueError(f"adaptive_gradient: {name}={value} must be positive")
-    if not isinstance(max_rounds, jax.core.Tracer) and max_rounds < 1:
+    if not isinstance(max_rounds, Tracer) and max_rounds < 1:
         raise ValueError(f"adaptive_gradient: max_rounds={max_rounds} must be at least 1")
     args = tuple(args)
     inner_grad = jax.grad(objective)

@@ -23,6 +23,7 @@ from typing import NamedTuple
 import jax
 import jax.numpy as jnp
 import optax
+from jax.core import Tracer
 
 from imaml_jax.curvature import hessian
 from imaml_jax.linear_solve import SolveInfo
@@ -181,5 +182,5 @@ def _ratio(numerator: Array, denominator: Array) -> Array:
 
 
 def _check(name: str, strong_convexity: float | Array) -> None:
-    if not isinstance(strong_convexity, jax.core.Tracer) and not strong_convexity > 0:
+    if not isinstance(strong_convexity, Tracer) and not strong_convexity > 0:
         raise ValueError(f"{name}: strong_convexity={strong_convexity} must be positive")
