@@ -4,6 +4,7 @@ import dataclasses
 import html
 import itertools
 import json
+import math
 from collections.abc import Callable, Iterator, Mapping
 from pathlib import Path
 from typing import Any, Literal, NamedTuple
@@ -96,8 +97,8 @@ def main(config: Any, table: Table) -> list[dict[str, Any]]:
     Raises:
       ValueError: a setting out of its range.
     """
-    if not config.budget > 0:
-        raise ValueError(f"budget={config.budget} must be above 0")
+    if not 0 < config.budget < math.inf:
+        raise ValueError(f"budget={config.budget} must be above 0 and finite")
     if config.log_every < 1:
         raise ValueError(f"log_every={config.log_every} must be at least 1")
     runs = [(cell, settings(config, cell, table)) for cell in cells(config)]

@@ -73,7 +73,7 @@ def adaptive_gradient(
       inner: Optax transform of the minimisation; it starts afresh in each round.
       num_steps: its steps a round, at least 1.
       solve: a solver of `imaml_jax.linear_solve`, three times a round; it need not converge:
-        `partial(solve_cg_steihaug, tol=0.0, max_steps=10)`.
+        `partial(solve_cg_steihaug, max_steps=10)`.
       curvature: `(params, *args) -> LinearOperator`, in place of the objective's Hessian.
       max_rounds: most rounds, at least 1; may be traced.
       key: passed to the solver.
@@ -97,17 +97,20 @@ def adaptive_gradient(
       ...     strong_convexity=2.0,
       ...     inner=optax.sgd(0.1),
       ...     num_steps=5,
-      ...     solve=partial(solve_cg_steihaug, tol=0.0, max_steps=3),
+      ...     solve=partial(solve_cg_steihaug, max_steps=3),
       ... )
       >>> bool(jnp.allclose(grad, jnp.arange(3.0) / 2, rtol=1e-3) and info.converged)
       True
     """
-    for name, value in (("accuracy", accuracy), ("num_steps", num_steps)):
-        if not isinstance(value, Tracer) and not value > 0:
-            raise ValueError(f"adaptive_gradient: {name}={value} must be positive")
-    if not isinstance(max_rounds, Tracer) and max_rounds < 1:
+    if not isinstance(accuracy, Tracer) and not accuracy > 0:
+        raise ValueError(f"adaptive_gradient: accuracy={accuracy} must be positive")
+    if not isinstance(num_steps, int) or num_steps < 1:
+        raise ValueError(f"adaptive_gradient: num_steps={num_steps} must be an integer >= 1")
+    if not isinstance(max_rounds, Tracer) and not max_rounds >= 1:
         raise ValueError(f"adaptive_gradient: max_rounds={max_rounds} must be at least 1")
     args = tuple(args)
+    if not args:
+        raise ValueError("adaptive_gradient: args=() leaves nothing to differentiate in")
     inner_grad = jax.grad(objective)
     outer_grad = jax.value_and_grad(outer_fn, argnums=tuple(range(len(args) + 1)))
 
@@ -145,9 +148,10 @@ def adaptive_gradient(
 
     shapes = jax.eval_shape(one_round, init_params, init_params, jnp.int32(0))
     empty = jax.tree.map(lambda x: jnp.zeros(x.shape, x.dtype), shapes)
+    unknown = empty.info._replace(error=jnp.full_like(empty.info.error, jnp.inf))
     state = lax.while_loop(
         lambda s: ~s.info.converged & (s.info.num_rounds < max_rounds),
         lambda s: one_round(s.params, s.adjoint, s.info.num_rounds),
-        empty._replace(params=jax.tree.map(jnp.asarray, init_params)),
+        empty._replace(params=jax.tree.map(jnp.asarray, init_params), info=unknown),
     )
     return state.value, state.grads, state.params, state.info

@@ -63,7 +63,8 @@ def implicit_gradient_error(
     """Estimates the error of `d outer_fn(x*(args), *args) / d args` as computed at `params`.
 
     The gradient is that of `outer_fn` in `args` less `adjoint^T d2 objective / dx dargs`. Costs two
-    linear solves and three products with derivatives of second and third order.
+    linear solves and three products with derivatives of second and third order. Not itself
+    differentiable.
 
     Args:
       outer_fn: `(params, *args) -> scalar`.
@@ -116,14 +117,12 @@ def implicit_gradient_error(
 
     norm = optax.tree.norm
     open_step = step_info.relative_residual * norm(slope) / strong_convexity
-    open_turn = _ratio(norm(turn), norm(step)) * open_step
+    open_turn = _scaled(open_step, norm(turn), norm(step))
     open_change = (change_info.relative_residual * norm(missing) + open_turn) / strong_convexity
-    unresolved = (
-        _ratio(norm(by_params), norm(step)) * open_step
-        + _ratio(norm(by_adjoint), norm(change)) * open_change
-    )
+    unresolved = _scaled(open_step, norm(by_params), norm(step))
+    unresolved += _scaled(open_change, norm(by_adjoint), norm(change))
     left = norm(inner_grad(optax.tree.sub(params, step), *args))
-    left = jnp.clip(_ratio(left, norm(slope)), max=_MOST_LEFT)
+    left = jnp.clip(left / jnp.where(left == 0, 1, norm(slope)), max=_MOST_LEFT)
     estimate = _SAFETY * (norm(correction) + unresolved) / (1 - left)
     return GradientError(estimate, unresolved, correction)
 
@@ -142,7 +141,7 @@ def implicit_gradient_bound(
     With `s`, `r` the norms of the two residuals and `m` the strong convexity, `||x - x*|| <= s / m`
     and
 
-        ||u - u*|| <= (r + (outer_lipschitz + hessian_lipschitz (||u|| + r / m)) s / m) / m.
+        ||u - u*|| <= (r + (outer_lipschitz + hessian_lipschitz ||u||) s / m) / m.
 
     The error of the gradient in an argument `a` is at most that times `||d2 objective / da dx||`
     (lambda, for iMAML's anchor) where that derivative and the outer function's own in `a` do not
@@ -168,17 +167,18 @@ def implicit_gradient_bound(
         ("hessian_lipschitz", hessian_lipschitz),
         ("outer_lipschitz", outer_lipschitz),
     ):
-        if not value >= 0:
+        if not isinstance(value, Tracer) and not value >= 0:
             raise ValueError(f"implicit_gradient_bound: {name}={value} must be at least 0")
     distance = inner_residual / strong_convexity
-    exact_norm = adjoint_norm + adjoint_residual / strong_convexity
-    moved = (outer_lipschitz + hessian_lipschitz * exact_norm) * distance
+    moved = (outer_lipschitz + hessian_lipschitz * adjoint_norm) * distance
     return jnp.asarray((adjoint_residual + moved) / strong_convexity)
 
 
-def _ratio(numerator: Array, denominator: Array) -> Array:
-    """0 where the denominator is 0."""
-    return jnp.where(denominator == 0, 0.0, numerator / jnp.where(denominator == 0, 1, denominator))
+def _scaled(size: Array, image: Array, preimage: Array) -> Array:
+    """`size` by what the map did to another vector; infinite where that was 0 and says nothing."""
+    known = preimage > 0
+    scaled = size * image / jnp.where(known, preimage, 1)
+    return jnp.where(size == 0, 0.0, jnp.where(known, scaled, jnp.inf))
 
 
 def _check(name: str, strong_convexity: float | Array) -> None:

@@ -122,7 +122,7 @@ def solve_cg_steihaug(
 
     Where the first direction already has no positive curvature, `x = 0`. Starts at zero without
     spending a product on it. The residual is that of the recurrence, and where this claims to be
-    within the tolerance the true one, at the price of one product.
+    within the tolerance the true one, at the price of one product. A `tol` of 0.0 claims nothing.
 
     Args:
       operator: symmetric `A`.

@@ -29,7 +29,7 @@ class SolveInfo(NamedTuple):
       condition: lower bound of the condition number, from the products that were taken anyway; None
         where the solver does not tell. A bound, for what the iterations see of the spectrum lies
         within it: Ritz values overestimate the smallest eigenvalue. The relative error of `x` is at
-        most the condition number times the relative residual.
+        most the true condition number times the relative residual.
     """
 
     relative_residual: Array
@@ -106,19 +106,20 @@ def confirmed(
 ) -> Array:
     """The relative residual of a recurrence, or the true one where it claims to be within `tol`.
 
-    In rounding the recurrence goes to zero and the true residual does not. A loop of at most one
-    turn, for under `vmap` a `lax.cond` would always spend the product.
+    In rounding the recurrence goes to zero and the true residual does not. With a `tol` of 0.0 no
+    solution of a system that is not zero is within it, so that the recurrence's is returned. A loop
+    of at most one turn, for under `vmap` a `lax.cond` would always spend the product.
     """
 
     def measure(_):
         return relative_residual(b - matvec(x), b), False
 
     claimed = relative_residual(residual, b)
-    if isinstance(tol, float) and tol == 0:  # nothing to confirm, nor to compile
-        return claimed
+    if isinstance(tol, float) and tol == 0:  # nothing is within it, nor has to be compiled
+        return jnp.where(dot(b, b) > 0, jnp.maximum(claimed, jnp.finfo(b.dtype).tiny), claimed)
     return lax.while_loop(lambda state: state[1], measure, (claimed, claimed <= tol))[0]
 
 
 def condition_bound(max_stretch: Array, min_curvature: Array) -> Array:
     """From the largest `||A p|| / ||p||` and the smallest `p^T A p / p^T p`; else infinite."""
-    return jnp.where(min_curvature > 0, max_stretch / min_curvature, jnp.inf)
+    return jnp.where(min_curvature > 0, jnp.maximum(max_stretch / min_curvature, 1), jnp.inf)

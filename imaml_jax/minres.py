@@ -120,6 +120,7 @@ def solve_minres(
     relative = relative_residual(flat_b - product, flat_b)
     shrinkage = _safe_ratio(jnp.linalg.norm(state.x), jnp.linalg.norm(product))
     condition = state.max_length * jnp.maximum(shrinkage, 1 / state.min_length)
+    condition = jnp.where(state.min_length == 0, jnp.inf, jnp.maximum(condition, 1))
     return report(unravel, state.x, relative, tol, state.num_steps, state.min_curvature, condition)
 
 

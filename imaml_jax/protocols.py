@@ -100,7 +100,8 @@ def get(name: str, *, algorithm: str, ways: int, shots: int, dataset: str = "omn
       The `Protocol`; `_replace` changes it.
 
     Raises:
-      ValueError: an unknown name, or a protocol that does not cover the algorithm or data set.
+      ValueError: an unknown name, a number out of its range, or a protocol that does not cover the
+        algorithm or data set.
     """
     for argument, value, allowed in (
         ("protocol", name, tuple(PROTOCOLS)),
@@ -111,6 +112,9 @@ def get(name: str, *, algorithm: str, ways: int, shots: int, dataset: str = "omn
             near = difflib.get_close_matches(str(value), allowed, 1)
             hint = f"; did you mean {near[0]!r}?" if near else ""
             raise ValueError(f"{argument}={value!r} must be one of {allowed}{hint}")
+    for argument, value in (("ways", ways), ("shots", shots)):
+        if not isinstance(value, int) or value < 1:
+            raise ValueError(f"{argument}={value!r} must be an integer of at least 1")
     covered, make = PROTOCOLS[name]
     if algorithm not in covered:
         raise ValueError(
@@ -135,7 +139,6 @@ _PHOTOGRAPHS = {
 def _finn(algorithm: str, ways: int, shots: int, photographs: bool) -> Protocol:
     few = ways <= 5
     # The code's loss is the sum over examples divided by the shots, that is `ways` times the mean.
-    # Not followed: on Omniglot it smooths the targets to 0.9 y + 0.01.
     characters = Protocol(
         name="finn",
         algorithm=algorithm,

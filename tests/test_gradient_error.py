@@ -106,6 +106,25 @@ def test_what_the_solver_leaves_open_counts(exact):
         assert found.unresolved > 0
 
 
+def test_a_solver_that_does_nothing_leaves_the_error_unknown(exact):
+    weight, adjoint, _ = exact
+    idle = partial(solve_cg_steihaug, max_steps=0)
+    assert estimate(weight + 0.1, adjoint, solve=idle).estimate == jnp.inf
+    _, _, _, info = adaptive_gradient(
+        lambda x, a: jnp.sum(x * a),
+        lambda x, a: jnp.sum((x**2 - 1) ** 2) + 0 * a.sum(),  # curved downwards at the start
+        jnp.full(3, 0.1),
+        (jnp.ones(3),),
+        accuracy=0.1,
+        strong_convexity=1.0,
+        inner=optax.sgd(1e-4),
+        num_steps=1,
+        solve=CG,
+        max_rounds=2,
+    )
+    assert not info.converged and info.error == jnp.inf
+
+
 def test_an_exact_gradient_has_no_error(exact):
     weight, adjoint, grads = exact
     found = estimate(weight, adjoint, solve=solve_dense)
@@ -197,6 +216,17 @@ def test_the_bound_holds_where_its_constants_do(exact):
         assert jnp.linalg.norm(approximate - adjoint) <= bound
 
 
+def test_the_bound_is_tight_for_a_residual_along_the_flattest_direction():
+    bound = implicit_gradient_bound(
+        0.3, 0.2, 5.0, strong_convexity=0.5, hessian_lipschitz=0.0, outer_lipschitz=0.0
+    )
+    assert bound == 0.2 / 0.5
+    bound = implicit_gradient_bound(
+        0.3, 0.0, 5.0, strong_convexity=0.5, hessian_lipschitz=2.0, outer_lipschitz=1.0
+    )
+    np.testing.assert_allclose(bound, (1 + 2 * 5) * (0.3 / 0.5) / 0.5)
+
+
 @pytest.mark.parametrize("changes", [{"strong_convexity": 0.0}, {"hessian_lipschitz": -1.0}])
 def test_constants_out_of_range_are_refused(changes):
     constants = {"strong_convexity": 1.0, "hessian_lipschitz": 1.0, "outer_lipschitz": 1.0}
@@ -205,7 +235,13 @@ def test_constants_out_of_range_are_refused(changes):
 
 
 @pytest.mark.parametrize(
-    "changes", [{"accuracy": 0}, {"num_steps": 0}, {"max_rounds": 0}, {"strong_convexity": -1}]
+    "changes",
+    [
+        {"accuracy": 0},
+        {"num_steps": 0.5},
+        {"max_rounds": float("nan")},
+        {"strong_convexity": -1},
+    ],
 )
 def test_settings_out_of_range_are_refused(changes):
     settings = dict(accuracy=0.1, strong_convexity=1.0, num_steps=1, max_rounds=1) | changes

@@ -42,7 +42,7 @@ class HostImages:
         """`images[indices]`, on the device."""
         found = jax.ShapeDtypeStruct((*indices.shape, *self.shape[1:]), self.dtype)
         return jax.pure_callback(
-            lambda i: self.images[np.clip(i, 0, len(self.images) - 1)],
+            lambda i: self.images[np.clip(np.asarray(i), 0, len(self.images) - 1)],
             found,
             indices,
             vmap_method="broadcast_all",
@@ -124,10 +124,16 @@ def from_grouped(images: np.ndarray, offsets: np.ndarray) -> Dataset:
             f"offsets run from {offsets[0]} to {offsets[-1]}; expected 0 to {len(images)}, the "
             "number of images."
         )
-    memory = (jax.local_devices()[0].memory_stats() or {}).get("bytes_limit")
+    memory = _device_memory()
     is_large = memory is not None and images.nbytes > memory / 4
     placed = HostImages(images) if is_large else jax.device_put(images)
     return Dataset(placed, jnp.asarray(offsets.astype(np.int32)))
+
+
+def _device_memory() -> int | None:
+    """Bytes of the default device, where it tells."""
+    (device,) = jnp.zeros(()).devices()
+    return (device.memory_stats() or {}).get("bytes_limit")
 
 
 def check_task_shape(

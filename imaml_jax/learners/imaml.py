@@ -104,10 +104,10 @@ def imaml(
     if not jax.tree.leaves(reg_strength):
         raise ValueError(f"imaml: reg_strength={reg_strength!r} must be a scalar or a tree of them")
     for leaf in _concrete_leaves(reg_strength):
-        if not np.all((leaf > 0) & np.isfinite(leaf)):
-            raise ValueError(f"imaml: reg_strength={leaf} must be positive and finite")
+        if not _is_number(leaf) or not np.all((leaf > 0) & np.isfinite(leaf)):
+            raise ValueError(f"imaml: reg_strength={leaf} must be positive and finite in float32")
     for leaf in _concrete_leaves(eval_reg_strength):
-        if not np.all((leaf >= 0) & np.isfinite(leaf)):
+        if not _is_number(leaf) or not np.all((leaf >= 0) & np.isfinite(leaf)):
             raise ValueError(f"imaml: eval_reg_strength={leaf} must be at least 0 and finite")
     if curvature not in ("hessian", "gauss_newton"):
         raise ValueError(f"imaml: curvature={curvature!r} must be 'hessian' or 'gauss_newton'")
@@ -201,6 +201,11 @@ def imaml(
 
 
 def _concrete_leaves(tree: PyTree) -> list[np.ndarray]:
-    """The leaves whose values are known."""
-    leaves = jax.tree.leaves(tree)
-    return [np.asarray(leaf) for leaf in leaves if not isinstance(leaf, Tracer)]
+    """The leaves whose values are known, in float32 where they are numbers."""
+    leaves = [np.asarray(x) for x in jax.tree.leaves(tree) if not isinstance(x, Tracer)]
+    with np.errstate(over="ignore", under="ignore"):
+        return [x.astype(np.float32) if _is_number(x) else x for x in leaves]
+
+
+def _is_number(x: np.ndarray) -> bool:
+    return np.issubdtype(x.dtype, np.floating) or np.issubdtype(x.dtype, np.integer)

@@ -1,5 +1,6 @@
 """The meta-gradient of the code that was published with iMAML, which is not the paper's."""
 
+import math
 from functools import partial
 from typing import Any
 
@@ -49,7 +50,7 @@ def imaml_dev(
       num_steps: inner steps in training, without the last one.
       reg_strength: lambda, at least 0.
       cg_damping: at least 0.
-      cg_steps: steps of conjugate gradient.
+      cg_steps: steps of conjugate gradient, at least 2.
       eval_num_steps: inner steps in `adapt`; default `num_steps`.
       statistics: batch-norm mode of the query examples, see `learners.base.supervised`.
 
@@ -64,11 +65,16 @@ def imaml_dev(
       `Learner.matrix_evaluator`; the defaults are its README's.
     """
     check_steps("imaml_dev", num_steps=num_steps, cg_steps=cg_steps, eval_num_steps=eval_num_steps)
-    if not inner_rate > 0:
-        raise ValueError(f"imaml_dev: inner_rate={inner_rate} must be positive")
+    if cg_steps < 2:
+        raise ValueError(
+            f"imaml_dev: cg_steps={cg_steps} must be at least 2; with fewer the code takes the "
+            "query gradient itself, as fomaml does"
+        )
+    if not 0 < inner_rate < math.inf:
+        raise ValueError(f"imaml_dev: inner_rate={inner_rate} must be positive and finite")
     for name, value in (("reg_strength", reg_strength), ("cg_damping", cg_damping)):
-        if not value >= 0:
-            raise ValueError(f"imaml_dev: {name}={value} must be at least 0")
+        if not 0 <= value < math.inf:
+            raise ValueError(f"imaml_dev: {name}={value} must be at least 0 and finite")
     problem = supervised(network, loss_fn, statistics=statistics)
     descend = partial(minimize, problem.support_loss, tx=optax.sgd(inner_rate))
 

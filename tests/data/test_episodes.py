@@ -1,5 +1,4 @@
 import functools
-from types import SimpleNamespace
 from unittest import mock
 
 import jax
@@ -223,8 +222,7 @@ def test_grouped_images_are_checked(shape, offsets, message):
 def on_host():
     """The same data set on the device, and on the host since the device is small."""
     dataset = labelled_dataset((6, 9, 7))
-    device = SimpleNamespace(memory_stats=lambda: {"bytes_limit": 100})
-    with mock.patch.object(jax, "local_devices", return_value=[device]):
+    with mock.patch.object(episodes, "_device_memory", return_value=100):
         other = episodes.from_grouped(np.asarray(dataset.images), dataset.offsets)
     assert isinstance(other.images, episodes.HostImages)
     return dataset, other

@@ -89,7 +89,8 @@ def test_a_strong_damping_leaves_a_multiple_of_first_order_maml(problem):
     [
         ("inner_rate", 0.0),
         ("num_steps", 0),
-        ("cg_steps", 0),
+        ("cg_steps", 1),
+        ("inner_rate", float("inf")),
         ("eval_num_steps", 1.5),
         ("reg_strength", -1.0),
         ("cg_damping", float("nan")),
