@@ -112,7 +112,7 @@ def _table(rows: list[dict[str, Any]]) -> str:
 
 
 def _draw(rows: list[dict[str, Any]], path: Path) -> None:
-    figure = new_figure(10, 4)
+    figure = new_figure(10, 4.5)
     for axes, abscissa in zip(figure.subplots(1, 2, sharey=True), ("step", "seconds"), strict=True):
         for row in rows:
             points = row["curve"]
@@ -121,7 +121,7 @@ def _draw(rows: list[dict[str, Any]], path: Path) -> None:
         axes.set(xlabel={"step": "meta-steps"}.get(abscissa, abscissa), yscale="log")
         axes.grid(alpha=0.3, which="both")
     figure.axes[0].set(ylabel="validation error (%)")
-    figure.axes[0].legend()
+    figure.legend(*figure.axes[0].get_legend_handles_labels(), loc="outside upper center", ncols=2)
     figure.savefig(path, dpi=110)
 
 
