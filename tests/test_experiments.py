@@ -183,7 +183,7 @@ def test_refusals_reach_the_shell_without_a_traceback(run, name):
 # What is typed, and what the message must name: the value, then the remedy or what is allowed.
 REFUSED_SETTINGS = {
     "--ways 1": ("ways=1", "at least 2"),
-    "--shots 0": ("shots=0", "positive"),
+    "--shots 0": ("shots=0", "at least 1"),
     "--inner-rate -0.1": ("inner_rate=-0.1", "positive"),
     "--outer-rate -1": ("outer_rate=-1", "positive"),
     "--outer-rate nan": ("outer_rate=nan", "positive"),
@@ -219,7 +219,7 @@ REFUSED_WITH_DATA = {
     "--map-tasks 0": ("map_tasks", "got 0"),
 }
 REFUSED_SINUSOID = {
-    "--shots 0": ("shots=0", "positive"),
+    "--shots 0": ("shots=0", "at least 1"),
     "--meta-steps 1500": ("meta_steps=1500", "multiple of log_every=1000"),
     "--reg-strength 0": ("reg_strength=0", "positive"),
     "--reg-strength 1 --algorithm maml": ("reg_strength=1", "leave it out"),
