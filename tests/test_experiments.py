@@ -219,7 +219,7 @@ REFUSED_WITH_DATA = {
     "--map-tasks 0": ("map_tasks", "got 0"),
 }
 REFUSED_SINUSOID = {
-    "--shots 0": ("shots=0", "at least 1"),
+    "--shots 0": ("shots=0", "positive"),
     "--meta-steps 1500": ("meta_steps=1500", "multiple of log_every=1000"),
     "--reg-strength 0": ("reg_strength=0", "positive"),
     "--reg-strength 1 --algorithm maml": ("reg_strength=1", "leave it out"),
