@@ -7,12 +7,12 @@ Which to use for a meta-gradient, by `python -m experiments.solvers` on conv4 (r
 the solution with the solver's own matrix):
 
 - `solve_cg_steihaug` with the Gauss-Newton matrix in general. For lambda = 2, 8 steps err by 2e-3
-  or less from 5-way 1-shot to 20-way 1-shot; for lambda = 0.03 by 3e-3 at 5-way 1-shot, 1e-2 at
+  or less from 5-way 1-shot to 20-way 5-shot; for lambda = 0.03 by 3e-3 at 5-way 1-shot, 1e-2 at
   5-way 5-shot and 0.15 at 20-way 1-shot. 20 steps: 2e-6 or less, but 7e-3 in the last of these.
 - `solve_woodbury`, exact, up to some 25 support outputs (5-way 1-shot), where it costs as much as
   20 CG steps; at 125 outputs it costs as much as 80, at 400 as 300.
-- `solve_minres` where the Hessian itself is wanted: with batch norm it is indefinite even with
-  lambda = 2 added, and CG stops there and says so.
+- `solve_minres` where the Hessian itself is wanted: with batch norm it was indefinite even with
+  lambda = 2 added, but for 20-way 5-shot, and CG stops there and says so.
 - `solve_cg` is the plain path of the original description; `solve_neumann` and `solve_nystrom` are
   what other bilevel methods use. As a preconditioner, Nystrom's matrix made the error of 8 CG steps
   3 to 1,000 times smaller, at the price of a product a rank.
