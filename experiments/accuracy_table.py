@@ -99,8 +99,7 @@ def main(config: Any, table: Table) -> list[dict[str, Any]]:
     """
     if not 0 < config.budget < math.inf:
         raise ValueError(f"budget={config.budget} must be above 0 and finite")
-    if config.log_every < 1:
-        raise ValueError(f"log_every={config.log_every} must be at least 1")
+    common.check_least(config, log_every=1)
     runs = [(cell, settings(config, cell, table)) for cell in cells(config)]
     if not runs:
         raise ValueError(

@@ -82,15 +82,11 @@ def make_outer(protocol: Protocol, meta_steps: int) -> optax.GradientTransformat
         "linear": lambda: optax.linear_schedule(protocol.outer_rate, 0.0, meta_steps),
         "cosine": lambda: optax.cosine_decay_schedule(protocol.outer_rate, meta_steps),
     }[protocol.schedule]()
-    if protocol.outer == "sgd":
-        outer = optax.sgd(rate)
-    else:
-        outer = optax.adam(rate, eps=protocol.outer_epsilon)
-    return (
-        outer
-        if protocol.outer_clip is None
-        else optax.chain(optax.clip(protocol.outer_clip), outer)
-    )
+    adam = partial(optax.adam, eps=protocol.outer_epsilon)
+    outer = optax.sgd(rate) if protocol.outer == "sgd" else adam(rate)
+    if protocol.outer_clip is None:
+        return outer
+    return optax.chain(optax.clip(protocol.outer_clip), outer)
 
 
 def _make_inner(protocol: Protocol) -> optax.GradientTransformation:

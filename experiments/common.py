@@ -3,6 +3,7 @@
 import dataclasses
 import datetime
 import json
+import math
 import os
 import platform
 import sys
@@ -120,6 +121,20 @@ def check_seed(seed: int) -> None:
     """Raises ValueError for a seed that is no key."""
     if not 0 <= seed < 2**32:
         raise ValueError(f"seed={seed} must lie between 0 and {2**32 - 1}")
+
+
+def check_least(config: Any, **least: int) -> None:
+    """Raises ValueError for the first setting that is below its least value."""
+    for name, value in least.items():
+        if not getattr(config, name) >= value:
+            raise ValueError(f"{name}={getattr(config, name)} must be at least {value}")
+
+
+def check_positive(config: Any, *names: str) -> None:
+    """Raises ValueError for the first setting that is not positive and finite."""
+    for name in names:
+        if not 0 < getattr(config, name) < math.inf:
+            raise ValueError(f"{name}={getattr(config, name)} must be positive")
 
 
 def best_validation(history: Sequence[dict[str, Any]]) -> float | None:

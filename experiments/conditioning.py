@@ -18,7 +18,6 @@ Silent is an error above the threshold that none of these tells. Writes OUTPUT.j
 """
 
 import dataclasses
-import math
 from collections.abc import Callable
 from functools import partial
 from itertools import groupby
@@ -298,10 +297,8 @@ def _check(config: Config) -> None:
         raise ValueError(f"size={config.size} must be at least 2 and at most 1000")
     if not 0 < config.tol < 1:
         raise ValueError(f"tol={config.tol} must be above 0 and below 1")
-    if config.max_steps < 1:
-        raise ValueError(f"max_steps={config.max_steps} must be at least 1")
-    if not 0 < config.threshold < math.inf:
-        raise ValueError(f"threshold={config.threshold} must be positive")
+    common.check_least(config, max_steps=1)
+    common.check_positive(config, "threshold")
     common.check_seed(config.seed)
 
 

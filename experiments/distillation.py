@@ -214,11 +214,8 @@ def draw(results: dict[str, Any], path: Path) -> None:
 
 
 def _check(config: Config) -> None:
-    for name in ("per_class", "train_examples", "steps", "draws"):
-        if getattr(config, name) < 1:
-            raise ValueError(f"{name}={getattr(config, name)} must be at least 1")
-    if not 0 < config.outer_rate < math.inf:
-        raise ValueError(f"outer_rate={config.outer_rate} must be positive")
+    common.check_least(config, per_class=1, train_examples=1, steps=1, draws=1)
+    common.check_positive(config, "outer_rate")
     common.check_seed(config.seed)
 
 

@@ -17,7 +17,6 @@ Bai, Kolter and Koltun, "Deep equilibrium models", NeurIPS 2019.
 """
 
 import dataclasses
-import math
 import time
 from collections.abc import Callable
 from functools import partial
@@ -274,11 +273,8 @@ def _check(config: Config) -> None:
         raise ValueError(f"unrolled={config.unrolled} must name numbers of at least 1")
     if config.train_examples < BATCH:
         raise ValueError(f"train_examples={config.train_examples} must be at least {BATCH}")
-    for name in ("width", "steps"):
-        if getattr(config, name) < 1:
-            raise ValueError(f"{name}={getattr(config, name)} must be at least 1")
-    if not 0 < config.learning_rate < math.inf:
-        raise ValueError(f"learning_rate={config.learning_rate} must be positive")
+    common.check_least(config, width=1, steps=1)
+    common.check_positive(config, "learning_rate")
     common.check_seed(config.seed)
 
 

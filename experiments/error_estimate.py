@@ -85,9 +85,7 @@ def main(config: Config) -> dict[str, Any]:
     Raises:
       ValueError: a setting out of its range.
     """
-    for name, least in (("problems", 2), ("rounds", 1), ("cg_steps", 1)):
-        if getattr(config, name) < least:
-            raise ValueError(f"{name}={getattr(config, name)} must be at least {least}")
+    common.check_least(config, problems=2, rounds=1, cg_steps=1)
     common.check_seed(config.seed)
     common.check_output(config.output)
     common.cache_compilations()

@@ -269,11 +269,8 @@ def _check(config: Config) -> None:
         )
     if min(config.probes) < 0:
         raise ValueError(f"probes={config.probes} must be at least 0")
-    for name in ("splits", "steps"):
-        if getattr(config, name) < 1:
-            raise ValueError(f"{name}={getattr(config, name)} must be at least 1")
-    if not 0 < config.outer_rate < math.inf:
-        raise ValueError(f"outer_rate={config.outer_rate} must be positive")
+    common.check_least(config, splits=1, steps=1)
+    common.check_positive(config, "outer_rate")
     common.check_seed(config.seed)
 
 

@@ -264,9 +264,7 @@ def draw(results: dict[str, Any], path: Path) -> None:
 
 
 def _check(config: Config) -> None:
-    for name, least in _LEAST.items():
-        if getattr(config, name) < least:
-            raise ValueError(f"{name}={getattr(config, name)} must be at least {least}")
+    common.check_least(config, **_LEAST)
     for name in ("inner_rate", "outer_rate"):
         if not getattr(config, name) > 0:
             raise ValueError(f"{name}={getattr(config, name)} must be positive")

@@ -206,18 +206,14 @@ def draw(results: dict[str, Any], path: Path) -> None:
 
 
 def _check(config: Config) -> None:
-    for name in ("train_examples", "validation_examples", "steps", "repeats"):
-        if getattr(config, name) < 1:
-            raise ValueError(f"{name}={getattr(config, name)} must be at least 1")
+    common.check_least(config, train_examples=1, validation_examples=1, steps=1, repeats=1)
     wrong = round(config.corrupted * config.train_examples) if config.corrupted < math.inf else 0
     if not 0 < wrong < config.train_examples:
         raise ValueError(
             f"corrupted={config.corrupted} must lie between 0 and 1 and leave wrong and clean "
             f"labels among the {config.train_examples} training examples"
         )
-    for name in ("reg_strength", "outer_rate"):
-        if not 0 < getattr(config, name) < math.inf:
-            raise ValueError(f"{name}={getattr(config, name)} must be positive")
+    common.check_positive(config, "reg_strength", "outer_rate")
     common.check_seed(config.seed)
 
 

@@ -259,9 +259,7 @@ def draw(results: dict[str, Any], path: Path) -> None:
 def _check(config: Config) -> None:
     if not 1 < config.elasticity < math.inf:
         raise ValueError(f"elasticity={config.elasticity} must be above 1")
-    for name, least in (("firms", 1), ("consumers", 1), ("goods", 2)):
-        if getattr(config, name) < least:
-            raise ValueError(f"{name}={getattr(config, name)} must be at least {least}")
+    common.check_least(config, firms=1, consumers=1, goods=2)
     common.check_seed(config.seed)
 
 

@@ -362,8 +362,7 @@ def _check(config: Config) -> None:
         raise ValueError(f"condition={config.condition} must be above 1 and at most {_MOST:g}")
     if not config.num_steps or min(config.num_steps) < 1:
         raise ValueError(f"num_steps={config.num_steps} must name step counts of at least 1")
-    if config.num_tasks < 1:
-        raise ValueError(f"num_tasks={config.num_tasks} must be at least 1")
+    common.check_least(config, num_tasks=1)
     common.check_seed(config.seed)
 
 

@@ -107,8 +107,7 @@ def main(config: Config) -> list[dict[str, Any]]:
     Raises:
       ValueError: a setting out of its range.
     """
-    if config.rounds < 1:
-        raise ValueError(f"rounds={config.rounds} must be at least 1")
+    common.check_least(config, rounds=1)
     if not config.max_seconds > 0:
         raise ValueError(f"max_seconds={config.max_seconds} must be positive")
     mappings: list[MapTasks] = [int(m) if m.isdigit() else m for m in config.map_tasks]

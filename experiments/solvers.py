@@ -353,9 +353,7 @@ def _check(config: Config) -> list[tuple[int, int]]:
         raise ValueError(f"sizes={config.sizes} must have at least 2 ways and 1 shot")
     if not config.reg_strengths or not all(0 < s < math.inf for s in config.reg_strengths):
         raise ValueError(f"reg_strengths={config.reg_strengths} must be positive")
-    for name in ("meta_steps", "num_tasks", "rounds"):
-        if getattr(config, name) < 1:
-            raise ValueError(f"{name}={getattr(config, name)} must be at least 1")
+    common.check_least(config, meta_steps=1, num_tasks=1, rounds=1)
     common.check_seed(config.seed)
     return numbers
 

@@ -55,9 +55,7 @@ def main(config: Config) -> dict[str, Any]:
     Raises:
       ValueError: a setting out of its range.
     """
-    for name in ("log_every", "chunks", "rounds"):
-        if getattr(config, name) < 1:
-            raise ValueError(f"{name}={getattr(config, name)} must be at least 1")
+    common.check_least(config, log_every=1, chunks=1, rounds=1)
     common.check_output(config.output)
     protocol = glyphs.resolve(glyphs.Config(algorithm=config.algorithm))
     dataset = glyph_data.load().train

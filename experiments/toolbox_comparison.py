@@ -296,9 +296,7 @@ def table(results: dict[str, Any]) -> str:
 
 
 def _check(config: Config) -> None:
-    for name in ("size", "rounds"):
-        if getattr(config, name) < 1:
-            raise ValueError(f"{name}={getattr(config, name)} must be at least 1")
+    common.check_least(config, size=1, rounds=1)
     if not 0 < config.tol < 1:
         raise ValueError(f"tol={config.tol} must be above 0 and below 1")
     common.check_seed(config.seed)

@@ -9,8 +9,7 @@ import optax
 from jax import lax
 from jax.core import Tracer
 
-from imaml_jax.curvature import hessian
-from imaml_jax.gradient_error import implicit_gradient_error
+from imaml_jax.gradient_error import curvature_of, implicit_gradient, implicit_gradient_error
 from imaml_jax.inner import minimize
 from imaml_jax.linear_solve import SolveInfo
 from imaml_jax.types import Array, LinearOperator, PyTree
@@ -111,23 +110,16 @@ def adaptive_gradient(
     args = tuple(args)
     if not args:
         raise ValueError("adaptive_gradient: args=() leaves nothing to differentiate in")
-    inner_grad = jax.grad(objective)
-    outer_grad = jax.value_and_grad(outer_fn, argnums=tuple(range(len(args) + 1)))
-
-    def matrix(x: PyTree) -> LinearOperator:
-        if curvature is None:
-            return hessian(lambda p: objective(p, *args), x)
-        return curvature(x, *args)
+    matrix = curvature_of(objective, args, curvature)
 
     def one_round(params: PyTree, adjoint: PyTree, num_rounds: Array) -> _State:
         params, _ = minimize(
             objective, params, *args, tx=inner, num_steps=num_steps, curvature=curvature
         )
-        value, (right, *direct) = outer_grad(params, *args)
+        value, right = jax.value_and_grad(outer_fn)(params, *args)
         operator = matrix(params)
         left = optax.tree.sub(right, operator.matvec(adjoint))
         adjoint = optax.tree.add(adjoint, solve(operator, left, key=key)[0])
-        slope, pullback = jax.vjp(lambda *a: inner_grad(params, *a), *args)
         found = implicit_gradient_error(
             outer_fn,
             objective,
@@ -139,10 +131,11 @@ def adaptive_gradient(
             curvature=curvature,
             key=key,
         )
-        grads = optax.tree.sub(tuple(direct), pullback(adjoint))
+        grads = implicit_gradient(outer_fn, objective, params, args, adjoint)
         grads = optax.tree.add(grads, found.correction)
         norm = optax.tree.norm(grads)
         error = jnp.where(found.estimate == 0, 0.0, found.estimate / norm)
+        slope = jax.grad(objective)(params, *args)
         info = AdaptiveInfo(error, num_rounds + 1, optax.tree.norm(slope), error <= accuracy)
         return _State(params, adjoint, value, grads, info)
 

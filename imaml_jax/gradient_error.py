@@ -89,19 +89,13 @@ def implicit_gradient_error(
     _check("implicit_gradient_error", strong_convexity)
     args = tuple(args)
     inner_grad = jax.grad(objective)
-
-    def matrix(x: PyTree) -> LinearOperator:
-        if curvature is None:
-            return hessian(lambda p: objective(p, *args), x)
-        return curvature(x, *args)
+    matrix = curvature_of(objective, args, curvature)
 
     def adjoint_residual(x: PyTree) -> PyTree:
         return optax.tree.sub(jax.grad(outer_fn)(x, *args), matrix(x).matvec(adjoint))
 
     def gradient(x: PyTree, u: PyTree) -> tuple[PyTree, ...]:
-        direct = jax.grad(outer_fn, argnums=tuple(range(1, len(args) + 1)))(x, *args)
-        _, pullback = jax.vjp(lambda *a: inner_grad(x, *a), *args)
-        return optax.tree.sub(direct, pullback(u))
+        return implicit_gradient(outer_fn, objective, x, args, u)
 
     operator = matrix(params)
     slope = inner_grad(params, *args)
@@ -172,6 +166,30 @@ def implicit_gradient_bound(
     distance = inner_residual / strong_convexity
     moved = (outer_lipschitz + hessian_lipschitz * adjoint_norm) * distance
     return jnp.asarray((adjoint_residual + moved) / strong_convexity)
+
+
+def implicit_gradient(
+    outer_fn: Callable[..., Array],
+    objective: Callable[..., Array],
+    params: PyTree,
+    args: tuple[PyTree, ...],
+    adjoint: PyTree,
+) -> tuple[PyTree, ...]:
+    """Derivative of `outer_fn` in `args` less `adjoint^T d2 objective / dx dargs`, at `params`."""
+    direct = jax.grad(outer_fn, argnums=tuple(range(1, len(args) + 1)))(params, *args)
+    _, pullback = jax.vjp(lambda *a: jax.grad(objective)(params, *a), *args)
+    return optax.tree.sub(direct, pullback(adjoint))
+
+
+def curvature_of(
+    objective: Callable[..., Array],
+    args: tuple[PyTree, ...],
+    curvature: Callable[..., LinearOperator] | None,
+) -> Callable[[PyTree], LinearOperator]:
+    """`params -> LinearOperator`, by default of the objective's Hessian."""
+    if curvature is not None:
+        return lambda x: curvature(x, *args)
+    return lambda x: hessian(lambda p: objective(p, *args), x)
 
 
 def _scaled(size: Array, image: Array, preimage: Array) -> Array:
