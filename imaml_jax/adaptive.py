@@ -21,13 +21,19 @@ class AdaptiveInfo(NamedTuple):
     Attributes:
       error: estimated error of the gradient relative to its norm.
       num_rounds: rounds made.
-      inner_residual: norm of the objective's gradient at the end.
+      inner_residual: norm of the objective's gradient at the end relative to the start.
+      solve_residual: relative residual of the adjoint.
+      solve_steps: iterations of its last solve.
+      min_curvature: smallest curvature that one met.
       converged: whether `error` is within the accuracy.
     """
 
     error: Array
     num_rounds: Array
     inner_residual: Array
+    solve_residual: Array
+    solve_steps: Array | None
+    min_curvature: Array | None
     converged: Array
 
 
@@ -71,8 +77,9 @@ def adaptive_gradient(
       strong_convexity: see `implicit_gradient_error`.
       inner: Optax transform of the minimisation; it starts afresh in each round.
       num_steps: its steps a round, at least 1.
-      solve: a solver of `imaml_jax.linear_solve`, three times a round; it need not converge:
-        `partial(solve_cg_steihaug, max_steps=10)`.
+      solve: a solver of `imaml_jax.linear_solve`, four times a round; it need not converge:
+        `partial(solve_cg_steihaug, max_steps=10)`. Not `solve_woodbury`: two of the systems have
+        the objective's Hessian.
       curvature: `(params, *args) -> LinearOperator`, in place of the objective's Hessian.
       max_rounds: most rounds, at least 1; may be traced.
       key: passed to the solver.
@@ -111,6 +118,8 @@ def adaptive_gradient(
     if not args:
         raise ValueError("adaptive_gradient: args=() leaves nothing to differentiate in")
     matrix = curvature_of(objective, args, curvature)
+    norm = optax.tree.norm
+    start = norm(jax.grad(objective)(init_params, *args))
 
     def one_round(params: PyTree, adjoint: PyTree, num_rounds: Array) -> _State:
         params, _ = minimize(
@@ -119,7 +128,8 @@ def adaptive_gradient(
         value, right = jax.value_and_grad(outer_fn)(params, *args)
         operator = matrix(params)
         left = optax.tree.sub(right, operator.matvec(adjoint))
-        adjoint = optax.tree.add(adjoint, solve(operator, left, key=key)[0])
+        change, solved = solve(operator, left, key=key)
+        adjoint = optax.tree.add(adjoint, change)
         found = implicit_gradient_error(
             outer_fn,
             objective,
@@ -133,10 +143,16 @@ def adaptive_gradient(
         )
         grads = implicit_gradient(outer_fn, objective, params, args, adjoint)
         grads = optax.tree.add(grads, found.correction)
-        norm = optax.tree.norm(grads)
-        error = jnp.where(found.estimate == 0, 0.0, found.estimate / norm)
-        slope = jax.grad(objective)(params, *args)
-        info = AdaptiveInfo(error, num_rounds + 1, optax.tree.norm(slope), error <= accuracy)
+        error = _share(found.estimate, norm(grads))
+        info = AdaptiveInfo(
+            error,
+            num_rounds + 1,
+            _share(norm(jax.grad(objective)(params, *args)), start),
+            _share(solved.relative_residual * norm(left), norm(right)),
+            solved.num_steps,
+            solved.min_curvature,
+            error <= accuracy,
+        )
         return _State(params, adjoint, value, grads, info)
 
     shapes = jax.eval_shape(one_round, init_params, init_params, jnp.int32(0))
@@ -148,3 +164,8 @@ def adaptive_gradient(
         empty._replace(params=jax.tree.map(jnp.asarray, init_params), info=unknown),
     )
     return state.value, state.grads, state.params, state.info
+
+
+def _share(part: Array, whole: Array) -> Array:
+    """`part / whole`, and 0 where nothing is left of nothing."""
+    return jnp.where(part == 0, 0.0, part / whole)

@@ -2,14 +2,14 @@
 
 At a point `x` the inner gradient `s = grad objective(x)` should be zero, and so should the residual
 `r(x) = grad outer(x) - A(x) u` of the adjoint `u`. A Newton step for each gives to first order what
-is missing:
+is missing, with `H` the objective's Hessian, which `A` is too where no other matrix is chosen:
 
-    x* - x = -d,    A d = s;        u* - u = e,    A e = r(x) - Dr(x) d;
+    x* - x = -d,    H d = s;        u* - u = e,    A e = r(x) - Dr(x) d;
 
 and the derivative of the gradient along `(-d, e)` is its error. What the solver leaves of the two
-systems counts by its norm over the strong convexity, and what is of second order by what the step
-leaves of the inner gradient. That is an estimate; `implicit_gradient_bound` gives a bound where the
-constants are known.
+systems counts by its norm over the strong convexity, and what is of second order by the length of a
+second Newton step over that of the first. That is an estimate; `implicit_gradient_bound` gives a
+bound where the constants are known.
 
 References:
   Pedregosa, "Hyperparameter optimization with approximate gradient", ICML 2016 (the error from both
@@ -36,8 +36,9 @@ class GradientError(NamedTuple):
     """The error of an implicit gradient.
 
     Attributes:
-      estimate: of its norm: `3 (||correction|| + unresolved) / (1 - l)`, where `l` is the part of
-        the inner gradient that a Newton step leaves, at most 0.9.
+      estimate: of its norm: `3 (||correction|| + unresolved) / (1 - l)`, where `l` is the length
+        of a second Newton step over that of the first, at most 0.9, and 0.9 where the Hessian
+        curves downwards.
       unresolved: what the linear solves left open; where it outweighs the correction, more steps
         for `solve` give a sharper estimate.
       correction: to add to the gradient: its error to first order, one tree for each of `args`.
@@ -62,8 +63,8 @@ def implicit_gradient_error(
 ) -> GradientError:
     """Estimates the error of `d outer_fn(x*(args), *args) / d args` as computed at `params`.
 
-    The gradient is that of `outer_fn` in `args` less `adjoint^T d2 objective / dx dargs`. Costs two
-    linear solves and three products with derivatives of second and third order. Not itself
+    The gradient is that of `outer_fn` in `args` less `adjoint^T d2 objective / dx dargs`. Costs
+    three linear solves and three products with derivatives of second and third order. Not itself
     differentiable.
 
     Args:
@@ -72,7 +73,8 @@ def implicit_gradient_error(
       params: an approximate minimiser.
       args: the other arguments, trees of floating-point arrays.
       adjoint: an approximate solution of `A u = grad outer_fn`, shaped like `params`.
-      solve: a solver of `imaml_jax.linear_solve`; the better it solves, the sharper the estimate.
+      solve: a solver of `imaml_jax.linear_solve` that serves both `A` and the Hessian; the better
+        it solves, the sharper the estimate.
       strong_convexity: lower bound of the eigenvalues of `A`, positive: lambda, where the loss is
         convex or `curvature` is the Gauss-Newton matrix.
       curvature: `(params, *args) -> LinearOperator`, the matrix of the adjoint's system; default
@@ -89,7 +91,7 @@ def implicit_gradient_error(
     _check("implicit_gradient_error", strong_convexity)
     args = tuple(args)
     inner_grad = jax.grad(objective)
-    matrix = curvature_of(objective, args, curvature)
+    full, matrix = (curvature_of(objective, args, c) for c in (None, curvature))
 
     def adjoint_residual(x: PyTree) -> PyTree:
         return optax.tree.sub(jax.grad(outer_fn)(x, *args), matrix(x).matvec(adjoint))
@@ -97,12 +99,13 @@ def implicit_gradient_error(
     def gradient(x: PyTree, u: PyTree) -> tuple[PyTree, ...]:
         return implicit_gradient(outer_fn, objective, x, args, u)
 
-    operator = matrix(params)
     slope = inner_grad(params, *args)
-    step, step_info = solve(operator, slope, key=key)
+    step, step_info = solve(full(params), slope, key=key)
     residual, turn = jax.jvp(adjoint_residual, (params,), (step,))
     missing = optax.tree.sub(residual, turn)
-    change, change_info = solve(operator, missing, key=key)
+    change, change_info = solve(matrix(params), missing, key=key)
+    ahead = optax.tree.sub(params, step)
+    second, _ = solve(full(ahead), inner_grad(ahead, *args), key=key)
 
     zeros = optax.tree.zeros_like(params)
     by_params = jax.jvp(gradient, (params, adjoint), (optax.tree.scale(-1, step), zeros))[1]
@@ -115,8 +118,11 @@ def implicit_gradient_error(
     open_change = (change_info.relative_residual * norm(missing) + open_turn) / strong_convexity
     unresolved = _scaled(open_step, norm(by_params), norm(step))
     unresolved += _scaled(open_change, norm(by_adjoint), norm(change))
-    left = norm(inner_grad(optax.tree.sub(params, step), *args))
-    left = jnp.clip(left / jnp.where(left == 0, 1, norm(slope)), max=_MOST_LEFT)
+    left = norm(second) / jnp.where(norm(second) == 0, 1, norm(step))
+    upwards = optax.tree.vdot(step, slope) >= 0
+    if step_info.min_curvature is not None:
+        upwards &= step_info.min_curvature > 0
+    left = jnp.where(upwards, jnp.minimum(left, _MOST_LEFT), _MOST_LEFT)
     estimate = _SAFETY * (norm(correction) + unresolved) / (1 - left)
     return GradientError(estimate, unresolved, correction)
 

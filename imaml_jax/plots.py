@@ -91,7 +91,16 @@ def reporter(progress: bool, step: int, num_steps: int) -> Iterator[Callable[[di
 
 
 def _summary(row: Mapping[str, Any]) -> str:
-    endings = ("loss", "accuracy", "residual", "curvature", "cosine", "validation")
+    endings = (
+        "loss",
+        "accuracy",
+        "residual",
+        "curvature",
+        "cosine",
+        "error",
+        "rounds",
+        "validation",
+    )
     shown = [name for name in row if name.endswith(endings) and row[name] is not None]
     parts = [f"{name} {row[name]:.4g}" for name in shown]
     if row.get("validation_ci95") is not None:

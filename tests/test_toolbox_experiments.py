@@ -100,7 +100,9 @@ def test_lines_that_hold_nothing_are_not_counted():
 
 @pytest.mark.slow
 def test_the_estimate_covers_the_error(tmp_path, capsys):
-    config = error_estimate.Config(problems=4, rounds=8, output=tmp_path / "figure")
+    config = error_estimate.Config(
+        kinds=("logistic", "sinusoid"), problems=4, rounds=8, output=tmp_path / "figure"
+    )
     kinds = error_estimate.main(config)["kinds"]
     assert kinds["logistic"]["coverage"] == 1.0 and kinds["logistic"]["within_10"] > 0.9
     assert kinds["sinusoid"]["coverage"] > 0.9

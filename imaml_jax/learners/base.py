@@ -31,6 +31,8 @@ class MetaInfo(NamedTuple):
       solve_steps: its iterations.
       min_curvature: smallest curvature it met; at or below 0 the inner point is no minimum.
       cosine: between the meta-gradient and the plain query gradient (first-order MAML's).
+      gradient_error: estimated error of the meta-gradient relative to its norm.
+      num_rounds: rounds that an adaptive meta-gradient took.
     """
 
     query_loss: Array | None = None
@@ -41,6 +43,8 @@ class MetaInfo(NamedTuple):
     solve_steps: Array | None = None
     min_curvature: Array | None = None
     cosine: Array | None = None
+    gradient_error: Array | None = None
+    num_rounds: Array | None = None
 
 
 class Adapted(NamedTuple):

@@ -8,14 +8,17 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import optax
+from jax import lax
 from jax.core import Tracer
 
+from imaml_jax.adaptive import adaptive_gradient
 from imaml_jax.curvature import damped, gauss_newton, hessian
 from imaml_jax.implicit import root_vjp
 from imaml_jax.inner import minimize, proximal_objective
 from imaml_jax.learners.base import (
     FastPredicate,
     LossFn,
+    MetaInfo,
     Statistics,
     check_steps,
     combine,
@@ -24,7 +27,7 @@ from imaml_jax.learners.base import (
     supervised,
 )
 from imaml_jax.linear_solve import SolveInfo, solve_cg_steihaug
-from imaml_jax.types import MetaLearner, PyTree
+from imaml_jax.types import Array, MetaLearner, PyTree
 
 Curvature = Literal["hessian", "gauss_newton"]
 _FIVE_CG_STEPS = partial(solve_cg_steihaug, tol=0.0, max_steps=5)
@@ -56,6 +59,8 @@ def imaml(
     eval_reg_strength: PyTree | None = None,
     fast: FastPredicate | None = None,
     statistics: Statistics = "batch",
+    accuracy: float | None = None,
+    max_rounds: int = 10,
 ) -> MetaLearner:
     """MAML whose meta-gradient comes from the implicit function theorem, not from unrolling.
 
@@ -89,6 +94,11 @@ def imaml(
       eval_reg_strength: lambda in `adapt`, 0 turns the proximal term off; default `reg_strength`.
       fast: which parameters are adapted, by path; default all.
       statistics: batch-norm mode of the query examples, see `learners.base.supervised`.
+      accuracy: relative error of each meta-gradient, positive, instead of fixed step counts: rounds
+        of `num_steps` inner steps and a linear solve follow one another until the estimate of its
+        error, `gradient_error`, is within it, see `adaptive_gradient`. That takes lambda for the
+        smallest curvature; `solve_woodbury` cannot serve it. None: one pass, no estimate.
+      max_rounds: most rounds of a meta-gradient; 1 tells what error fixed step counts leave.
 
     Returns:
       The `MetaLearner`.
@@ -100,7 +110,9 @@ def imaml(
       Rajeswaran, Finn, Kakade, Levine, "Meta-Learning with Implicit Gradients", NeurIPS 2019,
       Algorithms 1 and 2, Eq. 6.
     """
-    check_steps("imaml", num_steps=num_steps, eval_num_steps=eval_num_steps)
+    check_steps("imaml", num_steps=num_steps, eval_num_steps=eval_num_steps, max_rounds=max_rounds)
+    if accuracy is not None and not accuracy > 0:
+        raise ValueError(f"imaml: accuracy={accuracy} must be positive, or None for fixed steps")
     if not jax.tree.leaves(reg_strength):
         raise ValueError(f"imaml: reg_strength={reg_strength!r} must be a scalar or a tree of them")
     for leaf in _concrete_leaves(reg_strength):
@@ -165,6 +177,56 @@ def imaml(
 
         return make_adapt(problem, run_at_evaluation)(params, support, key)
 
+    def gather(strength, grads, slow_grads, strength_grad):
+        """The meta-gradient, that of lambda in its logarithm."""
+        meta_grads = combine(grads, slow_grads)
+        if not learn_reg_strength:
+            return meta_grads
+        return LearnedStrength(meta_grads, optax.tree.mul(strength, strength_grad))
+
+    def adaptive_meta_grad(meta_params, task, key, step):
+        del step
+        params, strength = separate(meta_params)
+        anchor, slow_params = problem.split(params)
+        smallest = jnp.min(jnp.stack([jnp.min(x) for x in jax.tree.leaves(strength)]))
+
+        def inner_objective(params, anchor, strength, slow_params):
+            strength = strength if learn_reg_strength else lax.stop_gradient(strength)
+            return objective(params, anchor, strength, slow_params, task.support)
+
+        def query_loss(params, slow_params):
+            return problem.query_loss(params, slow_params, task)
+
+        _, (grads, strength_grad, slow_grads), adapted, found = adaptive_gradient(
+            lambda params, anchor, strength, slow_params: query_loss(params, slow_params)[0],
+            inner_objective,
+            anchor,
+            (anchor, strength, slow_params),
+            accuracy=accuracy,
+            strong_convexity=smallest,
+            inner=inner,
+            num_steps=num_steps,
+            solve=solve,
+            curvature=lambda *args: inner_curvature(*args, task.support),
+            max_rounds=max_rounds,
+            key=key,
+        )
+        (loss, query_accuracy), query_grad = jax.value_and_grad(query_loss, has_aux=True)(
+            adapted, slow_params
+        )
+        return gather(strength, grads, slow_grads, strength_grad), MetaInfo(
+            query_loss=loss,
+            query_accuracy=query_accuracy,
+            support_loss=inner_objective(adapted, anchor, strength, slow_params),
+            inner_residual=found.inner_residual,
+            solve_residual=found.solve_residual,
+            solve_steps=found.solve_steps,
+            min_curvature=found.min_curvature,
+            cosine=_cosine(grads, query_grad),
+            gradient_error=found.error,
+            num_rounds=found.num_rounds,
+        )
+
     def meta_grad(meta_params, task, key, step):
         del step
         params, strength = separate(meta_params)
@@ -182,22 +244,25 @@ def imaml(
             solve,
             key=key,
         )
-        tiny = jnp.finfo(loss.dtype).tiny
-        norms = optax.tree.norm(grads) * optax.tree.norm(query_grad)
-        meta_grads = combine(grads, optax.tree.add(direct, through_adaptation))
-        if learn_reg_strength:
-            meta_grads = LearnedStrength(meta_grads, optax.tree.mul(strength, strength_grad))
-        return meta_grads, inner_report(
+        slow_grads = optax.tree.add(direct, through_adaptation)
+        return gather(strength, grads, slow_grads, strength_grad), inner_report(
             inner_info,
             query_loss=loss,
             query_accuracy=accuracy,
             solve_residual=solve_info.relative_residual,
             solve_steps=solve_info.num_steps,
             min_curvature=solve_info.min_curvature,
-            cosine=jnp.asarray(optax.tree.vdot(grads, query_grad)) / jnp.maximum(norms, tiny),
+            cosine=_cosine(grads, query_grad),
         )
 
-    return MetaLearner(init, adapt, problem.predict, meta_grad)
+    one_pass = accuracy is None
+    return MetaLearner(init, adapt, problem.predict, meta_grad if one_pass else adaptive_meta_grad)
+
+
+def _cosine(a: PyTree, b: PyTree) -> Array:
+    product = jnp.asarray(optax.tree.vdot(a, b))
+    norms = optax.tree.norm(a) * optax.tree.norm(b)
+    return product / jnp.maximum(norms, jnp.finfo(product.dtype).tiny)
 
 
 def _concrete_leaves(tree: PyTree) -> list[np.ndarray]:

@@ -96,6 +96,13 @@ LEARNERS = [
         only_mlp,
         False,
     ),
+    Row(
+        "imaml_adaptive",
+        imaml,
+        dict(inner=sgd, num_steps=8, accuracy=1e-2, max_rounds=5),
+        only_mlp,
+        False,
+    ),
     Row("imaml_dev", imaml_dev, dict(inner_rate=0.1, num_steps=8), only_mlp, False),
     Row(
         "imaml_tree_strength",

@@ -458,6 +458,72 @@ def test_the_strength_is_learned_by_its_logarithm(granularity, finite_difference
     assert relative_error(grads.log_reg_strength, expected) < 1e-8
 
 
+# To an accuracy instead of by step counts.
+
+ADAPTIVE = dict(inner=optax.sgd(0.15), num_steps=15, solve=partial(solve_cg_steihaug, max_steps=5))
+
+
+@pytest.mark.parametrize("name", ["mlp", "mlp_tree_strength", "mlp_fast_head", "conv"])
+def test_an_adaptive_meta_gradient_is_as_exact_as_asked(name):
+    reference, dense = reference_and_dense(name)
+    rounds = []
+    for accuracy in (1e-2, 1e-7):
+        learner = imaml(
+            reference.network,
+            reference.loss_fn,
+            fast=reference.fast,
+            reg_strength=reference.reg_strength,
+            accuracy=accuracy,
+            max_rounds=100,
+            **ADAPTIVE,
+        )
+        grads, info = jit(learner.meta_grad)(reference.params, reference.task, KEY, 0)
+        assert relative_error(grads, dense.grads) <= info.gradient_error <= accuracy
+        rounds.append(int(info.num_rounds))
+    assert 1 <= rounds[0] < rounds[1] < 100
+    np.testing.assert_allclose(info.query_loss, dense.query_loss, rtol=1e-5)
+    np.testing.assert_allclose(info.cosine, dense.cosine, rtol=1e-5)
+    assert info.inner_residual < 1e-3 and info.solve_residual < 1e-3
+    assert info.min_curvature > dense.smallest - 1e-10
+    assert info.support_loss > 0 and info.solve_steps > 0
+
+
+def test_one_round_tells_the_error_of_fixed_step_counts():
+    reference, dense = reference_and_dense("mlp")
+    make = partial(imaml, reference.network, reference.loss_fn, reg_strength=2.0)
+    settings = {**ADAPTIVE, "num_steps": 10}
+    fixed, fixed_info = jit(make(**settings).meta_grad)(reference.params, reference.task, KEY, 0)
+    told, info = jit(make(**settings, accuracy=1e-3, max_rounds=1).meta_grad)(
+        reference.params, reference.task, KEY, 0
+    )
+    error = relative_error(fixed, dense.grads)
+    assert info.num_rounds == 1 and error <= info.gradient_error <= 10 * error
+    assert relative_error(told, dense.grads) < error / 3  # corrected to first order
+    np.testing.assert_allclose(info.inner_residual, fixed_info.inner_residual, rtol=1e-8)
+    np.testing.assert_allclose(info.solve_residual, fixed_info.solve_residual, rtol=1e-6)
+    assert fixed_info.gradient_error is None
+
+
+def test_an_adaptive_meta_gradient_in_the_learned_strength():
+    reference, dense = reference_and_dense("mlp")
+    learner = imaml(
+        reference.network,
+        reference.loss_fn,
+        reg_strength=2.0,
+        learn_reg_strength=True,
+        accuracy=1e-6,
+        max_rounds=100,
+        **ADAPTIVE,
+    )
+    start = learner.init(KEY, reference.task.support.inputs)
+    meta_params = start._replace(params=reference.params)
+    grads, info = jit(learner.meta_grad)(meta_params, reference.task, KEY, 0)
+    expected = -2.0 * jnp.dot(dense.adapted - reference.flat, dense.u)
+    assert relative_error(grads.params, dense.grads) < 1e-6
+    np.testing.assert_allclose(grads.log_reg_strength, expected, rtol=1e-6)
+    assert info.gradient_error < 1e-6
+
+
 def test_adaptation_follows_the_learned_strength():
     reference, _ = reference_and_dense("mlp")
     settings = dict(learn_reg_strength=True, **INNER)
@@ -609,6 +675,9 @@ def test_memory_does_not_grow_with_the_inner_steps():
         (dict(eval_reg_strength=-1), "eval_reg_strength=-1"),
         (dict(curvature="fisher"), "curvature='fisher'"),
         (dict(statistics="running"), "statistics='running'"),
+        (dict(accuracy=0.0), "accuracy=0.0"),
+        (dict(accuracy=float("nan")), "accuracy=nan"),
+        (dict(max_rounds=0), "max_rounds=0"),
     ],
 )
 def test_bad_settings_are_named(settings, message):
