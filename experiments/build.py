@@ -3,6 +3,7 @@
 from functools import partial
 
 import flax.linen as nn
+import jax
 import optax
 
 import imaml_jax
@@ -16,6 +17,7 @@ _INITIALIZERS = {
     "xavier": nn.initializers.xavier_uniform(),
     "xavier_1.73": nn.initializers.variance_scaling(1.73**2, "fan_avg", "uniform"),
 }
+_GRANULARITIES = {None: False, "one": True, "leaf": "leaf", "parameter": "parameter"}
 _SOLVERS = {
     "cg": lambda steps: partial(imaml_jax.solve_cg, tol=0.0, max_steps=steps),
     "cg_steihaug": lambda steps: partial(imaml_jax.solve_cg_steihaug, tol=0.0, max_steps=steps),
@@ -30,6 +32,7 @@ def build_learner(protocol: Protocol, ways: int) -> MetaLearner:
         ways,
         kernel_init=_INITIALIZERS[settings.pop("kernel", "xavier")],
         head_init=_INITIALIZERS[settings.pop("head", "zero")],
+        activation=getattr(jax.nn, protocol.activation),
         **settings,
     )
     loss_fn = imaml_jax.cross_entropy
@@ -70,6 +73,7 @@ def build_learner(protocol: Protocol, ways: int) -> MetaLearner:
         **shared,
         reg_strength=protocol.reg_strength,
         eval_reg_strength=protocol.eval_reg_strength,
+        learn_reg_strength=_GRANULARITIES[protocol.learn_reg_strength],
         curvature=protocol.curvature,
         solve=_SOLVERS[protocol.solve](protocol.cg_steps),
     )

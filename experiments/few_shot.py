@@ -52,6 +52,10 @@ class Config(common.RunConfig):
     """Solver of iMAML's linear system; woodbury needs gauss_newton."""
     cg_steps: int | None = None
     """CG steps of that solver, and of a Hessian-free direction."""
+    activation: Literal["gelu", "relu", "silu", "softplus"] | None = None
+    """Of the network."""
+    learn_reg_strength: Literal["one", "leaf", "parameter"] | None = None
+    """iMAML learns one lambda, one for each array of parameters, or one for each parameter."""
     inner: Literal["adam", "adaptive_gd", "nesterov", "newton_cg", "sgd"] | None = None
     """Inner optimiser; nesterov is SGD with momentum 0.8."""
 
@@ -158,9 +162,10 @@ def describe(config: Config, protocol: Protocol, dataset: str) -> str:
     rate = "" if protocol.inner == "newton_cg" else f" rate {protocol.inner_rate:g}"
     implicit = ""
     if protocol.algorithm.startswith("imaml"):
-        at_test = protocol.eval_reg_strength
+        at_test, learned = protocol.eval_reg_strength, protocol.learn_reg_strength
         implicit = (
             f"; lambda {protocol.reg_strength:g}"
+            + ("" if learned is None else f" learned ({learned})")
             + ("" if at_test is None else f" (at test {at_test:g})")
             + ("" if protocol.cg_damping is None else f", damping {protocol.cg_damping:g}")
             + f", {protocol.curvature} curvature, solver {protocol.solve}"
@@ -242,7 +247,7 @@ def _check_settings(config: Config, protocol: Protocol) -> None:
     if protocol.algorithm.startswith("imaml"):
         positive += ["cg_steps", "reg_strength"]
     else:
-        for name in ("cg_steps", "curvature", "reg_strength", "solve"):
+        for name in ("cg_steps", "curvature", "learn_reg_strength", "reg_strength", "solve"):
             if getattr(config, name) is not None:
                 raise ValueError(
                     f"{name}={getattr(config, name)} has no effect on {protocol.algorithm}; "
@@ -250,7 +255,7 @@ def _check_settings(config: Config, protocol: Protocol) -> None:
                 )
     common.check_seed(config.seed)
     if protocol.cg_damping is not None:
-        for name in ("curvature", "inner", "solve"):
+        for name in ("curvature", "inner", "learn_reg_strength", "solve"):
             if getattr(config, name) is not None:
                 raise ValueError(
                     f"{name}={getattr(config, name)} has no effect on protocol={protocol.name}; "

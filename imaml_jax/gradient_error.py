@@ -119,7 +119,7 @@ def implicit_gradient_error(
     unresolved = _scaled(open_step, norm(by_params), norm(step))
     unresolved += _scaled(open_change, norm(by_adjoint), norm(change))
     left = norm(second) / jnp.where(norm(second) == 0, 1, norm(step))
-    upwards = optax.tree.vdot(step, slope) >= 0
+    upwards = jnp.asarray(optax.tree.vdot(step, slope)) >= 0
     if step_info.min_curvature is not None:
         upwards &= step_info.min_curvature > 0
     left = jnp.where(upwards, jnp.minimum(left, _MOST_LEFT), _MOST_LEFT)

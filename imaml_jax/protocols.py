@@ -23,6 +23,7 @@ class Protocol(NamedTuple):
       train_rotations: see `imaml_jax.data.episodes.sample_tasks`.
       test_rotations: the same at validation and test.
       network: settings of `imaml_jax.networks.conv4`.
+      activation: of the network, a function of `jax.nn`.
       statistics: batch-norm mode of the query examples, see `imaml_jax.learners.base.supervised`.
       adapts_norm: whether the norm's scale and offset are adapted in the inner loop.
       meta_batch: tasks a meta-step.
@@ -45,6 +46,8 @@ class Protocol(NamedTuple):
       reg_strength: of iMAML: lambda.
       eval_reg_strength: of iMAML: lambda at validation and test; None for the same value, 0 for no
         proximal term.
+      learn_reg_strength: of iMAML: whether lambda is learned: "one", one for each "leaf" or for
+        each "parameter"; None keeps it.
       curvature: of iMAML: "hessian" or "gauss_newton".
       solve: of iMAML: "cg" (jax.scipy), "cg_steihaug" or "woodbury".
       cg_steps: of iMAML: CG steps of the linear solve, and of a Newton direction.
@@ -75,11 +78,13 @@ class Protocol(NamedTuple):
     outer_epsilon: float
     schedule: str
     meta_steps: int
+    activation: str = "relu"
     outer_clip: float | None = None
     batch_size: int | None = None
     eval_batch_size: int | None = None
     reg_strength: float = 0.0
     eval_reg_strength: float | None = None
+    learn_reg_strength: Literal["one", "leaf", "parameter"] | None = None
     curvature: Literal["hessian", "gauss_newton"] = "hessian"
     solve: str = "cg"
     cg_steps: int = 0

@@ -38,7 +38,7 @@ class LearnedStrength(NamedTuple):
 
     Attributes:
       params: the network's.
-      log_reg_strength: log lambda, shaped like `reg_strength`.
+      log_reg_strength: log lambda, shaped like `reg_strength`, or as `learn_reg_strength` says.
     """
 
     params: PyTree
@@ -52,7 +52,7 @@ def imaml(
     inner: optax.GradientTransformation,
     num_steps: int,
     reg_strength: PyTree = 2.0,
-    learn_reg_strength: bool = False,
+    learn_reg_strength: bool | Literal["leaf", "parameter"] = False,
     solve: Callable[..., tuple[PyTree, SolveInfo]] = _FIVE_CG_STEPS,
     curvature: Curvature = "hessian",
     eval_num_steps: int | None = None,
@@ -83,8 +83,9 @@ def imaml(
         is not checked.
       learn_reg_strength: meta-learn lambda, from `reg_strength` on: the meta-parameters are then a
         `LearnedStrength`, whose gradient in log lambda is `-lambda (phi - theta)^T u`, with `u` the
-        solution of the linear system. A scalar learns one lambda, a tree of scalars one for each
-        of its branches, arrays shaped like the adapted parameters one for each of them.
+        solution of the linear system. True learns what `reg_strength` holds: one lambda, or one for
+        each branch of a tree. "leaf" learns one for each array of adapted parameters, "parameter"
+        one for each of their entries.
       solve: a solver of `imaml_jax.linear_solve`; `partial(solve_cg, max_steps=5)` is the original
         description's, `solve_woodbury` is exact for the Gauss-Newton matrix.
       curvature: "hessian" (exact), or "gauss_newton": positive semi-definite whatever batch norm
@@ -121,6 +122,11 @@ def imaml(
     for leaf in _concrete_leaves(eval_reg_strength):
         if not _is_number(leaf) or not np.all((leaf >= 0) & np.isfinite(leaf)):
             raise ValueError(f"imaml: eval_reg_strength={leaf} must be at least 0 and finite")
+    if learn_reg_strength not in (True, False, "leaf", "parameter"):
+        raise ValueError(
+            f"imaml: learn_reg_strength={learn_reg_strength!r} must be True, False, 'leaf' or "
+            "'parameter'"
+        )
     if curvature not in ("hessian", "gauss_newton"):
         raise ValueError(f"imaml: curvature={curvature!r} must be 'hessian' or 'gauss_newton'")
     problem = supervised(network, loss_fn, fast=fast, statistics=statistics)
@@ -134,7 +140,15 @@ def imaml(
         params = problem.init(key, example_inputs)
         if not learn_reg_strength:
             return params
-        return LearnedStrength(params, jax.tree.map(jnp.log, given_strength(params)))
+        strength = given_strength(params)
+        if learn_reg_strength is not True:
+            anchor, _ = problem.split(params)
+            strength = jax.tree.map(lambda s, branch: spread(s, branch), strength, anchor)
+        return LearnedStrength(params, jax.tree.map(jnp.log, strength))
+
+    def spread(strength, branch):
+        whole = learn_reg_strength == "leaf"
+        return jax.tree.map(lambda p: jnp.broadcast_to(strength, () if whole else p.shape), branch)
 
     def separate(meta_params):
         """The network's parameters, and lambda."""
@@ -186,6 +200,7 @@ def imaml(
 
     def adaptive_meta_grad(meta_params, task, key, step):
         del step
+        assert accuracy is not None
         params, strength = separate(meta_params)
         anchor, slow_params = problem.split(params)
         smallest = jnp.min(jnp.stack([jnp.min(x) for x in jax.tree.leaves(strength)]))
@@ -193,6 +208,9 @@ def imaml(
         def inner_objective(params, anchor, strength, slow_params):
             strength = strength if learn_reg_strength else lax.stop_gradient(strength)
             return objective(params, anchor, strength, slow_params, task.support)
+
+        def inner_matrix(params, anchor, strength, slow_params):
+            return inner_curvature(params, anchor, strength, slow_params, task.support)
 
         def query_loss(params, slow_params):
             return problem.query_loss(params, slow_params, task)
@@ -207,7 +225,7 @@ def imaml(
             inner=inner,
             num_steps=num_steps,
             solve=solve,
-            curvature=lambda *args: inner_curvature(*args, task.support),
+            curvature=inner_matrix,
             max_rounds=max_rounds,
             key=key,
         )

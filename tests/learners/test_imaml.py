@@ -424,32 +424,41 @@ def test_custom_argmin_in_a_scalar_and_in_a_tree_strength(finite_differences):
     assert relative_error(prefix, {k: sum(jax.tree.leaves(v)) for k, v in by_leaf.items()}) < 1e-8
 
 
-@pytest.mark.parametrize("granularity", ["scalar", "per_leaf", "per_parameter"])
+@pytest.mark.parametrize(
+    "granularity", ["scalar", "branches", "per_leaf", "per_parameter", "given_per_parameter"]
+)
 def test_the_strength_is_learned_by_its_logarithm(granularity, finite_differences):
     reference, dense = reference_and_dense("mlp")
     coordinates = -2.0 * (dense.adapted - reference.flat) * dense.u  # lambda dF/dlambda
     by_parameter = ravel_pytree(reference.params)[1](coordinates)
-    strength, expected = {
-        "scalar": (2, coordinates.sum()),
+    shapes = jax.tree.map(lambda p: jnp.full(p.shape, 2.0), reference.params)
+    strength, learned, start_at, expected = {
+        "scalar": (2, True, 2.0, coordinates.sum()),
+        "branches": (
+            {"Dense_0": 2.0, "head": 2},
+            True,
+            {"Dense_0": 2.0, "head": 2.0},
+            {name: sum(map(jnp.sum, jax.tree.leaves(v))) for name, v in by_parameter.items()},
+        ),
         "per_leaf": (
+            {"Dense_0": 2.0, "head": 2.0},
+            "leaf",
             jax.tree.map(lambda _: 2.0, reference.params),
             jax.tree.map(jnp.sum, by_parameter),
         ),
-        "per_parameter": (
-            jax.tree.map(lambda p: jnp.full(p.shape, 2.0), reference.params),
-            by_parameter,
-        ),
+        "per_parameter": (2.0, "parameter", shapes, by_parameter),
+        "given_per_parameter": (shapes, True, shapes, by_parameter),
     }[granularity]
     learner = imaml(
         reference.network,
         reference.loss_fn,
         reg_strength=strength,
-        learn_reg_strength=True,
+        learn_reg_strength=learned,
         **INNER,
         **EXACT["steihaug"],
     )
     start = learner.init(KEY, reference.task.support.inputs)
-    logs = jax.tree.map(jnp.log, jax.tree.map(jnp.float64, strength))
+    logs = jax.tree.map(jnp.log, jax.tree.map(jnp.float64, start_at))
     jax.tree.map(np.testing.assert_array_equal, start.log_reg_strength, logs)
     meta_params = start._replace(params=reference.params)
     grads, _ = jit(learner.meta_grad)(meta_params, reference.task, KEY, 0)
@@ -675,6 +684,7 @@ def test_memory_does_not_grow_with_the_inner_steps():
         (dict(eval_reg_strength=-1), "eval_reg_strength=-1"),
         (dict(curvature="fisher"), "curvature='fisher'"),
         (dict(statistics="running"), "statistics='running'"),
+        (dict(learn_reg_strength="layer"), "learn_reg_strength='layer'"),
         (dict(accuracy=0.0), "accuracy=0.0"),
         (dict(accuracy=float("nan")), "accuracy=nan"),
         (dict(max_rounds=0), "max_rounds=0"),
