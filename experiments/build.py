@@ -21,6 +21,7 @@ _GRANULARITIES = {None: False, "one": True, "leaf": "leaf", "parameter": "parame
 _SOLVERS = {
     "cg": lambda steps: partial(imaml_jax.solve_cg, tol=0.0, max_steps=steps),
     "cg_steihaug": lambda steps: partial(imaml_jax.solve_cg_steihaug, tol=0.0, max_steps=steps),
+    "minres": lambda steps: partial(imaml_jax.solve_minres, tol=0.0, max_steps=steps),
     "woodbury": lambda steps: imaml_jax.solve_woodbury,
 }
 

@@ -111,7 +111,9 @@ def measure(config: Config, make: Callable[[jax.Array], Problem]) -> dict[str, A
         "unsolved": unsolved,
         "coverage": float((ratios >= 1).mean()),
         "within_10": float(((ratios >= 1) & (ratios <= 10)).mean()),
-        "ratio_quantiles": np.quantile(ratios, [0.01, 0.05, 0.5, 0.95, 0.99]).tolist(),
+        "ratio_quantiles": np.quantile(
+            ratios, [0.01, 0.05, 0.5, 0.95, 0.99], method="nearest"
+        ).tolist(),
         "errors_and_estimates": pairs.tolist(),
         "asked": asked,
     }

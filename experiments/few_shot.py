@@ -48,7 +48,7 @@ class Config(common.RunConfig):
     """Tasks a meta-step."""
     curvature: Literal["hessian", "gauss_newton"] | None = None
     """Curvature matrix of iMAML's linear system."""
-    solve: Literal["cg", "cg_steihaug", "woodbury"] | None = None
+    solve: Literal["cg", "cg_steihaug", "minres", "woodbury"] | None = None
     """Solver of iMAML's linear system; woodbury needs gauss_newton."""
     cg_steps: int | None = None
     """CG steps of that solver, and of a Hessian-free direction."""

@@ -49,7 +49,7 @@ class Protocol(NamedTuple):
       learn_reg_strength: of iMAML: whether lambda is learned: "one", one for each "leaf" or for
         each "parameter"; None keeps it.
       curvature: of iMAML: "hessian" or "gauss_newton".
-      solve: of iMAML: "cg" (jax.scipy), "cg_steihaug" or "woodbury".
+      solve: of iMAML: "cg" (jax.scipy), "cg_steihaug", "minres" or "woodbury".
       cg_steps: of iMAML: CG steps of the linear solve, and of a Newton direction.
       cg_damping: of the system that `imaml_jax.imaml_dev` solves; None for iMAML's own system.
     """

@@ -1,0 +1,228 @@
+"""How far the published step counts of iMAML stop from its inner minimum, and what more steps cost.
+
+    python -m experiments.inner_convergence --data-dir DIR
+
+iMAML's meta-gradient is that of the inner minimum, wherever the inner steps stopped. First-order
+MAML meta-trains the network for a while; from there new tasks are adapted by the published settings
+(mini-ImageNet: lambda 0.5, 10 gradient steps of 0.1, 5 CG steps) and by others, and each
+meta-gradient is compared with the one at the minimum, as far as 40 Newton steps find it. For each:
+what is left of the inner gradient and of the way to the minimum, the error of the meta-gradient
+with the exact Hessian and with the Gauss-Newton matrix, each against its own limit, and seconds a
+task on one device. Writes OUTPUT.json.
+"""
+
+import dataclasses
+import statistics
+import time
+from operator import itemgetter
+from pathlib import Path
+from typing import Any, Literal
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+
+from experiments import build, common, few_shot, glyphs, mini_imagenet
+from imaml_jax import protocols
+from imaml_jax.data import episodes
+from imaml_jax.data import glyphs as glyph_data
+from imaml_jax.protocols import Protocol
+from imaml_jax.types import Task
+
+_MORE_CG = {"cg_steps": 20}
+_GAUSS_NEWTON = {"curvature": "gauss_newton", "solve": "cg_steihaug"}
+_NEWTON = {"inner": "newton_cg"}
+SETTINGS: dict[str, dict[str, Any]] = {
+    "published": {},
+    "10 times the steps, 20 CG steps": {"times": 10, **_MORE_CG},
+    "Gauss-Newton": _GAUSS_NEWTON,
+    "Gauss-Newton, Nesterov": {**_GAUSS_NEWTON, "inner": "nesterov"},
+    "Gauss-Newton, adaptive_gd, 8 steps": {**_GAUSS_NEWTON, "inner": "adaptive_gd", "num_steps": 8},
+    "Gauss-Newton, 1 Newton step of 5": {**_GAUSS_NEWTON, **_NEWTON, "num_steps": 1},
+    "Gauss-Newton, 2 Newton steps of 5": {**_GAUSS_NEWTON, **_NEWTON, "num_steps": 2},
+    "Gauss-Newton, 3 Newton steps of 8": {
+        **_GAUSS_NEWTON,
+        **_NEWTON,
+        "num_steps": 3,
+        "cg_steps": 8,
+    },
+    "Gauss-Newton, 10 Newton steps of 20": {**_GAUSS_NEWTON, **_NEWTON, **_MORE_CG},
+}
+_LIMIT = {**_NEWTON, "num_steps": 40, "cg_steps": 30}
+LIMITS = {"hessian": {**_LIMIT, "solve": "minres"}, "gauss_newton": {**_LIMIT, **_GAUSS_NEWTON}}
+
+
+@dataclasses.dataclass(frozen=True)
+class Config:
+    """What is measured."""
+
+    dataset: Literal["glyphs", "mini_imagenet"] = "mini_imagenet"
+    """Images of the tasks."""
+    data_dir: Path | None = None
+    """Directory of mini_imagenet; default the environment variable IMAML_DATA_DIR."""
+    shots: int = 1
+    """Support examples of each of 5 classes."""
+    activation: Literal["gelu", "relu", "silu", "softplus"] = "relu"
+    """Of the network; only relu is published."""
+    meta_steps: int = 50
+    """Meta-steps before."""
+    num_tasks: int = 3
+    """Tasks that are measured."""
+    rounds: int = 3
+    """Interleaved rounds of the timing."""
+    seed: int = 0
+    """Seed of the initialisation and of the tasks."""
+    output: Path = Path("runs/inner_convergence")
+    """Where to write, without an ending."""
+
+
+def main(config: Config) -> list[dict[str, Any]]:
+    """Measures, writes and prints.
+
+    Returns:
+      One row a setting, with medians over the tasks.
+
+    Raises:
+      ValueError: a setting out of its range.
+    """
+    common.check_least(config, shots=1, meta_steps=1, num_tasks=1, rounds=1)
+    common.check_seed(config.seed)
+    common.check_output(config.output)
+    common.cache_compilations()
+    params, tasks = _prepare(config)
+    rows = measure(config, params, tasks)
+    about = {**dataclasses.asdict(config), **common.provenance()}
+    common.write_json(common.with_ending(config.output, "json"), {"rows": rows, "about": about})
+    print(table(rows), flush=True)
+    return rows
+
+
+def published(config: Config) -> Protocol:
+    """The paper's protocol, which is adapted in the same way at test."""
+    kind = "mini_imagenet" if config.dataset == "mini_imagenet" else "omniglot"
+    task = {"algorithm": "imaml", "ways": 5, "shots": config.shots}
+    protocol = protocols.get("imaml_paper", **task, dataset=kind)
+    return protocol._replace(eval_reg_strength=None, activation=config.activation)
+
+
+def _prepare(config: Config) -> tuple[Any, list[Task]]:
+    """Meta-trained parameters, and new tasks."""
+    settings: dict[str, Any] = {
+        "algorithm": "fomaml",
+        "shots": config.shots,
+        "activation": config.activation,
+        "meta_steps": config.meta_steps,
+        "log_every": config.meta_steps,
+        "validate_every": config.meta_steps,
+        "seed": config.seed,
+    }
+    if config.dataset == "glyphs":
+        training = glyphs.Config(**settings)
+        protocol, splits = glyphs.resolve(training), glyph_data.load()
+    else:
+        training = mini_imagenet.Config(**settings, data_dir=config.data_dir)
+        protocol, splits = mini_imagenet.resolve(training), mini_imagenet.load(training)
+    protocol = protocol._replace(network=published(config).network)
+    trained = few_shot.meta_train(training, protocol, splits._replace(val=None), config.dataset)
+    tasks = episodes.sample_tasks(
+        jax.random.key(config.seed),
+        splits.test,
+        num_tasks=config.num_tasks,
+        ways=5,
+        shots=config.shots,
+        queries=protocol.train_queries,
+        rotations=protocol.test_rotations,
+        invert=protocol.invert,
+    )
+    one_by_one = [jax.tree.map(itemgetter(i), tasks) for i in range(config.num_tasks)]
+    return trained.meta_params, one_by_one
+
+
+def measure(config: Config, params: Any, tasks: list[Task]) -> list[dict[str, Any]]:
+    """The rows of the table."""
+    base = published(config)
+    chosen = {name: _replaced(base, changes) for name, changes in SETTINGS.items()}
+    programs = {name: _program(protocol) for name, protocol in chosen.items()}
+    limits = {
+        curvature: [_program(_replaced(base, changes))(params, task) for task in tasks]
+        for curvature, changes in LIMITS.items()
+    }
+    found = {name: [run(params, task) for task in tasks] for name, run in programs.items()}
+    seconds: dict[str, list[float]] = {name: [] for name in programs}
+    for _ in range(config.rounds):
+        for name, run in programs.items():
+            started = time.perf_counter()
+            jax.block_until_ready(run(params, tasks[0]))
+            seconds[name].append(time.perf_counter() - started)
+    rows = []
+    for name, protocol in chosen.items():
+        pairs = list(zip(found[name], limits[protocol.curvature], strict=True))
+        rows.append(_row(name, params, pairs, statistics.median(seconds[name])))
+    for curvature, results in limits.items():
+        pairs = [(result, result) for result in results]
+        rows.append(_row(f"limit, {curvature}", params, pairs, None))
+    return rows
+
+
+def _replaced(base: Protocol, changes: dict[str, Any]) -> Protocol:
+    own = {name: value for name, value in changes.items() if name != "times"}
+    protocol = base._replace(**own)
+    steps = protocol.num_steps * changes.get("times", 1)
+    return protocol._replace(num_steps=steps, eval_num_steps=steps)
+
+
+def _program(protocol: Protocol) -> Any:
+    learner = build.build_learner(protocol, 5)
+
+    @jax.jit
+    def run(params, task):
+        key = jax.random.key(0)
+        grads, info = learner.meta_grad(params, task, key, jnp.int32(0))
+        return learner.adapt(params, task.support, key)[0].params, grads, info
+
+    return run
+
+
+def _row(
+    name: str, params: Any, pairs: list[tuple[Any, Any]], seconds: float | None
+) -> dict[str, Any]:
+    """Medians over the tasks, of results beside their limits."""
+
+    def median(values):
+        return float(np.median([float(value) for value in values]))
+
+    def distance(adapted, limit):
+        way = common.relative_difference(params, limit)
+        return common.relative_difference(adapted, limit) / way
+
+    return {
+        "setting": name,
+        "inner_residual": median(own[2].inner_residual for own, _ in pairs),
+        "distance": median(distance(own[0], limit[0]) for own, limit in pairs),
+        "solve_residual": median(own[2].solve_residual for own, _ in pairs),
+        "min_curvature": min(
+            (float(own[2].min_curvature) for own, _ in pairs if own[2].min_curvature is not None),
+            default=None,
+        ),
+        "error": median(common.relative_difference(own[1], limit[1]) for own, limit in pairs),
+        "query_accuracy": float(np.mean([own[2].query_accuracy for own, _ in pairs])),
+        "seconds": seconds,
+    }
+
+
+def table(rows: list[dict[str, Any]]) -> str:
+    """The rows as text."""
+    lines = [
+        f"{'':38}{'inner residual':>16}{'distance':>10}{'solve residual':>16}{'error':>9}{'ms':>8}"
+    ]
+    for row in rows:
+        took = "" if row["seconds"] is None else f"{1e3 * row['seconds']:.0f}"
+        lines.append(
+            f"{row['setting']:38}{row['inner_residual']:16.2g}{row['distance']:10.2g}"
+            f"{row['solve_residual']:16.2g}{row['error']:9.2g}{took:>8}"
+        )
+    return "\n".join(lines)
+
+
+if __name__ == "__main__":
+    common.run_cli(main, Config, __doc__)
