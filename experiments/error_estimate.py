@@ -29,6 +29,7 @@ from experiments.inner_problems import Kind, Problem, make_problem
 from imaml_jax.plots import new_figure
 
 NEWTON_STEPS, MOST_ROUNDS = 15, 200
+QUANTILES = (0.01, 0.05, 0.5, 0.95, 0.99)
 EXACT, ACCURACIES = 1e-9, (1e-1, 1e-2, 1e-4, 1e-6)
 INNER_STEPS = 5
 
@@ -111,10 +112,9 @@ def measure(config: Config, make: Callable[[jax.Array], Problem]) -> dict[str, A
         "unsolved": unsolved,
         "coverage": float((ratios >= 1).mean()),
         "within_10": float(((ratios >= 1) & (ratios <= 10)).mean()),
-        "ratio_quantiles": np.quantile(
-            ratios, [0.01, 0.05, 0.5, 0.95, 0.99], method="nearest"
-        ).tolist(),
-        "errors_and_estimates": pairs.tolist(),
+        "unknown": float(np.isinf(ratios).mean()),
+        "ratio_quantiles": np.quantile(ratios[np.isfinite(ratios)], QUANTILES).tolist(),
+        "errors_and_estimates": pairs[np.isfinite(ratios)].tolist(),
         "asked": asked,
     }
 
@@ -207,7 +207,8 @@ def table(results: dict[str, Any]) -> str:
             f"{name}, {row['problems']} problems: error at most the estimate in "
             f"{100 * row['coverage']:.2f}% of the rounds, and at least a tenth of it in "
             f"{100 * row['within_10']:.1f}%; estimate / error: 1% {low:.2f}, median "
-            f"{row['ratio_quantiles'][2]:.2f}, 99% {high:.1f}"
+            f"{row['ratio_quantiles'][2]:.2f}, 99% {high:.1f}; infinite in "
+            f"{100 * row['unknown']:.1f}%"
         )
         lines.append(
             f"{'accuracy asked':>16}{'rounds, mean and most':>24}{'largest error':>16}"
