@@ -17,18 +17,27 @@ from typing import Any, NoReturn
 import jax
 import jax.numpy as jnp
 import numpy as np
+import optax
 from jax.flatten_util import ravel_pytree
 
 import imaml_jax
+from imaml_jax import processes
 from imaml_jax.data import cache
-from imaml_jax.mapping import MapTasks, map_over_tasks
-from imaml_jax.training import NonFiniteError, TrainResult
+from imaml_jax.mapping import MapTasks, Sample, map_over_tasks
+from imaml_jax.non_finite import NonFinite, NonFiniteError, replay
+from imaml_jax.training import TrainResult, train
 from imaml_jax.types import MetaLearner, Task
+from imaml_jax.workdir import InterruptedRunError
 
 # Keys of the validation and test tasks, of a form that no `--seed` gives to training.
 VALIDATION_KEY, TEST_KEY = (20190909, 1), (20190909, 2)
 # What may change between the parts of a run that was stopped and resumed.
-_CHANGEABLE = {"workdir", "max_seconds", "devices", "data_dir", "download"}
+_CHANGEABLE = {
+    *("workdir", "max_seconds", "devices", "data_dir", "download", "accept_changes", "debug_nans"),
+    *("coordinator", "num_processes", "process_id", "cluster", "process_timeout"),
+}
+LOST_STATUS = 76
+INTERRUPTED_STATUS = 75  # EX_TEMPFAIL: a scheduler that knows it starts the run again
 
 
 @dataclasses.dataclass(frozen=True)
@@ -57,6 +66,22 @@ class RunConfig:
     """Learning rate of the outer optimiser at the start."""
     reg_strength: float | None = None
     """Lambda, the strength of iMAML's proximal term."""
+    non_finite: NonFinite = "stop"
+    """Stop at a loss or gradient that is not finite, or skip the tasks that have one."""
+    debug_nans: bool = False
+    """Repeat the task that made the run in workdir fail, and name the operation that gave NaN."""
+    accept_changes: bool = False
+    """Go on with a run in workdir that was started with other settings."""
+    coordinator: str | None = None
+    """HOST:PORT of process 0 of several; each of them has the same command but for process_id."""
+    num_processes: int | None = None
+    """Processes that train together, with coordinator."""
+    process_id: int | None = None
+    """Which of them this is, from 0."""
+    cluster: bool = False
+    """Take these three from the cluster's environment: SLURM, Open MPI, Kubernetes, TPU pods."""
+    process_timeout: int = 100
+    """Seconds of silence after which another process counts as lost."""
 
 
 def run_cli(
@@ -68,8 +93,9 @@ def run_cli(
     """Reads a config from the command line and runs `main` on it.
 
     What the user can mend (a setting that is refused, a file that is missing or cannot be written)
-    ends the process with status 2 and what stopped the training with status 1, both with one
-    message and no traceback. Any other error is a bug and keeps its traceback.
+    ends the process with status 2, what stopped the training with status 1, a signal with status
+    75, and the loss of another process with status 76, all with one message and no traceback. Any
+    other error is a bug and keeps its traceback.
 
     Args:
       main: `config -> result`.
@@ -84,13 +110,56 @@ def run_cli(
 
     settings = tyro.cli(config, description=description, args=args)
     try:
+        if isinstance(settings, RunConfig):
+            _join_processes(settings)
         return main(settings)
+    except InterruptedRunError as error:
+        _exit(INTERRUPTED_STATUS, error)
     except NonFiniteError as error:
+        if isinstance(settings, RunConfig) and settings.workdir is not None:
+            error.add_note("The same command with --debug-nans names the operation.")
         _exit(1, error)
+    except jax.errors.JaxRuntimeError as error:
+        if jax.process_count() == 1:
+            raise
+        _exit(LOST_STATUS, f"another process was lost, or failed ({str(error)[:200]})")
     except (ValueError, OSError) as error:
         if isinstance(error, ValueError) and not _is_ours(error):
             raise
         _exit(2, error)
+
+
+def run_training(
+    run: RunConfig,
+    learner: MetaLearner,
+    tx: optax.GradientTransformation,
+    sample: Sample,
+    **settings: Any,
+) -> TrainResult:
+    """`training.train` by a run's settings, or the replay of its failure.
+
+    Raises:
+      ValueError: `debug_nans` without a failed run in the workdir, or one whose replay gave no NaN.
+      FloatingPointError: where the replay gave NaN.
+    """
+    key = jax.random.key(run.seed)
+    if run.debug_nans:
+        if run.workdir is None:
+            raise ValueError("debug_nans=True needs workdir, the one of the failed run")
+        replay(learner, sample, key=key, workdir=run.workdir)
+        raise ValueError("debug_nans=True: no operation gave NaN; infinity made the run fail")
+    return train(
+        learner,
+        tx,
+        sample,
+        key=key,
+        log_every=run.log_every,
+        workdir=run.workdir,
+        max_seconds=run.max_seconds,
+        accept_changes=run.accept_changes,
+        non_finite=run.non_finite,
+        **settings,
+    )
 
 
 def meta_gradient(learner: MetaLearner, meta_params: Any, task: Task) -> Any:
@@ -147,24 +216,35 @@ def task_devices(limit: int | None, num_tasks: int) -> Sequence[Any] | None:
     """The devices that share a batch of tasks.
 
     Args:
-      limit: at most so many; None for all there are.
+      limit: at most so many of each process; None for all there are.
       num_tasks: tasks a batch.
 
     Returns:
-      As many devices as divide `num_tasks`, or None where that is one.
+      As many devices as divide `num_tasks`, the same number of each process, or None where that is
+      one in all.
 
     Raises:
-      ValueError: more devices than there are, or fewer than one.
+      ValueError: more devices than there are, fewer than one, or a number of processes that does
+        not divide `num_tasks`.
     """
-    devices = jax.local_devices()
-    if limit is not None and not 1 <= limit <= len(devices):
+    own, count = len(jax.local_devices()), jax.process_count()
+    if limit is not None and not 1 <= limit <= own:
         raise ValueError(
-            f"devices={limit}; allowed: 1 to {len(devices)}, the number of "
-            f"{jax.default_backend()} devices of this process. Leave it out to use them all."
+            f"devices={limit}; allowed: 1 to {own}, the number of {jax.default_backend()} devices "
+            "of this process. Leave it out to use them all."
         )
-    devices = devices[:limit]
-    number = max(n for n in range(1, len(devices) + 1) if num_tasks % n == 0)
-    return devices[:number] if number > 1 else None
+    if num_tasks % count:
+        raise ValueError(
+            f"num_processes={count} must divide the tasks of a batch, {num_tasks}: change either"
+        )
+    fitting = (n for n in range(1, (limit or own) + 1) if num_tasks % (n * count) == 0)
+    number = max(fitting)
+    if number * count == 1:
+        return None
+    by_process = [
+        [device for device in jax.devices() if device.process_index == i] for i in range(count)
+    ]
+    return [device for devices in by_process for device in devices[:number]]
 
 
 def cache_compilations() -> None:
@@ -234,7 +314,7 @@ def write_report(
 
 def write_results(workdir: str | os.PathLike | None, results: dict[str, Any]) -> None:
     """Writes `results.json` into the workdir, if there is one."""
-    if workdir is not None:
+    if workdir is not None and processes.is_first():
         write_json(Path(workdir) / "results.json", results)
 
 
@@ -262,8 +342,22 @@ def _is_ours(error: BaseException) -> bool:
     return any(file.is_relative_to(home.resolve()) for home in homes)
 
 
-def _exit(status: int, error: BaseException) -> NoReturn:
-    print(f"error: {error}", file=sys.stderr)
+def _join_processes(config: RunConfig) -> None:
+    named = (config.coordinator, config.num_processes, config.process_id)
+    if config.cluster and named != (None, None, None):
+        raise ValueError(
+            "cluster=True takes coordinator, num_processes and process_id from the "
+            "environment: leave them out"
+        )
+    if config.cluster or named != (None, None, None):
+        processes.start(*named, timeout_seconds=config.process_timeout)
+
+
+def _exit(status: int, error: BaseException | str) -> NoReturn:
+    notes = getattr(error, "__notes__", [])
+    print("\n".join([f"error: {error}", *notes]), file=sys.stderr, flush=True)
+    if jax.process_count() > 1:
+        os._exit(status)  # an orderly exit would wait for the others
     sys.exit(status)
 
 

@@ -13,7 +13,7 @@ from imaml_jax import protocols
 from imaml_jax.data import episodes
 from imaml_jax.evaluation import Evaluation, make_evaluate
 from imaml_jax.protocols import Protocol
-from imaml_jax.training import TrainResult, init_meta_params, train
+from imaml_jax.training import TrainResult, init_meta_params
 
 Algorithm = Literal["fomaml", "imaml", "imaml_hf", "maml", "reptile", "reptile_transductive"]
 ProtocolName = Literal["common", "finn", "imaml_dev", "imaml_paper", "reptile"]
@@ -120,20 +120,17 @@ def meta_train(
             protocol, config, splits.val, config.validation_tasks, common.VALIDATION_KEY
         )
     print(describe(config, protocol, dataset), flush=True)
-    return train(
+    return common.run_training(
+        config,
         build.build_learner(protocol, config.ways),
         build.make_outer(protocol, protocol.meta_steps),
         sample_train,
-        key=jax.random.key(config.seed),
         num_steps=protocol.meta_steps,
         example_inputs=_example(splits),
-        log_every=config.log_every,
         validate=validate,
         validate_every=config.validate_every,
-        workdir=config.workdir,
         map_tasks=config.map_tasks,
         devices=devices,
-        max_seconds=config.max_seconds,
         config=_recorded(config, protocol, dataset),
     )
 

@@ -13,7 +13,6 @@ import time
 from functools import partial
 from typing import Any, Literal, NamedTuple
 
-import jax
 import jax.numpy as jnp
 import optax
 
@@ -23,7 +22,6 @@ from imaml_jax.data import sinusoid
 from imaml_jax.evaluation import make_evaluate
 from imaml_jax.learners.base import MetaInfo
 from imaml_jax.networks import mlp
-from imaml_jax.training import train
 from imaml_jax.types import MetaLearner
 
 _META_BATCH, _TRAIN_QUERIES, _TEST_QUERIES = 25, 10, 100
@@ -102,18 +100,16 @@ def main(config: Config) -> dict[str, Any]:
     recorded = {"dataset": "sinusoid"} | common.recorded(config) | {"settings": settings._asdict()}
     print(describe(config, settings), flush=True)
     started = time.perf_counter()
-    result = train(
+    result = common.run_training(
+        config,
         learner,
         outer,
         sample_train,
-        key=jax.random.key(config.seed),
         num_steps=settings.meta_steps,
         example_inputs=jnp.zeros((1, 1)),
-        log_every=config.log_every,
         validate=validate,
-        workdir=config.workdir,
         map_tasks="vmap",
-        max_seconds=config.max_seconds,
+        devices=common.task_devices(1, _META_BATCH),
         config=recorded,
     )
     test, before = on_test(result.best_meta_params), before_on_test(result.best_meta_params)

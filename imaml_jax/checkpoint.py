@@ -26,7 +26,6 @@ from imaml_jax.types import PyTree
 
 _ARRAYS, _METADATA, _CHECKSUM = "arrays", "metadata.json", "checksum"
 _TEMPORARY = ".tmp_"
-_ABSENT = object()
 
 
 def save(
@@ -115,57 +114,10 @@ def restore(directory: str | os.PathLike, like: PyTree) -> tuple[PyTree, dict[st
     return None
 
 
-def claim(workdir: str | os.PathLike, config: Mapping[str, Any]) -> None:
-    """Makes `workdir` the home of the run with this `config`, or checks that it already is.
-
-    Args:
-      workdir: made if missing; the config is kept in `config.json`.
-      config: what JSON can hold.
-
-    Raises:
-      ValueError: if a run of another config lives there, naming each field with both values, or
-        its `config.json` cannot be read.
-    """
-    path = Path(workdir) / "config.json"
-    wanted = _flat(json.loads(json.dumps(config)))
-    if not path.exists():
-        path.parent.mkdir(parents=True, exist_ok=True)
-        temporary = path.with_name(f"{_TEMPORARY}{path.name}")
-        temporary.write_text(json.dumps(config, indent=1) + "\n", encoding="utf-8")
-        os.replace(temporary, path)
-        return
-    try:
-        saved = _flat(dict(json.loads(path.read_text(encoding="utf-8"))))
-    except (ValueError, TypeError) as error:
-        raise ValueError(
-            f"{path} is damaged ({error}): move it away to go on with the run, or choose another "
-            "workdir"
-        ) from None
-    differences = [
-        f"{name}: was {saved.get(name, 'absent')!r}, now {wanted.get(name, 'absent')!r}"
-        for name in {**saved, **wanted}
-        if repr(saved.get(name, _ABSENT)) != repr(wanted.get(name, _ABSENT))
-    ]
-    if differences:
-        raise ValueError(
-            f"workdir {workdir} holds a run of another config ({'; '.join(differences)}); "
-            "go on with the old values or choose another workdir"
-        )
-
-
 def steps(directory: str | os.PathLike) -> list[int]:
     """The numbers of the checkpoints in `directory`, oldest first."""
     names = [path.name for path in Path(directory).glob("step_*")]
     return sorted(int(name[5:]) for name in names if re.fullmatch(r"step_\d{8,}", name))
-
-
-def _flat(config: Any, prefix: str = "") -> dict[str, Any]:
-    if not isinstance(config, dict) or not config:
-        return {prefix: config}
-    fields = [
-        _flat(value, f"{prefix}.{name}" if prefix else name) for name, value in config.items()
-    ]
-    return {name: value for part in fields for name, value in part.items()}
 
 
 def _path(directory: Path, step: int) -> Path:
@@ -221,9 +173,14 @@ def _checksum(folder: Path, text: str) -> str:
 
 @functools.cache
 def _checkpointer() -> Any:
-    import orbax.checkpoint
+    import orbax.checkpoint as ocp
 
-    return orbax.checkpoint.PyTreeCheckpointer()
+    # One process writes and each reads for itself, so that none waits for another.
+    alone = ocp.options.MultiprocessingOptions(
+        primary_host=jax.process_index(), active_processes={jax.process_index()}
+    )
+    handler = ocp.PyTreeCheckpointHandler(multiprocessing_options=alone)
+    return ocp.Checkpointer(handler, multiprocessing_options=alone)
 
 
 @contextlib.contextmanager

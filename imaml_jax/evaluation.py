@@ -48,7 +48,7 @@ def make_evaluate(
       num_tasks: how many tasks to score.
       score_fn: `(outputs, targets) -> scalar` for the query examples of one task.
       map_tasks: how the `m` tasks of a call are mapped, see `mapping.map_over_tasks`.
-      devices: local devices over which those tasks are sharded; None (default) for no sharding.
+      devices: devices over which those tasks are sharded; None (default) for no sharding.
 
     Returns:
       `(meta_params, key) -> Evaluation`, compiled at its first call.
@@ -80,7 +80,7 @@ def make_evaluate(
 
     def evaluate_params(meta_params: PyTree, key: Array) -> Evaluation:
         if devices is not None:
-            meta_params = jax.device_put(meta_params, mapping.replicated(devices))
+            meta_params, key = mapping.replicate((meta_params, key), devices)
         per_task, info = jax.device_get(score_all(meta_params, key))
         mean, ci95 = metrics.mean_ci95(per_task)
         return Evaluation(mean, ci95, per_task, {name: float(info[name]) for name in info})
@@ -109,7 +109,7 @@ def evaluate(
       num_tasks: how many tasks to score.
       score_fn: `(outputs, targets) -> scalar` for one task.
       map_tasks: how tasks are mapped.
-      devices: local devices over which tasks are sharded.
+      devices: devices over which tasks are sharded.
 
     Returns:
       The scores with their mean and confidence interval.

@@ -1,10 +1,12 @@
 """Task batches: how they are drawn from a key, and how a function is mapped over them."""
 
 from collections.abc import Callable, Sequence
+from functools import partial
 from typing import Any
 
 import jax
 import jax.core
+import jax.numpy as jnp
 import numpy as np
 from jax.sharding import Mesh, NamedSharding, PartitionSpec
 
@@ -57,6 +59,26 @@ def replicated(devices: Sequence[Any]) -> NamedSharding:
     return NamedSharding(Mesh(np.asarray(devices), (_AXIS,)), PartitionSpec())
 
 
+def replicate(tree: PyTree, devices: Sequence[Any]) -> PyTree:
+    """A full copy of the arrays on each of `devices`, of which other processes may own some.
+
+    There, every process must bring the same arrays.
+    """
+    sharding = replicated(devices)
+    if sharding.is_fully_addressable:
+        return jax.device_put(tree, sharding)
+
+    def spread(x: Any) -> Array:
+        if isinstance(x, jax.Array) and jnp.issubdtype(x.dtype, jax.dtypes.prng_key):
+            return jax.random.wrap_key_data(
+                spread(jax.random.key_data(x)), impl=jax.random.key_impl(x)
+            )
+        whole = np.asarray(jax.device_get(x))
+        return jax.make_array_from_callback(whole.shape, sharding, lambda index: whole[index])
+
+    return jax.tree.map(spread, tree)
+
+
 def map_over_tasks(
     fn: Callable[..., Any],
     map_tasks: MapTasks = None,
@@ -69,7 +91,7 @@ def map_over_tasks(
       map_tasks: "vmap" maps all tasks at once, "map" one after another (`lax.map`), an integer `n`
         in chunks of `n`. None (default) takes "map" on the CPU, where batched weights are slow,
         and "vmap" elsewhere.
-      devices: local devices over which the task axis is sharded. None (default) leaves the
+      devices: devices over which the task axis is sharded. None (default) leaves the
         placement to JAX. On a CPU, `XLA_FLAGS=--xla_force_host_platform_device_count=2` makes two
         devices of one machine, so that two tasks run side by side.
 
@@ -136,7 +158,8 @@ def jit_lifted(
     Args:
       fn: a traceable function of pytrees of arrays.
       donate_argnum: the argument whose buffers the outputs may take over; None (default) for none.
-      devices: where those arrays are copied to, once; None (default) leaves them where they are.
+      devices: where those arrays are copied to, once, and the outputs; None (default) leaves them
+        where they are.
 
     Returns:
       A function like `fn`, traced and compiled once for each set of shapes and dtypes.
@@ -149,8 +172,10 @@ def jit_lifted(
         signature = (structure, *(jax.typeof(leaf) for leaf in leaves))
         if signature not in programs:
             lifted, constants = _lift_constants(fn, *args)
-            constants = jax.device_put(constants, replicated(devices) if devices else None)
-            programs[signature] = jax.jit(lifted, donate_argnums=donated), constants
+            constants = replicate(constants, devices) if devices else jax.device_put(constants)
+            jit = partial(jax.jit, donate_argnums=donated)
+            jit = partial(jit, out_shardings=replicated(devices)) if devices else jit
+            programs[signature] = jit(lifted), constants
         program, constants = programs[signature]
         return program(constants, *args)
 

@@ -1,22 +1,30 @@
 """Meta-training: one meta-step as a pure function, and the thin loop that drives many of them."""
 
+import contextlib
 import math
 import os
 import time
+import warnings
 from collections.abc import Callable, Mapping
+from importlib import metadata
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import Any, NamedTuple, get_args
 
 import jax
 import jax.numpy as jnp
 import optax
 
-from imaml_jax import checkpoint, mapping, metrics, plots
+import imaml_jax
+from imaml_jax import checkpoint, mapping, metrics, plots, processes
+from imaml_jax import non_finite as non_finites
+from imaml_jax import workdir as workdirs
 from imaml_jax.evaluation import Evaluation
+from imaml_jax.non_finite import NonFinite, NonFiniteError
 from imaml_jax.types import Array, MetaLearner, PyTree, Task
 
 _INIT_INDEX = 2**32 - 1  # No meta-step has this number, so no batch shares the key of `init`.
 _CHECKPOINTS, _METRICS, _CURVE = "checkpoints", "metrics.jsonl", "learning_curve.png"
+_PACKAGES = ("flax", "jax", "jaxlib", "optax", "orbax-checkpoint")
 
 
 class TrainState(NamedTuple):
@@ -54,26 +62,6 @@ class TrainResult(NamedTuple):
     state: TrainState
 
 
-class NonFiniteError(FloatingPointError):
-    """A meta-step met a loss or gradient that is not finite.
-
-    Attributes:
-      step: the number of the meta-step.
-      checkpoint: the last good checkpoint, or None.
-    """
-
-    def __init__(self, step: int, key: Array, last_checkpoint: Path | None):
-        super().__init__(
-            f"non-finite loss or gradient in meta-step {step}. Its tasks are "
-            f"imaml_jax.mapping.draw_tasks(sample, key, {step}), drawn from the key "
-            f"fold_in(key, {step}) = {_key_data(jax.random.fold_in(key, step))}, where "
-            f"key = {_key_data(key)}. Last good checkpoint: {last_checkpoint}. "
-            "A lower inner or outer learning rate or gradient clipping may help."
-        )
-        self.step = step
-        self.checkpoint = last_checkpoint
-
-
 def init_state(tx: optax.GradientTransformation, meta_params: PyTree) -> TrainState:
     """The state before the first meta-step; copies `meta_params`, so that it may be donated."""
     state = TrainState(jnp.int32(0), meta_params, tx.init(meta_params), jnp.int32(-1))
@@ -93,28 +81,34 @@ def make_train_step(
     *,
     map_tasks: mapping.MapTasks = None,
     devices: mapping.Devices = None,
+    non_finite: NonFinite = "stop",
 ) -> Callable[[TrainState, Array], tuple[TrainState, dict[str, Array]]]:
     """Makes the pure function of one meta-step.
 
     It draws task batch number `state.step`, averages `learner.meta_grad` over the tasks and feeds
     the mean to `tx`. If the mean gradient, the new parameters or a field of `info` that ends in
-    `loss` is not finite, it changes nothing but `failed_step`, then and ever after.
+    `loss` is not finite, it changes nothing but `failed_step`, then and ever after. With
+    `non_finite="skip"` it leaves out the tasks of which that is true, unless it is true of all.
 
     Args:
       learner: the algorithm.
       tx: the outer optimiser, with its clipping and schedules.
       sample: `key -> Task` with a leading task axis of fixed length; keep it unjitted.
       map_tasks: how tasks are mapped, see `mapping.map_over_tasks`.
-      devices: local devices over which the tasks are sharded; None (default) for no sharding. The
+      devices: devices over which the tasks are sharded; None (default) for no sharding. The
         batch does not depend on it, and its number of tasks must be a multiple of theirs.
+      non_finite: "stop" or "skip".
 
     Returns:
       `(state, root_key) -> (state, metrics)`. `metrics` has the fields of the learner's info, each
-      reduced over tasks by `metrics.reduce_scalars`, and `gradient_norm` of the mean gradient.
+      reduced over tasks by `metrics.reduce_scalars`, `gradient_norm` of the mean gradient, and with
+      "skip", the number of `skipped_tasks`.
 
     Raises:
-      ValueError: if `map_tasks` or `devices` is invalid.
+      ValueError: if `map_tasks`, `devices` or `non_finite` is invalid.
     """
+    if non_finite not in get_args(NonFinite):
+        raise ValueError(f"non_finite={non_finite!r} must be one of {get_args(NonFinite)}")
 
     def task_grad(shared: tuple[PyTree, Array], task: Task, key: Array) -> tuple[PyTree, dict]:
         meta_params, step = shared
@@ -126,8 +120,14 @@ def make_train_step(
     def train_step(state: TrainState, root_key: Array) -> tuple[TrainState, dict[str, Array]]:
         tasks, keys = mapping.draw_tasks(sample, root_key, state.step)
         grads, infos = task_grads((state.meta_params, state.step), tasks, keys)
+        skipped = {}
+        if non_finite == "skip":
+            sound = jax.vmap(non_finites.is_sound)(grads, infos)
+            grads, infos = non_finites.without(~sound, (grads, infos))
+            skipped = {"skipped_tasks": jnp.sum(~sound)}
         grads = jax.tree.map(lambda g: jnp.mean(g, axis=0), grads)
         scalars = metrics.reduce_scalars(infos) | {"gradient_norm": optax.tree.norm(grads)}
+        scalars |= skipped
         losses = [value for name, value in scalars.items() if name.endswith("loss")]
         updates, opt_state = tx.update(grads, state.opt_state, state.meta_params)
         meta_params = optax.apply_updates(state.meta_params, updates)
@@ -162,12 +162,17 @@ def train(
     max_seconds: float | None = None,
     progress: bool = True,
     config: Mapping[str, Any] | None = None,
+    accept_changes: bool = False,
+    non_finite: NonFinite = "stop",
 ) -> TrainResult:
     """Meta-trains, or goes on where an earlier call in the same `workdir` stopped.
 
     `log_every` meta-steps are one compiled `lax.scan`; the host hears from the device between them.
     All randomness follows from `key` and the number of the step, so a run that was killed and
     resumed ends with the same bits as one that was not, on the same device and versions.
+
+    With a workdir, SIGTERM and SIGINT let the chunk end and be kept before they stop the run; the
+    second one stops it at once.
 
     Args:
       learner: the algorithm.
@@ -185,21 +190,26 @@ def train(
       workdir: holds `config.json`, `metrics.jsonl`, `checkpoints/` and, at the end,
         `learning_curve.png`. None (default) writes nothing.
       map_tasks: how tasks are mapped, see `mapping.map_over_tasks`.
-      devices: local devices over which tasks are sharded.
+      devices: devices over which tasks are sharded; with several processes, those of all. They need
+        a workdir that all of them see, which the first one writes.
       max_seconds: stops after the first chunk that ends later than this many seconds of wall clock,
         compilation, validation and the earlier parts of a resumed run included.
       progress: whether standard error shows a progress bar, or a line a log point where it is not a
         terminal.
       config: what JSON can hold, kept with the run; a run resumes only with an equal one, so leave
         out what may change.
+      accept_changes: resumes with another config all the same; a warning names what differs.
+      non_finite: "stop" stops at a loss or gradient that is not finite, "skip" leaves out the tasks
+        that have one and counts them in `skipped_tasks`, on average over the meta-steps of a chunk.
 
     Returns:
       The last and the best meta-parameters, the log and the state.
 
     Raises:
-      ValueError: if an argument is out of range, or `workdir` holds a run of another config, key or
-        model.
+      ValueError: if an argument is out of range, or `workdir` is in use by another process or holds
+        a run of another config, key or model.
       NonFiniteError: if a meta-step met a loss or gradient that is not finite.
+      InterruptedRunError: if a signal stopped the run; what was done is in a checkpoint.
     """
     started = time.perf_counter()
     validate_every = log_every if validate_every is None else validate_every
@@ -214,45 +224,61 @@ def train(
         raise ValueError(f"max_seconds must be None or positive; got {max_seconds!r}")
     if (example_inputs is None) == (meta_params is None):
         raise ValueError("give exactly one of example_inputs and meta_params")
-    step_fn = make_train_step(learner, tx, sample, map_tasks=map_tasks, devices=devices)
+    step_fn = make_train_step(
+        learner, tx, sample, map_tasks=map_tasks, devices=devices, non_finite=non_finite
+    )
     run_chunk = _make_chunk(step_fn, log_every, devices)
-    config = {**(config or {}), "root_key": _key_data(key)}
+    root_key = key
+    config = {**(config or {}), "root_key": non_finites.key_data(key)}
     if meta_params is None:
         meta_params = init_meta_params(learner, key, example_inputs)
     state, history = init_state(tx, meta_params), []
     best = _Best(jax.tree.map(jnp.copy, state.meta_params))
     earlier_seconds, last_checkpoint = 0.0, None
-    if workdir is not None:
-        workdir = Path(workdir)
-        checkpoint.claim(workdir, config)
-        found = checkpoint.restore(workdir / _CHECKPOINTS, (state, best.meta_params))
-        if found:
-            (state, best_params), notes = found
-            best = _Best(best_params, notes["best_step"], notes["best_score"])
-            earlier_seconds, last_checkpoint = notes["seconds"], notes["path"]
-        history = metrics.rewind_json_lines(workdir / _METRICS, int(state.step))
-    step = int(state.step)
-    if step % log_every:
-        raise ValueError(
-            f"log_every must divide the meta-step to resume from; got {log_every} and {step}"
-        )
-    if devices is not None:
-        state = jax.device_put(state, mapping.replicated(devices))
+    folder = None if workdir is None else Path(workdir)
+    home = folder if processes.is_first() else None  # where this process writes
+    with contextlib.ExitStack() as stack:
+        interrupted = lambda: None  # noqa: E731
+        if home is not None:
+            stack.enter_context(workdirs.lock(home))
+            workdirs.claim(home, config, accept_changes)
+        if folder is not None:
+            interrupted = stack.enter_context(workdirs.deferred_signals())
+            found = checkpoint.restore(folder / _CHECKPOINTS, (state, best.meta_params))
+            if found:
+                (state, best_params), notes = found
+                best = _Best(best_params, notes["best_step"], notes["best_score"])
+                earlier_seconds, last_checkpoint = notes["seconds"], notes["path"]
+                _warn_of_other_versions(notes["versions"])
+        if home is not None:
+            history = metrics.rewind_json_lines(home / _METRICS, int(state.step))
+        step = int(state.step)
+        if step % log_every:
+            raise ValueError(
+                f"log_every must divide the meta-step to resume from; got {log_every} and {step}"
+            )
+        if devices is not None:
+            state, key = mapping.replicate((state, key), devices)
 
-    def seconds() -> float:
-        return earlier_seconds + time.perf_counter() - started
+        def seconds() -> float:
+            return earlier_seconds + time.perf_counter() - started
 
-    def stop() -> bool:
-        out_of_time = max_seconds is not None and seconds() > max_seconds
-        return step >= num_steps or (step > 0 and out_of_time)
+        def stop() -> bool:
+            out_of_time = max_seconds is not None and seconds() > max_seconds
+            return processes.any_of(step >= num_steps or (step > 0 and out_of_time))
 
-    with plots.reporter(progress, step, num_steps) as report:
+        shown = progress and processes.is_first()
+        report = stack.enter_context(plots.reporter(shown, step, num_steps))
         last = stop()
         while not last:
             state, scalars = run_chunk(state, key)
             scalars, failed_step = jax.device_get((scalars, state.failed_step))
             if failed_step >= 0:
-                raise NonFiniteError(int(failed_step), key, last_checkpoint)
+                params = jax.device_get(state.meta_params)
+                task = non_finites.failing_task(learner, sample, root_key, params, failed_step)
+                if home is not None and task is not None:
+                    non_finites.keep(home, params, int(failed_step), task)
+                raise NonFiniteError(int(failed_step), task, root_key, last_checkpoint)
             step += log_every
             row = {"step": step, **scalars}
             last = stop()
@@ -262,26 +288,49 @@ def train(
                 best = best.update(state.meta_params, step, evaluation.mean)
             history.append(metrics.json_row(row | {"seconds": seconds()}))
             report(history[-1])
-            if workdir is None:
+            if folder is None:
                 continue
-            metrics.append_json_line(workdir / _METRICS, history[-1])
-            if step % checkpoint_every == 0 or last:
+            if home is not None:
+                metrics.append_json_line(home / _METRICS, history[-1])
+            signal_name = interrupted()
+            leaves = processes.any_of(signal_name is not None)
+            if step % checkpoint_every == 0 or last or leaves:
                 notes = {
                     "best_step": best.step,
                     "best_score": best.score,
                     "seconds": seconds(),
                     "config": config,
-                    "versions": {"jax": jax.__version__, "optax": optax.__version__},
+                    "versions": _versions(),
                 }
                 best_params = state.meta_params if best.step is None else best.meta_params
-                last_checkpoint = checkpoint.save(
-                    workdir / _CHECKPOINTS, step, (state, best_params), notes
-                )
-    if workdir is not None:
-        plots.learning_curve(history, workdir / _CURVE)
+                if home is not None:
+                    last_checkpoint = checkpoint.save(
+                        home / _CHECKPOINTS, step, (state, best_params), notes
+                    )
+                if leaves and not last:
+                    name = signal_name or "a signal to another process"
+                    raise workdirs.InterruptedRunError(name, step, folder)
+        if home is not None:
+            plots.learning_curve(history, home / _CURVE)
     if best.step is None:
         return TrainResult(state.meta_params, state.meta_params, step, history, state)
     return TrainResult(state.meta_params, best.meta_params, best.step, history, state)
+
+
+def _versions() -> dict[str, str]:
+    packages = {name: metadata.version(name) for name in _PACKAGES}
+    return {"imaml_jax": imaml_jax.__version__, **packages}
+
+
+def _warn_of_other_versions(saved: Mapping[str, str]) -> None:
+    now = _versions()
+    changed = [f"{n} {v} -> {now[n]}" for n, v in saved.items() if n in now and now[n] != v]
+    if changed:
+        warnings.warn(
+            f"the run goes on with other versions ({', '.join(changed)}), so that its bits may "
+            "differ from those of one that was not stopped",
+            stacklevel=3,
+        )
 
 
 class _Best(NamedTuple):
@@ -315,9 +364,3 @@ def _check_counts(**counts: Any) -> None:
             raise ValueError(
                 f"{name} must be a multiple of log_every, {counts['log_every']}; got {value}"
             )
-
-
-def _key_data(key: Array) -> list[int]:
-    """The words of a typed or a raw key."""
-    typed = jnp.issubdtype(key.dtype, jax.dtypes.prng_key)
-    return (jax.random.key_data(key) if typed else key).tolist()

@@ -8,6 +8,7 @@ import signal
 import subprocess
 import sys
 import time
+from functools import partial
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -17,8 +18,10 @@ import numpy as np
 import optax
 import pytest
 
-from imaml_jax import checkpoint, evaluation, mapping, metrics, training
+from imaml_jax import checkpoint, evaluation, mapping, metrics, training, workdir
+from imaml_jax.non_finite import NonFiniteError, replay
 from imaml_jax.types import Batch, MetaLearner, Task
+from imaml_jax.workdir import InterruptedRunError
 
 ROOT = Path(__file__).resolve().parents[1]
 CENTERS = np.random.default_rng(0).normal(size=(3, 4)).astype(np.float32)
@@ -182,7 +185,7 @@ def test_training_learns_and_logs(tmp_path, capsys):
     assert make_validate()(result.best_meta_params).mean == max(scores)
     assert result.state.step == 40
     names = {path.name for path in (tmp_path / "run").iterdir()}
-    assert names == {"config.json", "metrics.jsonl", "checkpoints", "learning_curve.png"}
+    assert names == {".lock", "config.json", "metrics.jsonl", "checkpoints", "learning_curve.png"}
     assert metrics.read_json_lines(tmp_path / "run" / "metrics.jsonl") == result.history
     lines = capsys.readouterr().err.splitlines()
     assert len(lines) == 4 and not any("\r" in line for line in lines)
@@ -246,6 +249,116 @@ def test_a_non_finite_run_says_where_and_what_is_left(tmp_path):
     assert [row["step"] for row in metrics.read_json_lines(tmp_path / "metrics.jsonl")] == [10, 20]
     with pytest.raises(FloatingPointError, match="checkpoint: None"):
         run(learner=diverging_at(0))
+
+
+def diverging_in_task(number, step):
+    """One task of one meta-step gives a NaN, whose operation is a logarithm."""
+
+    def bad_grad(params, task, key, now):
+        _, keys = mapping.draw_tasks(sample, jax.random.key(0), step)
+        hit = jnp.all(jax.random.key_data(key) == jax.random.key_data(keys[number]))
+        grads, info = meta_grad(params, task, key, now)
+        return jax.tree.map(lambda g: g + jnp.log(jnp.where(hit, -1.0, 1.0)), grads), info
+
+    return LEARNER._replace(meta_grad=bad_grad)
+
+
+def test_the_failing_task_is_named_and_can_be_replayed(tmp_path):
+    learner = diverging_in_task(2, 13)
+    with pytest.raises(NonFiniteError, match="in task 2 of meta-step 13") as error:
+        run(learner=learner, workdir=tmp_path)
+    assert (error.value.step, error.value.task) == (13, 2)
+    with pytest.raises(FloatingPointError, match="log"):
+        replay(learner, sample, key=jax.random.key(0), workdir=tmp_path)
+    with pytest.raises(ValueError, match="no failed run"):
+        replay(learner, sample, key=jax.random.key(0), workdir=tmp_path / "other")
+
+
+def test_an_update_that_is_not_finite_blames_no_task(tmp_path):
+    spoiled = optax.chain(TX, optax.stateless(lambda u, _: jax.tree.map(lambda x: x / 0.0, u)))
+    with pytest.raises(NonFiniteError, match="the optimiser's update of meta-step 0") as error:
+        run(tx=spoiled, workdir=tmp_path)
+    assert error.value.task is None
+
+
+def test_skipping_leaves_the_mean_of_the_other_tasks(key):
+    skip = partial(training.make_train_step, tx=TX, sample=sample, non_finite="skip")
+    state = training.init_state(TX, LEARNER.init(key, jnp.zeros((1, 4))))._replace(step=13)
+    tasks, keys = mapping.draw_tasks(sample, jax.random.key(0), 13)
+    good = jnp.array([0, 1, 3])
+    grads, _ = jax.vmap(meta_grad, (None, 0, 0, None))(
+        state.meta_params, jax.tree.map(lambda x: x[good], tasks), keys[good], 13
+    )
+    expected = optax.tree.norm(jax.tree.map(lambda g: g.mean(0), grads))
+    after, scalars = jax.jit(skip(diverging_in_task(2, 13)))(state, jax.random.key(0))
+    assert scalars["skipped_tasks"] == 1 and after.failed_step == -1 and after.step == 14
+    np.testing.assert_allclose(scalars["gradient_norm"], expected, rtol=1e-6)
+    _, scalars = jax.jit(skip(LEARNER))(state, jax.random.key(0))
+    assert scalars["skipped_tasks"] == 0
+    after, _ = jax.jit(skip(diverging_at(0)))(state, jax.random.key(0))
+    assert after.failed_step == 13
+
+
+def test_a_skipping_run_counts(tmp_path):
+    result = run(learner=diverging_in_task(2, 13), workdir=tmp_path, non_finite="skip")
+    assert [row["skipped_tasks"] for row in result.history] == pytest.approx([0, 0.1, 0, 0])
+    with pytest.raises(ValueError, match="non_finite='drop'"):
+        run(non_finite="drop")
+
+
+# Interruptions and who writes
+@pytest.mark.parametrize("name", ["SIGTERM", "SIGINT"])
+def test_a_signal_is_served_after_the_chunk(tmp_path, name):
+    score = make_validate()
+
+    def signalling(params):
+        if not sent:
+            sent.append(os.kill(os.getpid(), signal.Signals[name]))
+        return score(params)
+
+    sent, before = [], signal.getsignal(signal.Signals[name])
+    arguments = dict(workdir=tmp_path, validate=signalling, checkpoint_every=40)
+    with pytest.raises(InterruptedRunError, match=f"{name} after meta-step 10") as error:
+        run(**arguments)
+    assert (error.value.signal_name, error.value.step) == (name, 10)
+    assert signal.getsignal(signal.Signals[name]) is before
+    assert checkpoint.steps(tmp_path / "checkpoints") == [10]
+    whole, resumed = run(validate=score), run(**arguments)
+    assert_same_bits(resumed.state, whole.state)
+    assert without_seconds(resumed.history) == without_seconds(whole.history)
+
+
+def test_the_second_signal_acts_at_once(tmp_path):
+    def impatient(params):
+        os.kill(os.getpid(), signal.SIGINT)
+        os.kill(os.getpid(), signal.SIGINT)
+
+    with pytest.raises(KeyboardInterrupt):
+        run(workdir=tmp_path, validate=impatient)
+
+
+def test_a_workdir_has_one_writer(tmp_path):
+    with workdir.lock(tmp_path):
+        with pytest.raises(ValueError, match=f"in use by process {os.getpid()}"):
+            run(workdir=tmp_path)
+    run(workdir=tmp_path)
+
+
+def test_changes_are_accepted_on_request(tmp_path):
+    run(workdir=tmp_path, config={"rate": 0.1}, num_steps=20)
+    with pytest.warns(UserWarning, match=r"rate: was 0.1, now 0.2"):
+        result = run(workdir=tmp_path, config={"rate": 0.2}, accept_changes=True)
+    assert result.state.step == 40
+    run(workdir=tmp_path, config={"rate": 0.2})
+    with pytest.raises(ValueError, match=r"rate: was 0.2, now 0.1"):
+        run(workdir=tmp_path, config={"rate": 0.1})
+
+
+def test_other_versions_are_told(tmp_path, monkeypatch):
+    run(workdir=tmp_path, num_steps=20)
+    monkeypatch.setattr(training, "_versions", lambda: {"jax": "9.9"})
+    with pytest.warns(UserWarning, match=r"jax .* -> 9.9"):
+        run(workdir=tmp_path)
 
 
 def test_max_seconds_counts_earlier_parts(tmp_path):
