@@ -41,6 +41,22 @@ INTERRUPTED_STATUS = 75  # EX_TEMPFAIL: a scheduler that knows it starts the run
 
 
 @dataclasses.dataclass(frozen=True)
+class ProcessConfig:
+    """The settings of a run that several processes share."""
+
+    coordinator: str | None = None
+    """HOST:PORT of process 0 of several; each of them has the same command but for process_id."""
+    num_processes: int | None = None
+    """Processes that train together, with coordinator."""
+    process_id: int | None = None
+    """Which of them this is, from 0."""
+    cluster: bool = False
+    """Take these three from the cluster's environment: SLURM, Open MPI, Kubernetes, TPU pods."""
+    process_timeout: int = 100
+    """Seconds of silence after which another process counts as lost."""
+
+
+@dataclasses.dataclass(frozen=True)
 class RunConfig:
     """The settings that every training run has."""
 
@@ -72,16 +88,6 @@ class RunConfig:
     """Repeat the task that made the run in workdir fail, and name the operation that gave NaN."""
     accept_changes: bool = False
     """Go on with a run in workdir that was started with other settings."""
-    coordinator: str | None = None
-    """HOST:PORT of process 0 of several; each of them has the same command but for process_id."""
-    num_processes: int | None = None
-    """Processes that train together, with coordinator."""
-    process_id: int | None = None
-    """Which of them this is, from 0."""
-    cluster: bool = False
-    """Take these three from the cluster's environment: SLURM, Open MPI, Kubernetes, TPU pods."""
-    process_timeout: int = 100
-    """Seconds of silence after which another process counts as lost."""
 
 
 def run_cli(
@@ -110,7 +116,7 @@ def run_cli(
 
     settings = tyro.cli(config, description=description, args=args)
     try:
-        if isinstance(settings, RunConfig):
+        if isinstance(settings, ProcessConfig):
             _join_processes(settings)
         return main(settings)
     except InterruptedRunError as error:
@@ -179,6 +185,12 @@ def relative_difference(found: Any, exact: Any) -> float:
     """Of two trees, in float64 and the Euclidean norm."""
     found, exact = (np.asarray(ravel_pytree(tree)[0], np.float64) for tree in (found, exact))
     return float(np.linalg.norm(found - exact) / np.linalg.norm(exact))
+
+
+def say(text: str) -> None:
+    """Prints it, once for all processes."""
+    if processes.is_first():
+        print(text, flush=True)
 
 
 def fixed_key(seed: tuple[int, int]) -> jax.Array:
@@ -342,7 +354,7 @@ def _is_ours(error: BaseException) -> bool:
     return any(file.is_relative_to(home.resolve()) for home in homes)
 
 
-def _join_processes(config: RunConfig) -> None:
+def _join_processes(config: ProcessConfig) -> None:
     named = (config.coordinator, config.num_processes, config.process_id)
     if config.cluster and named != (None, None, None):
         raise ValueError(

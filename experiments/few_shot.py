@@ -25,7 +25,7 @@ _POSITIVE = (
 
 
 @dataclasses.dataclass(frozen=True)
-class Config(common.RunConfig):
+class Config(common.ProcessConfig, common.RunConfig):
     """What a run is; fields that are None take the protocol's value."""
 
     algorithm: Algorithm = "imaml"
@@ -90,7 +90,7 @@ def run(
         "test_info": test.info,
     }
     common.write_results(config.workdir, results)
-    print(report(results), flush=True)
+    common.say(report(results))
     return results
 
 
@@ -119,7 +119,7 @@ def meta_train(
         validate = _make_scorer(
             protocol, config, splits.val, config.validation_tasks, common.VALIDATION_KEY
         )
-    print(describe(config, protocol, dataset), flush=True)
+    common.say(describe(config, protocol, dataset))
     return common.run_training(
         config,
         build.build_learner(protocol, config.ways),

@@ -109,7 +109,6 @@ def main(config: Config) -> dict[str, Any]:
         example_inputs=jnp.zeros((1, 1)),
         validate=validate,
         map_tasks="vmap",
-        devices=common.task_devices(1, _META_BATCH),
         config=recorded,
     )
     test, before = on_test(result.best_meta_params), before_on_test(result.best_meta_params)

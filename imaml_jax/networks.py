@@ -4,6 +4,7 @@ Any other pair of such functions serves the learners as well.
 """
 
 from collections.abc import Callable, Sequence
+from numbers import Integral
 from typing import Any, Literal, NamedTuple
 
 import flax.linen as nn
@@ -50,7 +51,10 @@ def mlp(
     Raises:
       ValueError: no layer, or a width below 1.
     """
-    _check_widths("mlp", features)
+    if not features:
+        raise ValueError("mlp: features=[] must hold at least the outputs' width")
+    for width in features:
+        _check_size("mlp", "features", width)
 
     class MLP(nn.Module):
         @nn.compact
@@ -108,7 +112,8 @@ def conv4(
     Raises:
       ValueError: a setting out of its range.
     """
-    _check_widths("conv4", [ways, filters, num_blocks])
+    for name, size in (("ways", ways), ("filters", filters), ("num_blocks", num_blocks)):
+        _check_size("conv4", name, size)
     _check_choice("downsample", downsample, ("stride", "max_pool"))
     _check_choice("readout", readout, ("flatten", "mean"))
     _check_choice("pool_padding", pool_padding, ("valid", "same"))
@@ -224,9 +229,9 @@ def _check_inputs(name: str, x: Array, rank: int, shape: str) -> None:
         )
 
 
-def _check_widths(name: str, widths: Sequence[int]) -> None:
-    if not widths or any(width < 1 for width in widths):
-        raise ValueError(f"{name}: sizes {list(widths)} must be a non-empty list of integers >= 1")
+def _check_size(network: str, name: str, size: int) -> None:
+    if not isinstance(size, Integral) or isinstance(size, bool) or size < 1:
+        raise ValueError(f"{network}: {name}={size!r} must be an integer >= 1")
 
 
 def _check_choice(name: str, value: str, choices: tuple[str, ...]) -> None:

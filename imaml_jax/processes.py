@@ -22,8 +22,8 @@ def start(
         others are waited for at the start.
 
     Raises:
-      ValueError: only some of the three, or numbers out of range.
-      RuntimeError: no cluster that JAX knows, or the others did not come.
+      ValueError: only some of the three, numbers out of range, or no cluster that JAX knows.
+      RuntimeError: the others did not come in time.
     """
     given = {"coordinator": coordinator, "num_processes": num_processes, "process_id": process_id}
     missing = [name for name, value in given.items() if value is None]
@@ -42,13 +42,21 @@ def start(
             )
     if timeout_seconds < 1:
         raise ValueError(f"timeout_seconds={timeout_seconds} must be at least 1")
-    jax.distributed.initialize(
-        coordinator,
-        num_processes,
-        process_id,
-        heartbeat_timeout_seconds=timeout_seconds,
-        initialization_timeout=timeout_seconds,
-    )
+    try:
+        jax.distributed.initialize(
+            coordinator,
+            num_processes,
+            process_id,
+            heartbeat_timeout_seconds=timeout_seconds,
+            initialization_timeout=timeout_seconds,
+        )
+    except ValueError as error:
+        if coordinator is not None:
+            raise
+        raise ValueError(
+            f"no cluster that JAX knows started this process ({error}): give coordinator, "
+            "num_processes and process_id"
+        ) from None
 
 
 def is_first() -> bool:

@@ -209,11 +209,11 @@ def test_initial_parameters_are_as_documented():
 @pytest.mark.parametrize(
     "make, value",
     [
-        (lambda: mlp([]), r"mlp: sizes \[\]"),
-        (lambda: mlp([40, 0]), r"mlp: sizes \[40, 0\]"),
-        (lambda: conv4(0), r"conv4: sizes \[0, 64, 4\]"),
-        (lambda: conv4(5, filters=0), r"conv4: sizes \[5, 0, 4\]"),
-        (lambda: conv4(5, num_blocks=0), r"conv4: sizes \[5, 64, 0\]"),
+        (lambda: mlp([]), r"mlp: features=\[\]"),
+        (lambda: mlp([40, 0]), "mlp: features=0"),
+        (lambda: conv4(0), "conv4: ways=0"),
+        (lambda: conv4(5, filters=0), "conv4: filters=0"),
+        (lambda: conv4(5, num_blocks=0), "conv4: num_blocks=0"),
         (lambda: conv4(5, epsilon=0.0), "epsilon=0.0"),
         (lambda: conv4(5, downsample="pool"), "downsample='pool'"),
         (lambda: conv4(5, readout="max"), "readout='max'"),

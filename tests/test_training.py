@@ -361,6 +361,33 @@ def test_other_versions_are_told(tmp_path, monkeypatch):
         run(workdir=tmp_path)
 
 
+@pytest.mark.slow
+def test_memory_stays_flat_over_ten_thousand_meta_steps(tmp_path):
+    """And nothing is compiled after the first chunks, and the log stays one line a chunk."""
+
+    def resident():
+        pages = int(Path("/proc/self/statm").read_text().split()[1])
+        return pages * os.sysconf("SC_PAGE_SIZE") / 2**20
+
+    def measure(params):
+        memory.append(resident())
+        return score(params)
+
+    score, memory = make_validate(), []
+    result = run(
+        workdir=tmp_path,
+        num_steps=10_000,
+        log_every=50,
+        validate=measure,
+        tx=optax.adam(1e-3),
+    )
+    assert result.state.step == 10_000 and len(memory) == 200
+    assert memory[-1] - memory[20] < 8  # MiB
+    rows = (tmp_path / "metrics.jsonl").read_text().splitlines()
+    assert [json.loads(row)["step"] for row in rows] == list(range(50, 10_001, 50))
+    assert len(checkpoint.steps(tmp_path / "checkpoints")) == 3
+
+
 def test_max_seconds_counts_earlier_parts(tmp_path):
     first = run(workdir=tmp_path, max_seconds=1e-9)
     assert [row["step"] for row in first.history] == [10]  # a fresh run always makes one chunk
