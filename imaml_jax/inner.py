@@ -183,10 +183,10 @@ def adaptive_gd(learning_rate: float, *, max_rate: float = jnp.inf) -> optax.Gra
     def update(updates, state, params=None):
         del params
         grads = updates
-        moved = state.rate * optax.tree.norm(state.previous_grads)
-        changed = optax.tree.norm(optax.tree.sub(grads, state.previous_grads))
+        moved = state.rate * _norm(state.previous_grads)
+        changed = _norm(optax.tree.sub(grads, state.previous_grads))
         # A change lost in rounding, as at convergence in float32, says nothing of the curvature.
-        seen = (moved > 0) & (changed > jnp.finfo(changed.dtype).eps * optax.tree.norm(grads))
+        seen = (moved > 0) & (changed > jnp.finfo(changed.dtype).eps * _norm(grads))
         bound = moved / jnp.where(seen, 2 * changed, 1)
         candidate = jnp.minimum(jnp.sqrt(1 + state.growth) * state.rate, bound)
         rate = jnp.where(seen, jnp.minimum(candidate, max_rate), state.rate)
@@ -195,6 +195,12 @@ def adaptive_gd(learning_rate: float, *, max_rate: float = jnp.inf) -> optax.Gra
         return steps, AdaptiveGDState(rate, growth, grads)
 
     return optax.GradientTransformation(init, update)
+
+
+def _norm(tree: PyTree) -> Array:
+    """Of a tree; its derivative at 0 is 0, where the square root's alone would be infinite."""
+    square = jnp.asarray(optax.tree.norm(tree, squared=True))
+    return jnp.where(square > 0, jnp.sqrt(jnp.where(square > 0, square, 1)), 0)
 
 
 def newton_cg(

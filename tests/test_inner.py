@@ -327,3 +327,13 @@ def test_adaptive_gd_follows_its_published_rule():
 def test_settings_out_of_range_are_named(make, value):
     with pytest.raises(ValueError, match=value):
         make()
+
+
+def test_unrolled_adaptive_steps_at_a_stationary_point_have_a_derivative():
+    def adapted(anchor):
+        def loss(x, anchor):
+            return 0.5 * jnp.sum((x - anchor) ** 2)
+
+        return minimize(loss, anchor, anchor, tx=adaptive_gd(0.1), num_steps=3)[0]
+
+    np.testing.assert_allclose(jax.jacobian(adapted)(jnp.arange(3.0)), np.eye(3), atol=1e-6)
