@@ -95,10 +95,12 @@ def make_outer(protocol: Protocol, meta_steps: int) -> optax.GradientTransformat
 
 
 def _make_inner(protocol: Protocol) -> optax.GradientTransformation:
+    # Without it Adam has no derivative at a gradient of 0, such as that below a head of zeros.
+    eps_root = 1e-16 if protocol.algorithm == "maml" else 0.0
     return {
         "sgd": lambda: optax.sgd(protocol.inner_rate),
         "nesterov": lambda: optax.sgd(protocol.inner_rate, momentum=0.8, nesterov=True),
-        "adam": lambda: optax.adam(protocol.inner_rate, b1=0.0),
+        "adam": lambda: optax.adam(protocol.inner_rate, b1=0.0, eps_root=eps_root),
         "adaptive_gd": lambda: imaml_jax.adaptive_gd(protocol.inner_rate),
         "newton_cg": lambda: imaml_jax.newton_cg(max_cg_steps=protocol.cg_steps),
     }[protocol.inner]()

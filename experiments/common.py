@@ -34,6 +34,7 @@ VALIDATION_KEY, TEST_KEY = (20190909, 1), (20190909, 2)
 # What may change between the parts of a run that was stopped and resumed.
 _CHANGEABLE = {
     *("workdir", "max_seconds", "devices", "data_dir", "download", "accept_changes", "debug_nans"),
+    "non_finite",
     *("coordinator", "num_processes", "process_id", "cluster", "process_timeout"),
 }
 LOST_STATUS = 76
@@ -122,7 +123,8 @@ def run_cli(
     except InterruptedRunError as error:
         _exit(INTERRUPTED_STATUS, error)
     except NonFiniteError as error:
-        if isinstance(settings, RunConfig) and settings.workdir is not None:
+        kept = isinstance(settings, RunConfig) and settings.workdir is not None
+        if kept and error.task is not None:
             error.add_note("The same command with --debug-nans names the operation.")
         _exit(1, error)
     except jax.errors.JaxRuntimeError as error:

@@ -214,6 +214,7 @@ def _make_scorer(
 ) -> Callable[[Any], Evaluation]:
     """Accuracy on `num_tasks` tasks that only the key and the data decide."""
     tasks_a_call = min(num_tasks, _TASKS_A_CALL)
+    shared = tasks_a_call % jax.process_count() == 0  # else each process scores all for itself
 
     def sample(key):
         return episodes.sample_tasks(
@@ -232,7 +233,7 @@ def _make_scorer(
         sample,
         num_tasks=num_tasks,
         map_tasks=config.map_tasks,
-        devices=common.task_devices(config.devices, tasks_a_call),
+        devices=common.task_devices(config.devices, tasks_a_call) if shared else None,
     )
     return lambda meta_params: score(meta_params, common.fixed_key(seed))
 

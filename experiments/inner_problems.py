@@ -100,8 +100,8 @@ def sinusoids() -> Family:
 def characters(activation: str) -> Family:
     """5-way 1-shot glyphs with a small convolutional network."""
     network = conv4(5, filters=4, num_blocks=3, activation=getattr(jax.nn, activation))
-    train = glyphs.load().train
-    sample = partial(episodes.sample_tasks, dataset=train, ways=5, shots=1, queries=5)
+    images = glyphs.load().train
+    sample = partial(episodes.sample_tasks, dataset=images, ways=5, shots=1, queries=5)
     return Family(network, imaml_jax.cross_entropy, sample, 0.1)
 
 

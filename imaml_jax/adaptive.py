@@ -1,5 +1,6 @@
 """Implicit gradients to a requested accuracy, in place of step counts."""
 
+import math
 from collections.abc import Callable, Sequence
 from typing import NamedTuple
 
@@ -7,7 +8,6 @@ import jax
 import jax.numpy as jnp
 import optax
 from jax import lax
-from jax.core import Tracer
 
 from imaml_jax.gradient_error import curvature_of, implicit_gradient, implicit_gradient_error
 from imaml_jax.inner import minimize
@@ -108,11 +108,11 @@ def adaptive_gradient(
       >>> bool(jnp.allclose(grad, jnp.arange(3.0) / 2, rtol=1e-3) and info.converged)
       True
     """
-    if not isinstance(accuracy, Tracer) and not accuracy > 0:
-        raise ValueError(f"adaptive_gradient: accuracy={accuracy} must be positive")
+    if not isinstance(accuracy, jax.Array) and not 0 < accuracy < math.inf:
+        raise ValueError(f"adaptive_gradient: accuracy={accuracy} must be positive and finite")
     if not isinstance(num_steps, int) or num_steps < 1:
         raise ValueError(f"adaptive_gradient: num_steps={num_steps} must be an integer >= 1")
-    if not isinstance(max_rounds, Tracer) and not max_rounds >= 1:
+    if not isinstance(max_rounds, jax.Array) and not max_rounds >= 1:
         raise ValueError(f"adaptive_gradient: max_rounds={max_rounds} must be at least 1")
     args = tuple(args)
     if not args:

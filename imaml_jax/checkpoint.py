@@ -22,6 +22,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
+from imaml_jax import workdir
 from imaml_jax.types import PyTree
 
 _ARRAYS, _METADATA, _CHECKSUM = "arrays", "metadata.json", "checksum"
@@ -66,10 +67,11 @@ def save(
         with _quiet():
             _checkpointer().save(temporary / _ARRAYS, arrays)
         described = {**json.loads(text), _CHECKSUM: _checksum(temporary / _ARRAYS, text)}
-        (temporary / _METADATA).write_text(json.dumps(described, indent=1), encoding="utf-8")
+        workdir.write_whole(temporary / _METADATA, json.dumps(described, indent=1))
         if final.exists():
             os.replace(final, directory / f"{_TEMPORARY}replaced")
         os.replace(temporary, final)
+        workdir.flush(directory)
     finally:
         shutil.rmtree(temporary, ignore_errors=True)
     shutil.rmtree(directory / f"{_TEMPORARY}replaced", ignore_errors=True)

@@ -81,6 +81,8 @@ def make_evaluate(
     def evaluate_params(meta_params: PyTree, key: Array) -> Evaluation:
         if devices is not None:
             meta_params, key = mapping.replicate((meta_params, key), devices)
+        elif jax.process_count() > 1:
+            meta_params = jax.device_get(meta_params)
         per_task, info = jax.device_get(score_all(meta_params, key))
         mean, ci95 = metrics.mean_ci95(per_task)
         return Evaluation(mean, ci95, per_task, {name: float(info[name]) for name in info})

@@ -23,7 +23,6 @@ from typing import NamedTuple
 import jax
 import jax.numpy as jnp
 import optax
-from jax.core import Tracer
 
 from imaml_jax.curvature import hessian
 from imaml_jax.linear_solve import SolveInfo
@@ -37,8 +36,8 @@ class GradientError(NamedTuple):
 
     Attributes:
       estimate: of its norm: `3 (||correction|| + unresolved) / (1 - l)`, where `l` is the length
-        of a second Newton step over that of the first, at most 0.9, and 0.9 where the Hessian
-        curves downwards.
+        of a second Newton step over that of the first, at most 0.9. Infinite where a step or the
+        adjoint shows that a matrix curves downwards: there is no minimum at hand.
       unresolved: what the linear solves left open; where it outweighs the correction, more steps
         for `solve` give a sharper estimate.
       correction: to add to the gradient: its error to first order, one tree for each of `args`.
@@ -119,11 +118,12 @@ def implicit_gradient_error(
     unresolved = _scaled(open_step, norm(by_params), norm(step))
     unresolved += _scaled(open_change, norm(by_adjoint), norm(change))
     left = norm(second) / jnp.where(norm(second) == 0, 1, norm(step))
-    upwards = jnp.asarray(optax.tree.vdot(step, slope)) >= 0
+    pairs = (step, slope), (adjoint, jax.grad(outer_fn)(params, *args))  # A^-1 b and b
+    upwards = jnp.all(jnp.stack([jnp.asarray(optax.tree.vdot(*pair)) for pair in pairs]) >= 0)
     if step_info.min_curvature is not None:
         upwards &= step_info.min_curvature > 0
-    left = jnp.where(upwards, jnp.minimum(left, _MOST_LEFT), _MOST_LEFT)
-    estimate = _SAFETY * (norm(correction) + unresolved) / (1 - left)
+    estimate = _SAFETY * (norm(correction) + unresolved) / (1 - jnp.minimum(left, _MOST_LEFT))
+    estimate = jnp.where(upwards, estimate, jnp.inf)
     return GradientError(estimate, unresolved, correction)
 
 
@@ -167,7 +167,7 @@ def implicit_gradient_bound(
         ("hessian_lipschitz", hessian_lipschitz),
         ("outer_lipschitz", outer_lipschitz),
     ):
-        if not isinstance(value, Tracer) and not value >= 0:
+        if not isinstance(value, jax.Array) and not value >= 0:
             raise ValueError(f"implicit_gradient_bound: {name}={value} must be at least 0")
     distance = inner_residual / strong_convexity
     moved = (outer_lipschitz + hessian_lipschitz * adjoint_norm) * distance
@@ -206,5 +206,5 @@ def _scaled(size: Array, image: Array, preimage: Array) -> Array:
 
 
 def _check(name: str, strong_convexity: float | Array) -> None:
-    if not isinstance(strong_convexity, Tracer) and not strong_convexity > 0:
+    if not isinstance(strong_convexity, jax.Array) and not strong_convexity > 0:
         raise ValueError(f"{name}: strong_convexity={strong_convexity} must be positive")

@@ -1,6 +1,7 @@
 """What to do about losses and gradients that are not finite."""
 
 import os
+import shutil
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Literal
@@ -79,10 +80,17 @@ def failing_task(
     return None
 
 
-def keep(workdir: str | os.PathLike, meta_params: PyTree, step: int, task: int) -> None:
-    """Writes down what `replay` needs."""
+def keep(workdir: str | os.PathLike, meta_params: PyTree, step: int, task: int, key: Array) -> None:
+    """Writes down what `replay` needs, in the place of an earlier failure."""
+    forget(workdir)
     failure = (meta_params, jnp.int32(step), jnp.int32(task))
-    checkpoint.save(Path(workdir) / _FAILURE, step, failure, {}, keep=1)
+    notes = {"root_key": key_data(key)}
+    checkpoint.save(Path(workdir) / _FAILURE, step, failure, notes, keep=1)
+
+
+def forget(workdir: str | os.PathLike) -> None:
+    """Removes what `keep` wrote, where there is something."""
+    shutil.rmtree(Path(workdir) / _FAILURE, ignore_errors=True)
 
 
 def replay(
@@ -100,7 +108,7 @@ def replay(
 
     Raises:
       FloatingPointError: at the first operation whose result is NaN.
-      ValueError: if no run failed there, or one of another model.
+      ValueError: if no run failed there, or one of another model or key.
     """
     tasks = jax.eval_shape(sample, key)
     example_inputs = jax.tree.map(lambda x: jnp.zeros(x.shape[1:], x.dtype), tasks.support.inputs)
@@ -108,7 +116,11 @@ def replay(
     found = checkpoint.restore(Path(workdir) / _FAILURE, like)
     if found is None:
         raise ValueError(f"workdir {workdir} holds no failed run")
-    (meta_params, step, number), _ = found
+    (meta_params, step, number), notes = found
+    if notes["root_key"] != key_data(key):
+        raise ValueError(
+            f"key={key_data(key)} is not {notes['root_key']}, that of the failed run in {workdir}"
+        )
     tasks, keys = mapping.draw_tasks(sample, key, step)
     task = jax.tree.map(lambda x: x[number], tasks)
     with jax.debug_nans(True), jax.disable_jit():

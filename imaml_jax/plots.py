@@ -99,6 +99,7 @@ def _summary(row: Mapping[str, Any]) -> str:
         "cosine",
         "error",
         "rounds",
+        "tasks",
         "validation",
     )
     shown = [name for name in row if name.endswith(endings) and row[name] is not None]

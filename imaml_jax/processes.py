@@ -1,5 +1,7 @@
 """Several processes, on one machine or many, that train as one."""
 
+import re
+
 import jax
 import numpy as np
 from jax.experimental import multihost_utils
@@ -22,8 +24,8 @@ def start(
         others are waited for at the start.
 
     Raises:
-      ValueError: only some of the three, numbers out of range, or no cluster that JAX knows.
-      RuntimeError: the others did not come in time.
+      ValueError: only some of the three, one out of its range, or no cluster that JAX knows. Where
+        the others do not come in time, JAX aborts the process.
     """
     given = {"coordinator": coordinator, "num_processes": num_processes, "process_id": process_id}
     missing = [name for name, value in given.items() if value is None]
@@ -40,6 +42,8 @@ def start(
                 f"process_id={process_id} must lie between 0 and {num_processes - 1}, one less "
                 "than num_processes"
             )
+    if coordinator is not None and not re.fullmatch(r".+:\d+", coordinator):
+        raise ValueError(f"coordinator={coordinator!r} must be HOST:PORT")
     if timeout_seconds < 1:
         raise ValueError(f"timeout_seconds={timeout_seconds} must be at least 1")
     try:
@@ -62,6 +66,15 @@ def start(
 def is_first() -> bool:
     """Whether this process is the one that writes."""
     return jax.process_index() == 0
+
+
+def check_same(name: str, value: int) -> None:
+    """Raises ValueError where the processes bring different values; every one must call it."""
+    if jax.process_count() == 1:
+        return
+    values = multihost_utils.process_allgather(np.int32(value)).tolist()
+    if len(set(values)) > 1:
+        raise ValueError(f"{name} must be the same for all processes; got {values}")
 
 
 def any_of(flag: bool) -> bool:

@@ -7,6 +7,7 @@ import time
 import warnings
 from collections.abc import Callable, Mapping
 from importlib import metadata
+from numbers import Integral
 from pathlib import Path
 from typing import Any, NamedTuple, get_args
 
@@ -185,7 +186,8 @@ def train(
       log_every: meta-steps of one chunk, that is of one compiled call and one row of the log.
       validate: `meta_params -> Evaluation`, higher is better, with keys of its own that do not
         change from call to call. None (default) for no validation.
-      validate_every: a multiple of `log_every`, its default; the last meta-step is validated too.
+      validate_every: a multiple of `log_every`, its default; the last meta-step is validated too,
+        and where `max_seconds` stops, which is logged but not taken for the best.
       checkpoint_every: a multiple of `log_every`, its default; the end is checkpointed too.
       workdir: holds `config.json`, `metrics.jsonl`, `checkpoints/` and, at the end,
         `learning_curve.png`. None (default) writes nothing.
@@ -241,7 +243,8 @@ def train(
         interrupted = lambda: None  # noqa: E731
         if home is not None:
             stack.enter_context(workdirs.lock(home))
-            workdirs.claim(home, config, accept_changes)
+            if checkpoint.steps(home / _CHECKPOINTS):
+                workdirs.check(home, config, accept_changes)
         if folder is not None:
             interrupted = stack.enter_context(workdirs.deferred_signals())
             found = checkpoint.restore(folder / _CHECKPOINTS, (state, best.meta_params))
@@ -250,13 +253,15 @@ def train(
                 best = _Best(best_params, notes["best_step"], notes["best_score"])
                 earlier_seconds, last_checkpoint = notes["seconds"], notes["path"]
                 _warn_of_other_versions(notes["versions"])
-        if home is not None:
-            history = metrics.rewind_json_lines(home / _METRICS, int(state.step))
         step = int(state.step)
+        processes.check_same(f"the meta-step to resume from in workdir {workdir}", step)
         if step % log_every:
             raise ValueError(
                 f"log_every must divide the meta-step to resume from; got {log_every} and {step}"
             )
+        if home is not None:
+            workdirs.claim(home, config)
+            history = metrics.rewind_json_lines(home / _METRICS, step)
         if devices is not None:
             state, key = mapping.replicate((state, key), devices)
 
@@ -276,22 +281,30 @@ def train(
             if failed_step >= 0:
                 params = jax.device_get(state.meta_params)
                 task = non_finites.failing_task(learner, sample, root_key, params, failed_step)
+                failure = NonFiniteError(int(failed_step), task, root_key, last_checkpoint)
                 if home is not None and task is not None:
-                    non_finites.keep(home, params, int(failed_step), task)
-                raise NonFiniteError(int(failed_step), task, root_key, last_checkpoint)
+                    try:
+                        non_finites.keep(home, params, int(failed_step), task, root_key)
+                    except OSError as error:
+                        failure.add_note(f"It could not be kept for a replay: {error}")
+                raise failure
             step += log_every
             row = {"step": step, **scalars}
             last = stop()
-            if validate and (step % validate_every == 0 or last):
+            scheduled = step % validate_every == 0 or step == num_steps
+            if validate and (scheduled or last):
                 evaluation = validate(state.meta_params)
                 row |= {"validation": evaluation.mean, "validation_ci95": evaluation.ci95}
-                best = best.update(state.meta_params, step, evaluation.mean)
+                if scheduled:  # so that where a run was stopped does not decide which is best
+                    best = best.update(state.meta_params, step, evaluation.mean)
             history.append(metrics.json_row(row | {"seconds": seconds()}))
-            report(history[-1])
-            if folder is None:
-                continue
             if home is not None:
                 metrics.append_json_line(home / _METRICS, history[-1])
+                non_finites.forget(home)
+            with contextlib.suppress(OSError):  # whoever read the report may be gone
+                report(history[-1])
+            if folder is None:
+                continue
             signal_name = interrupted()
             leaves = processes.any_of(signal_name is not None)
             if step % checkpoint_every == 0 or last or leaves:
@@ -307,7 +320,7 @@ def train(
                     last_checkpoint = checkpoint.save(
                         home / _CHECKPOINTS, step, (state, best_params), notes
                     )
-                if leaves and not last:
+                if leaves:
                     name = signal_name or "a signal to another process"
                     raise workdirs.InterruptedRunError(name, step, folder)
         if home is not None:
@@ -358,7 +371,7 @@ def _make_chunk(train_step: Callable[..., Any], length: int, devices: Any) -> Ca
 
 def _check_counts(**counts: Any) -> None:
     for name, value in counts.items():
-        if not isinstance(value, int) or isinstance(value, bool) or value < 1:
+        if not isinstance(value, Integral) or isinstance(value, bool) or value < 1:
             raise ValueError(f"{name} must be an integer of at least 1; got {value!r}")
         if value % counts["log_every"]:
             raise ValueError(

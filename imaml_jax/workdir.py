@@ -1,10 +1,10 @@
 """A run's directory: whose it is, who writes to it, and what a signal does to who writes."""
 
 import contextlib
+import errno
 import json
 import os
 import signal
-import sys
 import threading
 import warnings
 from collections.abc import Callable, Iterator, Mapping
@@ -17,6 +17,8 @@ except ImportError:  # Windows
     fcntl = None
 
 _ABSENT = object()
+_CONFIG = "config.json"
+_NO_LOCKS = (errno.ENOSYS, errno.ENOTSUP, errno.ENOLCK)
 _SIGNALS = (signal.SIGINT, signal.SIGTERM)
 
 
@@ -61,6 +63,14 @@ def lock(workdir: str | os.PathLike) -> Iterator[None]:
                     f"workdir {workdir} is in use by process {file.read().strip() or 'unknown'}: "
                     "wait for it, stop it, or choose another workdir"
                 ) from None
+            except OSError as error:
+                if error.errno not in _NO_LOCKS:
+                    raise
+                warnings.warn(
+                    f"the file system of workdir {workdir} has no locks ({error}): nothing keeps "
+                    "a second process from it",
+                    stacklevel=3,
+                )
         file.truncate(0)
         file.write(f"{os.getpid()} on {os.uname().nodename if hasattr(os, 'uname') else ''}\n")
         file.flush()
@@ -71,7 +81,8 @@ def lock(workdir: str | os.PathLike) -> Iterator[None]:
 def deferred_signals() -> Iterator[Callable[[], str | None]]:
     """Lets SIGINT and SIGTERM wait, so that work can come to a good end.
 
-    The second one of them acts at once. Does nothing outside the main thread.
+    The second one of them acts at once. Does nothing outside the main thread, nor for a signal that
+    the process ignores.
 
     Yields:
       A function that tells the name of the signal that came, or None.
@@ -84,64 +95,87 @@ def deferred_signals() -> Iterator[Callable[[], str | None]]:
     def note(number: int, frame: Any) -> None:
         del frame
         came.append(signal.Signals(number).name)
-        for each in _SIGNALS:
+        for each in before:
             signal.signal(each, before[each])
-        print(
-            f"\n{came[0]}: stopping after this chunk and its checkpoint; again to stop at once",
-            file=sys.stderr,
-            flush=True,
-        )
+        text = f"\n{came[0]}: stopping after this chunk and its checkpoint; again to stop at once\n"
+        with contextlib.suppress(OSError):  # not print, which a handler must not enter twice
+            os.write(2, text.encode())
 
-    before = {each: signal.signal(each, note) or signal.SIG_DFL for each in _SIGNALS}
+    handlers = {each: signal.getsignal(each) or signal.SIG_DFL for each in _SIGNALS}
+    before = {each: now for each, now in handlers.items() if now != signal.SIG_IGN}
+    for each in before:
+        signal.signal(each, note)
     try:
         yield lambda: came[0] if came else None
     finally:
-        for each in _SIGNALS:
+        for each in before:
             signal.signal(each, before[each])
 
 
-def claim(
+def check(
     workdir: str | os.PathLike, config: Mapping[str, Any], accept_changes: bool = False
 ) -> None:
-    """Makes `workdir` the home of the run with this `config`, or checks that it already is.
+    """Refuses a `workdir` where a run of another config lives.
 
     Args:
-      workdir: made if missing; the config is kept in `config.json`.
+      workdir: it may be missing.
       config: what JSON can hold.
-      accept_changes: go on with this config where the run had another, with a warning.
+      accept_changes: warns in place of refusing.
 
     Raises:
       ValueError: if a run of another config lives there, naming each field with both values, or
         its `config.json` cannot be read.
     """
-    path = Path(workdir) / "config.json"
+    path = Path(workdir) / _CONFIG
+    if not path.exists():
+        return
     wanted = _flat(json.loads(json.dumps(config)))
-    saved = wanted
-    if path.exists():
-        try:
-            saved = _flat(dict(json.loads(path.read_text(encoding="utf-8"))))
-        except (ValueError, TypeError) as error:
-            raise ValueError(
-                f"{path} is damaged ({error}): move it away to go on with the run, or choose "
-                "another workdir"
-            ) from None
+    try:
+        saved = _flat(dict(json.loads(path.read_text(encoding="utf-8"))))
+    except (ValueError, TypeError) as error:
+        raise ValueError(
+            f"{path} is damaged ({error}): move it away to go on with the run, or choose another "
+            "workdir"
+        ) from None
     differences = [
         f"{name}: was {saved.get(name, 'absent')!r}, now {wanted.get(name, 'absent')!r}"
         for name in {**saved, **wanted}
         if repr(saved.get(name, _ABSENT)) != repr(wanted.get(name, _ABSENT))
     ]
+    if not differences:
+        return
     found = f"workdir {workdir} holds a run of another config ({'; '.join(differences)})"
-    if differences and not accept_changes:
+    if not accept_changes:
         raise ValueError(
             f"{found}; go on with the old values, accept the changes, or choose another workdir"
         )
-    if differences:
-        warnings.warn(f"{found}; it goes on with the new one", stacklevel=2)
-    if differences or not path.exists():
-        path.parent.mkdir(parents=True, exist_ok=True)
-        temporary = path.with_name(f".tmp_{path.name}")
-        temporary.write_text(json.dumps(config, indent=1) + "\n", encoding="utf-8")
-        os.replace(temporary, path)
+    warnings.warn(f"{found}; it goes on with the new one", stacklevel=3)
+
+
+def claim(workdir: str | os.PathLike, config: Mapping[str, Any]) -> None:
+    """Makes `workdir` the home of the run with this `config`; see `check`, which comes before."""
+    path = Path(workdir) / _CONFIG
+    path.parent.mkdir(parents=True, exist_ok=True)
+    write_whole(path, json.dumps(config, indent=1) + "\n")
+
+
+def write_whole(path: Path, text: str) -> None:
+    """Writes a file that a kill leaves as it was or as it shall be, on the disk when it returns."""
+    temporary = path.with_name(f".tmp_{path.name}")
+    temporary.write_text(text, encoding="utf-8")
+    flush(temporary)
+    os.replace(temporary, path)
+    flush(path.parent)
+
+
+def flush(path: Path) -> None:
+    """Waits until a file, or the names in a directory, are on the disk."""
+    with contextlib.suppress(OSError):  # not every system opens directories
+        descriptor = os.open(path, os.O_RDONLY)
+        try:
+            os.fsync(descriptor)
+        finally:
+            os.close(descriptor)
 
 
 def _flat(config: Any, prefix: str = "") -> dict[str, Any]:

@@ -248,9 +248,9 @@ def directories(rng: random.Random, folder: Path, count: int) -> Iterator[str]:
                 _require_refused(lambda p=place: workdir.lock(p).__enter__(), "in use")
         elif kind == "damaged":
             (place / "config.json").write_text('{"rate"')
-            _require_refused(lambda p=place: workdir.claim(p, {"rate": 0.1}), "damaged")
+            _require_refused(lambda p=place: workdir.check(p, {"rate": 0.1}), "damaged")
         elif kind == "another config":
-            _require_refused(lambda p=place: workdir.claim(p, {"rate": 0.2}), "rate: was 0.1")
+            _require_refused(lambda p=place: workdir.check(p, {"rate": 0.2}), "rate: was 0.1")
         else:
             file = folder / f"file{i}"
             file.write_text("x")

@@ -139,12 +139,13 @@ def test_nonsense_is_refused(tmp_path, tree):
 
 def test_a_workdir_belongs_to_one_config(tmp_path):
     config = {"seed": 1, "inner": {"steps": 5, "rate": 0.1}, "sizes": (1, 2), "old": None}
+    workdir.check(tmp_path / "run", config)
     workdir.claim(tmp_path / "run", config)
-    workdir.claim(tmp_path / "run", config)
+    workdir.check(tmp_path / "run", config)
     assert json.loads((tmp_path / "run" / "config.json").read_text())["inner"]["rate"] == 0.1
     changed = {"seed": 1, "inner": {"steps": 5, "rate": 0.2}, "sizes": (1, 2), "new": "x"}
     with pytest.raises(ValueError) as error:
-        workdir.claim(tmp_path / "run", changed)
+        workdir.check(tmp_path / "run", changed)
     for part in ("inner.rate: was 0.1, now 0.2", "old: was None, now 'absent'", "now 'x'"):
         assert part in str(error.value)
     assert "seed" not in str(error.value) and "inner.steps" not in str(error.value)

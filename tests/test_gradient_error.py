@@ -18,6 +18,7 @@ from imaml_jax import (
     minimize,
     solve_cg_steihaug,
     solve_dense,
+    solve_minres,
 )
 
 # LLVM's optimisations take longer than they save here.
@@ -247,3 +248,20 @@ def test_settings_out_of_range_are_refused(changes):
     settings = dict(accuracy=0.1, strong_convexity=1.0, num_steps=1, max_rounds=1) | changes
     with pytest.raises(ValueError, match=f"{next(iter(changes))}="):
         adaptive_gradient(outer, objective, START, ARGS, inner=optax.sgd(0.1), solve=CG, **settings)
+
+
+def test_no_gradient_converges_where_the_hessian_curves_downwards():
+    for start in (0.0, 1e-3):
+        _, _, _, info = adaptive_gradient(
+            lambda x, a: jnp.sum(x),
+            lambda x, a: jnp.sum(x**4 / 4 - x**2 / 2 - a * x),  # a maximum near 0
+            jnp.full(1, start),
+            (jnp.zeros(1),),
+            accuracy=0.1,
+            strong_convexity=0.1,
+            inner=optax.sgd(1e-6),
+            num_steps=1,
+            solve=solve_minres,
+            max_rounds=2,
+        )
+        assert not info.converged and info.error == jnp.inf

@@ -71,7 +71,7 @@ STEP = {
 }
 INNERS = {
     "sgd": lambda: optax.sgd(0.1),
-    "adam": lambda: optax.adam(0.01, b1=0.0),
+    "adam": lambda: optax.adam(0.01, b1=0.0, eps_root=1e-16),
     "momentum": lambda: optax.sgd(0.1, momentum=0.5),
     "adaptive_gd": lambda: imaml_jax.adaptive_gd(0.1),
     "newton_cg": lambda: imaml_jax.newton_cg(max_cg_steps=2),

@@ -1,5 +1,6 @@
 """The training loop: what it computes, when it stops, and that nothing is lost by a kill."""
 
+import contextlib
 import functools
 import json
 import os
@@ -272,6 +273,10 @@ def test_the_failing_task_is_named_and_can_be_replayed(tmp_path):
         replay(learner, sample, key=jax.random.key(0), workdir=tmp_path)
     with pytest.raises(ValueError, match="no failed run"):
         replay(learner, sample, key=jax.random.key(0), workdir=tmp_path / "other")
+    with pytest.raises(ValueError, match=r"key=\[0, 1\] is not \[0, 0\]"):
+        replay(learner, sample, key=jax.random.key(1), workdir=tmp_path)
+    run(workdir=tmp_path, learner=learner, non_finite="skip")
+    assert not (tmp_path / "failure").exists()
 
 
 def test_an_update_that_is_not_finite_blames_no_task(tmp_path):
@@ -326,6 +331,82 @@ def test_a_signal_is_served_after_the_chunk(tmp_path, name):
     whole, resumed = run(validate=score), run(**arguments)
     assert_same_bits(resumed.state, whole.state)
     assert without_seconds(resumed.history) == without_seconds(whole.history)
+
+
+def test_a_signal_in_the_last_chunk_is_told_too(tmp_path):
+    score, calls = make_validate(), []
+
+    def signalling(params):
+        calls.append(1)
+        if len(calls) == 4:
+            os.kill(os.getpid(), signal.SIGTERM)
+        return score(params)
+
+    with pytest.raises(InterruptedRunError, match="SIGTERM after meta-step 40"):
+        run(workdir=tmp_path, validate=signalling)
+    assert_same_bits(run(workdir=tmp_path, validate=signalling).state, run().state)
+
+
+def test_an_ignored_signal_stays_ignored(tmp_path):
+    def signalling(params):
+        os.kill(os.getpid(), signal.SIGINT)
+        return score(params)
+
+    score, before = make_validate(), signal.signal(signal.SIGINT, signal.SIG_IGN)
+    try:
+        assert run(workdir=tmp_path, validate=signalling).state.step == 40
+        assert signal.getsignal(signal.SIGINT) == signal.SIG_IGN
+    finally:
+        signal.signal(signal.SIGINT, before)
+
+
+def test_a_report_that_nobody_reads_costs_nothing(tmp_path, monkeypatch):
+    @contextlib.contextmanager
+    def reporter(*_):
+        def report(row):
+            raise BrokenPipeError
+
+        yield report
+
+    monkeypatch.setattr(training.plots, "reporter", reporter)
+    assert run(workdir=tmp_path, progress=True).state.step == 40
+    assert checkpoint.steps(tmp_path / "checkpoints") == [20, 30, 40]
+
+
+def test_where_a_run_was_stopped_does_not_decide_which_is_best(tmp_path):
+    arguments = dict(validate=make_validate(), validate_every=40, workdir=tmp_path)
+    first = run(max_seconds=1e-9, **arguments)
+    assert first.history[-1]["validation"] is not None
+    assert run(**arguments).best_step == 40
+
+
+def test_a_full_disk_does_not_hide_the_failure(tmp_path, monkeypatch):
+    def full(*_, **__):
+        raise OSError(28, "No space left on device")
+
+    monkeypatch.setattr("imaml_jax.non_finite.checkpoint.save", full)
+    with pytest.raises(NonFiniteError) as error:
+        run(learner=diverging_at(3), workdir=tmp_path)
+    assert "No space left" in error.value.__notes__[0]
+
+
+def test_a_file_system_without_locks_is_told(tmp_path, monkeypatch):
+    def none(*_):
+        raise OSError(38, "Function not implemented")
+
+    monkeypatch.setattr(workdir.fcntl, "flock", none)
+    with pytest.warns(UserWarning, match="has no locks"), workdir.lock(tmp_path):
+        pass
+
+
+def test_a_refused_change_leaves_the_config(tmp_path):
+    run(workdir=tmp_path, config={"width": 8}, num_steps=20)
+    with (
+        pytest.warns(UserWarning, match="width: was 8, now 16"),
+        pytest.raises(ValueError, match="of another model"),
+    ):
+        run(workdir=tmp_path, config={"width": 16}, tx=optax.sgd(0.1), accept_changes=True)
+    run(workdir=tmp_path, config={"width": 8})
 
 
 def test_the_second_signal_acts_at_once(tmp_path):

@@ -33,6 +33,7 @@ class MetaInfo(NamedTuple):
       cosine: between the meta-gradient and the plain query gradient (first-order MAML's).
       gradient_error: estimated error of the meta-gradient relative to its norm.
       num_rounds: rounds that an adaptive meta-gradient took.
+      missed_accuracy: 1 where they were not enough, 0 where they were.
     """
 
     query_loss: Array | None = None
@@ -45,6 +46,7 @@ class MetaInfo(NamedTuple):
     cosine: Array | None = None
     gradient_error: Array | None = None
     num_rounds: Array | None = None
+    missed_accuracy: Array | None = None
 
 
 class Adapted(NamedTuple):

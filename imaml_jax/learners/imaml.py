@@ -77,7 +77,7 @@ def imaml(
       loss_fn: `(outputs, targets) -> scalar`, a mean over examples.
       inner: any Optax transform for the inner problem: `optax.sgd(rate)` with a rate below
         `2 / (largest curvature + lambda)`, `adaptive_gd`, `newton_cg()` (Hessian-free), ...
-      num_steps: inner steps in training.
+      num_steps: inner steps in training; with `accuracy`, those of a round.
       reg_strength: lambda, positive: a scalar or a tree prefix of the adapted parameters. May be
         traced, so that the factory can be called inside a function that is transformed; then it
         is not checked.
@@ -91,7 +91,7 @@ def imaml(
       curvature: "hessian" (exact), or "gauss_newton": positive semi-definite whatever batch norm
         does, but the meta-gradient is biased where the residual curvature matters. `newton_cg`
         takes its directions with the same matrix.
-      eval_num_steps: inner steps in `adapt`; default `num_steps`.
+      eval_num_steps: inner steps in `adapt`, whatever `accuracy` says; default `num_steps`.
       eval_reg_strength: lambda in `adapt`, 0 turns the proximal term off; default `reg_strength`.
       fast: which parameters are adapted, by path; default all.
       statistics: batch-norm mode of the query examples, see `learners.base.supervised`.
@@ -112,8 +112,10 @@ def imaml(
       Algorithms 1 and 2, Eq. 6.
     """
     check_steps("imaml", num_steps=num_steps, eval_num_steps=eval_num_steps, max_rounds=max_rounds)
-    if accuracy is not None and not accuracy > 0:
-        raise ValueError(f"imaml: accuracy={accuracy} must be positive, or None for fixed steps")
+    if accuracy is not None and (isinstance(accuracy, bool) or not 0 < accuracy < np.inf):
+        raise ValueError(
+            f"imaml: accuracy={accuracy} must be positive and finite, or None for fixed steps"
+        )
     if not jax.tree.leaves(reg_strength):
         raise ValueError(f"imaml: reg_strength={reg_strength!r} must be a scalar or a tree of them")
     for leaf in _concrete_leaves(reg_strength):
@@ -122,7 +124,8 @@ def imaml(
     for leaf in _concrete_leaves(eval_reg_strength):
         if not _is_number(leaf) or not np.all((leaf >= 0) & np.isfinite(leaf)):
             raise ValueError(f"imaml: eval_reg_strength={leaf} must be at least 0 and finite")
-    if learn_reg_strength not in (True, False, "leaf", "parameter"):
+    by_flag = isinstance(learn_reg_strength, bool)
+    if not by_flag and learn_reg_strength not in ("leaf", "parameter"):
         raise ValueError(
             f"imaml: learn_reg_strength={learn_reg_strength!r} must be True, False, 'leaf' or "
             "'parameter'"
@@ -148,6 +151,11 @@ def imaml(
 
     def spread(strength, branch):
         whole = learn_reg_strength == "leaf"
+        if whole and strength.shape:
+            raise ValueError(
+                f"imaml: reg_strength of shape {strength.shape} must hold scalars with "
+                "learn_reg_strength='leaf'; 'parameter' and True take arrays"
+            )
         return jax.tree.map(lambda p: jnp.broadcast_to(strength, () if whole else p.shape), branch)
 
     def separate(meta_params):
@@ -191,12 +199,11 @@ def imaml(
 
         return make_adapt(problem, run_at_evaluation)(params, support, key)
 
-    def gather(strength, grads, slow_grads, strength_grad):
-        """The meta-gradient, that of lambda in its logarithm."""
+    def gather(grads, slow_grads, log_strength_grad):
         meta_grads = combine(grads, slow_grads)
         if not learn_reg_strength:
             return meta_grads
-        return LearnedStrength(meta_grads, optax.tree.mul(strength, strength_grad))
+        return LearnedStrength(meta_grads, log_strength_grad)
 
     def adaptive_meta_grad(meta_params, task, key, step):
         del step
@@ -205,21 +212,24 @@ def imaml(
         anchor, slow_params = problem.split(params)
         smallest = jnp.min(jnp.stack([jnp.min(x) for x in jax.tree.leaves(strength)]))
 
-        def inner_objective(params, anchor, strength, slow_params):
-            strength = strength if learn_reg_strength else lax.stop_gradient(strength)
+        def inner_objective(params, anchor, log_strength, slow_params):
+            log_strength = log_strength if learn_reg_strength else lax.stop_gradient(log_strength)
+            strength = jax.tree.map(jnp.exp, log_strength)
             return objective(params, anchor, strength, slow_params, task.support)
 
-        def inner_matrix(params, anchor, strength, slow_params):
+        def inner_matrix(params, anchor, log_strength, slow_params):
+            del log_strength
             return inner_curvature(params, anchor, strength, slow_params, task.support)
 
         def query_loss(params, slow_params):
             return problem.query_loss(params, slow_params, task)
 
-        _, (grads, strength_grad, slow_grads), adapted, found = adaptive_gradient(
-            lambda params, anchor, strength, slow_params: query_loss(params, slow_params)[0],
+        log_strength = jax.tree.map(jnp.log, strength)
+        _, (grads, log_strength_grad, slow_grads), adapted, found = adaptive_gradient(
+            lambda params, anchor, log_strength, slow_params: query_loss(params, slow_params)[0],
             inner_objective,
             anchor,
-            (anchor, strength, slow_params),
+            (anchor, log_strength, slow_params),
             accuracy=accuracy,
             strong_convexity=smallest,
             inner=inner,
@@ -232,10 +242,10 @@ def imaml(
         (loss, query_accuracy), query_grad = jax.value_and_grad(query_loss, has_aux=True)(
             adapted, slow_params
         )
-        return gather(strength, grads, slow_grads, strength_grad), MetaInfo(
+        return gather(grads, slow_grads, log_strength_grad), MetaInfo(
             query_loss=loss,
             query_accuracy=query_accuracy,
-            support_loss=inner_objective(adapted, anchor, strength, slow_params),
+            support_loss=inner_objective(adapted, anchor, log_strength, slow_params),
             inner_residual=found.inner_residual,
             solve_residual=found.solve_residual,
             solve_steps=found.solve_steps,
@@ -243,6 +253,7 @@ def imaml(
             cosine=_cosine(grads, query_grad),
             gradient_error=found.error,
             num_rounds=found.num_rounds,
+            missed_accuracy=1.0 - found.converged,
         )
 
     def meta_grad(meta_params, task, key, step):
@@ -263,7 +274,8 @@ def imaml(
             key=key,
         )
         slow_grads = optax.tree.add(direct, through_adaptation)
-        return gather(strength, grads, slow_grads, strength_grad), inner_report(
+        log_strength_grad = optax.tree.mul(strength, strength_grad)
+        return gather(grads, slow_grads, log_strength_grad), inner_report(
             inner_info,
             query_loss=loss,
             query_accuracy=accuracy,

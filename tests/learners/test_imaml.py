@@ -513,6 +513,42 @@ def test_one_round_tells_the_error_of_fixed_step_counts():
     assert fixed_info.gradient_error is None
 
 
+def test_an_adaptive_meta_gradient_without_jit():
+    reference, dense = reference_and_dense("mlp")
+    make = partial(imaml, reference.network, reference.loss_fn, reg_strength=2.0, accuracy=1e-2)
+    call = (reference.params, reference.task, KEY, 0)
+    grads, info = make(**ADAPTIVE, max_rounds=20).meta_grad(*call)
+    assert relative_error(grads, dense.grads) <= info.gradient_error <= 1e-2
+    missed = make(**{**ADAPTIVE, "num_steps": 1}, max_rounds=1).meta_grad(*call)[1]
+    assert missed.missed_accuracy == 1
+    with pytest.raises(ValueError, match=r"gauss_newton.*solve_cg_steihaug"):
+        make(**{**ADAPTIVE, "solve": solve_woodbury}).meta_grad(*call)
+
+
+@pytest.mark.parametrize("strength", [2.0, 0.5])
+def test_the_error_is_that_of_the_gradient_that_is_returned(strength):
+    """With lambda learned, of its logarithm's part too, however small lambda is."""
+    reference, _ = reference_and_dense("mlp")
+
+    def grads(accuracy, max_rounds):
+        learner = imaml(
+            reference.network,
+            reference.loss_fn,
+            reg_strength=strength,
+            learn_reg_strength=True,
+            accuracy=accuracy,
+            max_rounds=max_rounds,
+            **ADAPTIVE,
+        )
+        start = learner.init(KEY, reference.task.support.inputs)
+        meta_params = start._replace(params=reference.params)
+        return jit(learner.meta_grad)(meta_params, reference.task, KEY, 0)
+
+    exact, _ = grads(1e-10, 500)
+    found, info = grads(0.3, 500)
+    assert relative_error(found, exact) <= info.gradient_error <= 0.3
+
+
 def test_an_adaptive_meta_gradient_in_the_learned_strength():
     reference, dense = reference_and_dense("mlp")
     learner = imaml(
@@ -528,6 +564,7 @@ def test_an_adaptive_meta_gradient_in_the_learned_strength():
     meta_params = start._replace(params=reference.params)
     grads, info = jit(learner.meta_grad)(meta_params, reference.task, KEY, 0)
     expected = -2.0 * jnp.dot(dense.adapted - reference.flat, dense.u)
+    assert info.missed_accuracy == 0
     assert relative_error(grads.params, dense.grads) < 1e-6
     np.testing.assert_allclose(grads.log_reg_strength, expected, rtol=1e-6)
     assert info.gradient_error < 1e-6
@@ -685,7 +722,10 @@ def test_memory_does_not_grow_with_the_inner_steps():
         (dict(curvature="fisher"), "curvature='fisher'"),
         (dict(statistics="running"), "statistics='running'"),
         (dict(learn_reg_strength="layer"), "learn_reg_strength='layer'"),
+        (dict(learn_reg_strength=1), "learn_reg_strength=1"),
         (dict(accuracy=0.0), "accuracy=0.0"),
+        (dict(accuracy=float("inf")), "accuracy=inf"),
+        (dict(accuracy=True), "accuracy=True"),
         (dict(accuracy=float("nan")), "accuracy=nan"),
         (dict(max_rounds=0), "max_rounds=0"),
     ],
