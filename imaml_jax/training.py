@@ -15,7 +15,6 @@ import jax
 import jax.numpy as jnp
 import optax
 
-import imaml_jax
 from imaml_jax import checkpoint, mapping, metrics, plots, processes
 from imaml_jax import non_finite as non_finites
 from imaml_jax import workdir as workdirs
@@ -25,7 +24,7 @@ from imaml_jax.types import Array, MetaLearner, PyTree, Task
 
 _INIT_INDEX = 2**32 - 1  # No meta-step has this number, so no batch shares the key of `init`.
 _CHECKPOINTS, _METRICS, _CURVE = "checkpoints", "metrics.jsonl", "learning_curve.png"
-_PACKAGES = ("flax", "jax", "jaxlib", "optax", "orbax-checkpoint")
+_PACKAGES = ("imaml_jax", "flax", "jax", "jaxlib", "optax", "orbax-checkpoint")
 
 
 class TrainState(NamedTuple):
@@ -331,8 +330,12 @@ def train(
 
 
 def _versions() -> dict[str, str]:
-    packages = {name: metadata.version(name) for name in _PACKAGES}
-    return {"imaml_jax": imaml_jax.__version__, **packages}
+    """Of what is installed; the library itself may run from a folder that is not."""
+    found = {}
+    for name in _PACKAGES:
+        with contextlib.suppress(metadata.PackageNotFoundError):
+            found[name] = metadata.version(name)
+    return found
 
 
 def _warn_of_other_versions(saved: Mapping[str, str]) -> None:

@@ -1,6 +1,7 @@
 """Settings and fixtures of the whole suite."""
 
 import os
+import socket
 from pathlib import Path
 
 # Several test processes may share one GPU: none may take all of its memory.
@@ -12,6 +13,21 @@ import pytest
 jax.config.update("jax_numpy_rank_promotion", "raise")
 jax.config.update("jax_default_matmul_precision", "highest")  # GPUs would round to TF32
 jax.config.update("jax_enable_compilation_cache", False)
+
+
+@pytest.fixture(autouse=True, scope="session")
+def no_network():
+    """Refuses connections to other machines."""
+    connect = socket.socket.connect
+
+    def connect_here(self, address):
+        here = self.family == socket.AF_UNIX or address[0] in ("127.0.0.1", "::1", "localhost")
+        assert here, f"a test reached for {address}"
+        return connect(self, address)
+
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(socket.socket, "connect", connect_here)
+        yield
 
 
 @pytest.fixture

@@ -351,14 +351,18 @@ def hostile_data(rng: random.Random, folder: Path, count: int) -> Iterator[str]:
         elif kind == "archive":
             for name in omniglot.ARCHIVES:
                 with zipfile.ZipFile(place / name, "w") as file:
-                    for up in ("../", "../../", "/tmp/", "a/../../"):
+                    for up in ("../", "../../", f"{tempfile.gettempdir()}/", "a/../../"):
                         file.writestr(f"{up}{mark.name}", b"x")
             _require_refused(lambda p=place, c=cache: omniglot.load(p, cache_dir=c), "")
         else:
             np.savez(place / "x.npz", train_images=np.array([call], object))
             _require_refused(lambda p=place: own.load_arrays(p / "x.npz"), "x.npz")
         require(not mark.exists(), f"a hostile {kind} ran")
-        written = [Path("/tmp", mark.name), *folder.rglob(mark.name), *ROOT.parent.glob(mark.name)]
+        written = [
+            Path(tempfile.gettempdir(), mark.name),
+            *folder.rglob(mark.name),
+            *ROOT.parent.glob(mark.name),
+        ]
         require(not any(path.exists() for path in written), f"a hostile {kind} wrote a file")
         yield f"hostile {kind}"
 

@@ -33,8 +33,9 @@ FLOORS = (
     ("networks",),
     ("learners",),
     ("data",),
-    ("mapping", "protocols", "metrics", "checkpoint", "plots"),
-    ("evaluation",),
+    ("mapping", "protocols", "metrics", "plots", "processes", "workdir"),
+    ("checkpoint", "evaluation"),
+    ("non_finite",),
     ("training",),
 )
 FLOOR = {name: floor for floor, names in enumerate(FLOORS) for name in names}
@@ -155,6 +156,24 @@ def test_importing_is_light(module):
     )
     assert done.returncode == 0, done.stderr
     assert json.loads(done.stdout) == []
+
+
+def test_importing_reaches_for_nothing():
+    """Every module of the library and of the experiments, with sockets that refuse."""
+    code = """
+import importlib, pathlib, socket
+def refuse(*_):
+    raise AssertionError("an import opened a connection")
+socket.socket.connect = socket.getaddrinfo = refuse
+for folder in ("imaml_jax", "experiments"):
+    for path in sorted(pathlib.Path(folder).rglob("*.py")):
+        if path.stem != "__main__" and "peers" not in path.stem:
+            importlib.import_module(".".join(path.with_suffix("").parts).removesuffix(".__init__"))
+"""
+    done = subprocess.run(
+        [sys.executable, "-c", code], cwd=ROOT, capture_output=True, text=True, timeout=300
+    )
+    assert done.returncode == 0, done.stderr[-2000:]
 
 
 def test_public_names_are_sorted_and_there():
