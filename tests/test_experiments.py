@@ -375,7 +375,7 @@ def test_what_stops_the_training_is_told(modules, capsys):
     from imaml_jax.training import NonFiniteError
 
     def main(config):
-        raise NonFiniteError(7, jax.random.key(0), None)
+        raise NonFiniteError(7, 2, jax.random.key(0), None)
 
     with pytest.raises(SystemExit) as stopped:
         modules["common"].run_cli(main, modules["sinusoid"].Config, None, [])
@@ -384,9 +384,12 @@ def test_what_stops_the_training_is_told(modules, capsys):
 
 
 def test_devices_divide_the_batch(modules):
-    devices = [f"device {n}" for n in range(4)]
+    devices = [mock.Mock(process_index=0) for _ in range(4)]
     task_devices = modules["common"].task_devices
-    with mock.patch.object(jax, "local_devices", return_value=devices):
+    with (
+        mock.patch.object(jax, "local_devices", return_value=devices),
+        mock.patch.object(jax, "devices", return_value=devices),
+    ):
         assert task_devices(None, 8) == devices
         assert task_devices(None, 6) == devices[:3]
         assert task_devices(3, 8) == devices[:2]
@@ -394,6 +397,23 @@ def test_devices_divide_the_batch(modules):
         for wrong in (0, 5, -1):
             with pytest.raises(ValueError, match=f"devices={wrong}; allowed: 1 to 4"):
                 task_devices(wrong, 8)
+
+
+def test_devices_of_several_processes(modules):
+    """As many of each process, and no process without one."""
+    devices = [mock.Mock(process_index=n // 4) for n in range(8)]
+    task_devices = modules["common"].task_devices
+    with (
+        mock.patch.object(jax, "process_count", return_value=2),
+        mock.patch.object(jax, "local_devices", return_value=devices[:4]),
+        mock.patch.object(jax, "devices", return_value=devices),
+    ):
+        assert task_devices(None, 8) == devices
+        assert task_devices(None, 12) == [*devices[:3], *devices[4:7]]
+        assert task_devices(1, 8) == [devices[0], devices[4]]
+        assert task_devices(None, 2) == [devices[0], devices[4]]
+        with pytest.raises(ValueError, match="num_processes=2 must divide the tasks"):
+            task_devices(None, 7)
 
 
 def test_demo(environment, tmp_path):

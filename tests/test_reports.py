@@ -87,7 +87,7 @@ def test_the_omniglot_table(tmp_path, capsys):
     def run(config):
         ran.append(config)
         if config.algorithm == "imaml":
-            raise NonFiniteError(7, jax.random.key(0), None)
+            raise NonFiniteError(7, 2, jax.random.key(0), None)
         results = finished(steps=config.meta_steps, residual=0.25)
         config.workdir.mkdir(parents=True)
         (config.workdir / "results.json").write_text(json.dumps(results))
