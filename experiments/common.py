@@ -27,7 +27,7 @@ from imaml_jax.mapping import MapTasks, Sample, map_over_tasks
 from imaml_jax.non_finite import NonFinite, NonFiniteError, replay
 from imaml_jax.training import TrainResult, train
 from imaml_jax.types import MetaLearner, Task
-from imaml_jax.workdir import InterruptedRunError
+from imaml_jax.workdir import InterruptedRunError, write_whole
 
 # Keys of the validation and test tasks, of a form that no `--seed` gives to training.
 VALIDATION_KEY, TEST_KEY = (20190909, 1), (20190909, 2)
@@ -334,9 +334,7 @@ def write_results(workdir: str | os.PathLike | None, results: dict[str, Any]) ->
 
 def write_json(path: Path, value: Any) -> None:
     """Writes a JSON file whole: a reader never sees half of it."""
-    unfinished = path.with_suffix(".tmp")
-    unfinished.write_text(json.dumps(value, indent=1, default=str) + "\n", encoding="utf-8")
-    unfinished.replace(path)
+    write_whole(path, json.dumps(value, indent=1, default=str) + "\n")
 
 
 def _machine() -> str:

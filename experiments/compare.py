@@ -12,7 +12,7 @@ from pathlib import Path
 from typing import Any
 
 from experiments import common
-from imaml_jax.metrics import read_json_lines
+from imaml_jax import json_lines
 from imaml_jax.plots import new_figure
 
 _SAME = ("dataset", "ways", "shots")
@@ -76,7 +76,7 @@ def _row(run: Path) -> dict[str, Any]:
             f"{run}/results.json lacks {missing}: only runs of the few-shot classification "
             "experiments are compared"
         )
-    history = read_json_lines(run / "metrics.jsonl")
+    history = json_lines.read(run / "metrics.jsonl")
     curve = [
         {name: row.get(name) for name in ("step", "seconds", "validation", "validation_ci95")}
         for row in history

@@ -46,7 +46,12 @@ SETTINGS: dict[str, dict[str, Any]] = {
         "num_steps": 3,
         "cg_steps": 8,
     },
-    "Gauss-Newton, 10 Newton steps of 20": {**_GAUSS_NEWTON, **_NEWTON, **_MORE_CG},
+    "Gauss-Newton, 10 Newton steps of 20": {
+        **_GAUSS_NEWTON,
+        **_NEWTON,
+        "num_steps": 10,
+        **_MORE_CG,
+    },
 }
 _LIMIT = {**_NEWTON, "num_steps": 40, "cg_steps": 30}
 LIMITS = {"hessian": {**_LIMIT, "solve": "minres"}, "gauss_newton": {**_LIMIT, **_GAUSS_NEWTON}}

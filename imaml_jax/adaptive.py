@@ -9,7 +9,12 @@ import jax.numpy as jnp
 import optax
 from jax import lax
 
-from imaml_jax.gradient_error import curvature_of, implicit_gradient, implicit_gradient_error
+from imaml_jax.gradient_error import (
+    curvature_of,
+    implicit_gradient,
+    implicit_gradient_error,
+    share_of,
+)
 from imaml_jax.inner import minimize
 from imaml_jax.linear_solve import SolveInfo
 from imaml_jax.types import Array, LinearOperator, PyTree
@@ -143,12 +148,12 @@ def adaptive_gradient(
         )
         grads = implicit_gradient(outer_fn, objective, params, args, adjoint)
         grads = optax.tree.add(grads, found.correction)
-        error = _share(found.estimate, norm(grads))
+        error = share_of(found.estimate, norm(grads))
         info = AdaptiveInfo(
             error,
             num_rounds + 1,
-            _share(norm(jax.grad(objective)(params, *args)), start),
-            _share(solved.relative_residual * norm(left), norm(right)),
+            share_of(norm(jax.grad(objective)(params, *args)), start),
+            share_of(solved.relative_residual * norm(left), norm(right)),
             solved.num_steps,
             solved.min_curvature,
             error <= accuracy,
@@ -164,8 +169,3 @@ def adaptive_gradient(
         empty._replace(params=jax.tree.map(jnp.asarray, init_params), info=unknown),
     )
     return state.value, state.grads, state.params, state.info
-
-
-def _share(part: Array, whole: Array) -> Array:
-    """`part / whole`, and 0 where nothing is left of nothing."""
-    return jnp.where(part == 0, 0.0, part / whole)

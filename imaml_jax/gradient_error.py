@@ -117,7 +117,7 @@ def implicit_gradient_error(
     open_change = (change_info.relative_residual * norm(missing) + open_turn) / strong_convexity
     unresolved = _scaled(open_step, norm(by_params), norm(step))
     unresolved += _scaled(open_change, norm(by_adjoint), norm(change))
-    left = norm(second) / jnp.where(norm(second) == 0, 1, norm(step))
+    left = share_of(norm(second), norm(step))
     pairs = (step, slope), (adjoint, jax.grad(outer_fn)(params, *args))  # A^-1 b and b
     upwards = jnp.all(jnp.stack([jnp.asarray(optax.tree.vdot(*pair)) for pair in pairs]) >= 0)
     if step_info.min_curvature is not None:
@@ -196,6 +196,11 @@ def curvature_of(
     if curvature is not None:
         return lambda x: curvature(x, *args)
     return lambda x: hessian(lambda p: objective(p, *args), x)
+
+
+def share_of(part: Array, whole: Array) -> Array:
+    """`part / whole`, and 0 where nothing is left of nothing."""
+    return jnp.where(part == 0, 0.0, part / whole)
 
 
 def _scaled(size: Array, image: Array, preimage: Array) -> Array:

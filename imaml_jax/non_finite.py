@@ -81,8 +81,7 @@ def failing_task(
 
 
 def keep(workdir: str | os.PathLike, meta_params: PyTree, step: int, task: int, key: Array) -> None:
-    """Writes down what `replay` needs, in the place of an earlier failure."""
-    forget(workdir)
+    """Writes down what `replay` needs; `forget` an earlier failure first."""
     failure = (meta_params, jnp.int32(step), jnp.int32(task))
     notes = {"root_key": key_data(key)}
     checkpoint.save(Path(workdir) / _FAILURE, step, failure, notes, keep=1)

@@ -15,7 +15,7 @@ import jax
 import jax.numpy as jnp
 import optax
 
-from imaml_jax import checkpoint, mapping, metrics, plots, processes
+from imaml_jax import checkpoint, json_lines, mapping, metrics, plots, processes
 from imaml_jax import non_finite as non_finites
 from imaml_jax import workdir as workdirs
 from imaml_jax.evaluation import Evaluation
@@ -260,7 +260,8 @@ def train(
             )
         if home is not None:
             workdirs.claim(home, config)
-            history = metrics.rewind_json_lines(home / _METRICS, step)
+            non_finites.forget(home)
+            history = json_lines.rewind(home / _METRICS, step)
         if devices is not None:
             state, key = mapping.replicate((state, key), devices)
 
@@ -296,10 +297,9 @@ def train(
                 row |= {"validation": evaluation.mean, "validation_ci95": evaluation.ci95}
                 if scheduled:  # so that where a run was stopped does not decide which is best
                     best = best.update(state.meta_params, step, evaluation.mean)
-            history.append(metrics.json_row(row | {"seconds": seconds()}))
+            history.append(json_lines.row_of(row | {"seconds": seconds()}))
             if home is not None:
-                metrics.append_json_line(home / _METRICS, history[-1])
-                non_finites.forget(home)
+                json_lines.append(home / _METRICS, history[-1])
             with contextlib.suppress(OSError):  # whoever read the report may be gone
                 report(history[-1])
             if folder is None:

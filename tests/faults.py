@@ -34,7 +34,7 @@ import jax.numpy as jnp
 import numpy as np
 
 from experiments import few_shot, sinusoid
-from imaml_jax import checkpoint, metrics, workdir
+from imaml_jax import checkpoint, json_lines, workdir
 from imaml_jax.data import mini_imagenet, omniglot, own, pickles, tiered_imagenet
 
 ROOT = Path(__file__).resolve().parent.parent
@@ -98,7 +98,7 @@ def _start(place: Path) -> subprocess.Popen:
 
 def _outcome(place: Path) -> Any:
     results = json.loads((place / "results.json").read_text())
-    rows = metrics.read_json_lines(place / "metrics.jsonl")
+    rows = json_lines.read(place / "metrics.jsonl")
     steps = [row["step"] for row in rows]
     require(steps == list(range(INTERVAL, STEPS + 1, INTERVAL)), "the log has gaps or repeats")
     curve = [{k: v for k, v in row.items() if k != "seconds"} for row in rows]
@@ -111,7 +111,7 @@ def _after_signal(name: str, status: int, place: Path) -> str:
     log = place / "metrics.jsonl"
     if not log.exists():
         return f"{name} before the first chunk"
-    logged = [row["step"] for row in metrics.read_json_lines(log)]
+    logged = [row["step"] for row in json_lines.read(log)]
     kept = checkpoint.steps(place / "checkpoints")
     last = max(logged, default=0)
     require(last - max(kept, default=0) <= INTERVAL, f"{last} logged, {kept} kept")
@@ -231,7 +231,7 @@ def logs(rng: random.Random, folder: Path, count: int) -> Iterator[str]:
         path.write_bytes(content)
         with warnings.catch_warnings():
             warnings.simplefilter("ignore")
-            require(metrics.rewind_json_lines(path, 8) == left, "lines of the log were lost")
+            require(json_lines.rewind(path, 8) == left, "lines of the log were lost")
         for line in path.read_text().splitlines():
             json.loads(line)
         yield "damaged log"

@@ -19,7 +19,7 @@ import numpy as np
 import optax
 import pytest
 
-from imaml_jax import checkpoint, evaluation, mapping, metrics, training, workdir
+from imaml_jax import checkpoint, evaluation, json_lines, mapping, metrics, training, workdir
 from imaml_jax.non_finite import NonFiniteError, replay
 from imaml_jax.types import Batch, MetaLearner, Task
 from imaml_jax.workdir import InterruptedRunError
@@ -187,7 +187,7 @@ def test_training_learns_and_logs(tmp_path, capsys):
     assert result.state.step == 40
     names = {path.name for path in (tmp_path / "run").iterdir()}
     assert names == {".lock", "config.json", "metrics.jsonl", "checkpoints", "learning_curve.png"}
-    assert metrics.read_json_lines(tmp_path / "run" / "metrics.jsonl") == result.history
+    assert json_lines.read(tmp_path / "run" / "metrics.jsonl") == result.history
     lines = capsys.readouterr().err.splitlines()
     assert len(lines) == 4 and not any("\r" in line for line in lines)
     assert all(word in lines[-1] for word in ("40/40", "query_accuracy", "steps/s", "validation"))
@@ -247,7 +247,7 @@ def test_a_non_finite_run_says_where_and_what_is_left(tmp_path):
     assert error.value.checkpoint.name == "step_00000020"
     for part in ("step_00000020", "draw_tasks(sample, key, 23)", "fold_in"):
         assert part in str(error.value)
-    assert [row["step"] for row in metrics.read_json_lines(tmp_path / "metrics.jsonl")] == [10, 20]
+    assert [row["step"] for row in json_lines.read(tmp_path / "metrics.jsonl")] == [10, 20]
     with pytest.raises(FloatingPointError, match="checkpoint: None"):
         run(learner=diverging_at(0))
 
@@ -530,7 +530,7 @@ def test_a_resumed_run_ends_with_the_same_bits(tmp_path, stop_after, checkpoint_
     assert_same_bits(resumed.best_meta_params, whole.best_meta_params)
     assert resumed.best_step == whole.best_step
     assert without_seconds(resumed.history) == without_seconds(whole.history)
-    assert metrics.read_json_lines(tmp_path / "metrics.jsonl") == resumed.history
+    assert json_lines.read(tmp_path / "metrics.jsonl") == resumed.history
 
 
 def test_a_corrupt_newest_checkpoint_costs_one_interval(tmp_path):
