@@ -15,6 +15,7 @@ from imaml_jax.types import Array, Batch, Params, PyTree, Task
 
 LossFn = Callable[[Any, Any], Array]
 FastPredicate = Callable[[str], bool]
+Average = Callable[[Array], Array]
 Statistics = Literal["batch", "support", "joint", "support_and_one"]
 
 
@@ -94,6 +95,24 @@ def mean_squared_error(outputs: Array, targets: Array) -> Array:
             f"outputs and targets must have one shape; got {outputs.shape} and {targets.shape}"
         )
     return jnp.mean(jnp.square(outputs - targets))
+
+
+def mean_outputs(outputs: Array) -> Array:
+    """The mean over samples `[samples, n, ...]` of the outputs of a regressor."""
+    return outputs.mean(0)
+
+
+def mixture_logits(logits: Array) -> Array:
+    """The averaged predictive of a classifier: log of the mean probabilities.
+
+    Args:
+      logits: `[samples, n, classes]`.
+
+    Returns:
+      `[n, classes]` normalised log-probabilities.
+    """
+    log_probabilities = jax.nn.log_softmax(logits)
+    return jax.nn.logsumexp(log_probabilities, axis=0) - jnp.log(logits.shape[0])
 
 
 def partition(params: Params, fast: FastPredicate) -> tuple[PyTree, PyTree]:
