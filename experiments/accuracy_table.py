@@ -20,6 +20,9 @@ NAMES: dict[few_shot.Algorithm, str] = {
     "reptile_transductive": "Reptile + transduction",
     "imaml": "iMAML, gradient descent",
     "imaml_hf": "iMAML, Hessian-free",
+    "mamlpp": "MAML++",
+    "anil": "ANIL",
+    "implicit_anil": "implicit ANIL",
 }
 _OWN_PROTOCOL: dict[few_shot.Algorithm, few_shot.ProtocolName] = {
     "maml": "finn",
@@ -28,6 +31,8 @@ _OWN_PROTOCOL: dict[few_shot.Algorithm, few_shot.ProtocolName] = {
     "reptile_transductive": "reptile",
     "imaml": "imaml_paper",
     "imaml_hf": "imaml_paper",
+    "mamlpp": "mamlpp_paper",
+    "anil": "finn",
 }
 
 
@@ -68,8 +73,8 @@ class Config:
     algorithms: tuple[few_shot.Algorithm, ...] = (*NAMES,)
     """Rows of the table."""
     protocols: tuple[Literal["published", "common", "imaml_dev"], ...] = ("published", "common")
-    """Each algorithm's own protocol, the common one, or that of iMAML's published code, which only
-    imaml has."""
+    """Each algorithm's own protocol where it has one, the common one, or that of iMAML's published
+    code, which only imaml has."""
     seeds: tuple[int, ...] = (0,)
     """Seeds of the initialisation and of the training tasks; one run for each."""
     budget: float = 1.0
@@ -127,8 +132,8 @@ def cells(config: Any) -> Iterator[Cell]:
     for seed, ways, shots in itertools.product(config.seeds, config.ways, config.shots):
         for kind in config.protocols:
             for algorithm in config.algorithms:
-                protocol = _OWN_PROTOCOL[algorithm] if kind == "published" else kind
-                if protocol != "imaml_dev" or algorithm == "imaml":
+                protocol = _OWN_PROTOCOL.get(algorithm) if kind == "published" else kind
+                if protocol and (protocol != "imaml_dev" or algorithm == "imaml"):
                     yield Cell(protocol, algorithm, ways, shots, seed)
 
 
@@ -186,7 +191,7 @@ def _lines(rows: list[dict[str, Any]], published: Published) -> Iterator[list[st
     for algorithm, name in NAMES.items():
         own = [row for row in rows if row["algorithm"] == algorithm]
         if own:
-            values = [published[algorithm].get(column, ("", None)) for column in columns]
+            values = [published.get(algorithm, {}).get(column, ("", None)) for column in columns]
             yield [
                 name,
                 "in print",

@@ -1,12 +1,14 @@
 """From a protocol's words to a learner and an optimiser."""
 
 from functools import partial
+from typing import Any
 
 import flax.linen as nn
 import jax
 import optax
 
 import imaml_jax
+from imaml_jax.learners.mamlpp import LearnedRates, is_norm
 from imaml_jax.networks import conv4
 from imaml_jax.protocols import Protocol
 from imaml_jax.types import MetaLearner
@@ -49,14 +51,29 @@ def build_learner(protocol: Protocol, ways: int) -> MetaLearner:
             cg_steps=protocol.cg_steps,
             statistics=protocol.statistics,
         )
+    norms_rest = None if protocol.adapts_norm else _is_not_norm
+    if protocol.algorithm == "mamlpp":
+        return imaml_jax.mamlpp(
+            network,
+            loss_fn,
+            inner_rate=protocol.inner_rate,
+            num_steps=protocol.num_steps,
+            eval_num_steps=protocol.eval_num_steps,
+            learn_rates=protocol.learn_rates,
+            multi_step_epochs=protocol.multi_step_epochs,
+            first_order_epochs=protocol.first_order_epochs,
+            per_step=is_norm if protocol.per_step_norm else None,
+            fast=norms_rest,
+            statistics=protocol.statistics,
+        )
     shared = {
         "inner": _make_inner(protocol),
         "num_steps": protocol.num_steps,
         "eval_num_steps": protocol.eval_num_steps,
-        "fast": None if protocol.adapts_norm else _is_not_norm,
+        "fast": _is_head if protocol.algorithm.endswith("anil") else norms_rest,
         "statistics": protocol.statistics,
     }
-    if protocol.algorithm == "maml":
+    if protocol.algorithm in ("anil", "maml"):
         return imaml_jax.maml(network, loss_fn, **shared)
     if protocol.algorithm == "fomaml":
         return imaml_jax.fomaml(network, loss_fn, **shared)
@@ -82,21 +99,23 @@ def build_learner(protocol: Protocol, ways: int) -> MetaLearner:
 
 def make_outer(protocol: Protocol, meta_steps: int) -> optax.GradientTransformation:
     """The outer optimiser of a protocol, with its schedule over `meta_steps`."""
+    start, end = protocol.outer_rate, protocol.final_outer_rate
     rate = {
-        "constant": lambda: protocol.outer_rate,
-        "linear": lambda: optax.linear_schedule(protocol.outer_rate, 0.0, meta_steps),
-        "cosine": lambda: optax.cosine_decay_schedule(protocol.outer_rate, meta_steps),
+        "constant": lambda: start,
+        "linear": lambda: optax.linear_schedule(start, 0.0, meta_steps),
+        "cosine": lambda: optax.cosine_decay_schedule(start, meta_steps, end / start),
     }[protocol.schedule]()
     adam = partial(optax.adam, eps=protocol.outer_epsilon)
     outer = optax.sgd(rate) if protocol.outer == "sgd" else adam(rate)
     if protocol.outer_clip is None:
         return outer
-    return optax.chain(optax.clip(protocol.outer_clip), outer)
+    clip = optax.clip(protocol.outer_clip)
+    return optax.chain(optax.masked(clip, _all_but_rates), outer)
 
 
 def _make_inner(protocol: Protocol) -> optax.GradientTransformation:
     # Without it Adam has no derivative at a gradient of 0, such as that below a head of zeros.
-    eps_root = 1e-16 if protocol.algorithm == "maml" else 0.0
+    eps_root = 1e-16 if protocol.algorithm in ("anil", "maml") else 0.0
     return {
         "sgd": lambda: optax.sgd(protocol.inner_rate),
         "nesterov": lambda: optax.sgd(protocol.inner_rate, momentum=0.8, nesterov=True),
@@ -106,5 +125,16 @@ def _make_inner(protocol: Protocol) -> optax.GradientTransformation:
     }[protocol.inner]()
 
 
+def _all_but_rates(meta_params: Any) -> Any:
+    whole = jax.tree.map(lambda _: True, meta_params)
+    if not isinstance(meta_params, LearnedRates):
+        return whole
+    return whole._replace(rates=jax.tree.map(lambda _: False, meta_params.rates))
+
+
+def _is_head(path: str) -> bool:
+    return path.startswith("head/")
+
+
 def _is_not_norm(path: str) -> bool:
-    return not path.endswith(("/scale", "/offset"))
+    return not is_norm(path)

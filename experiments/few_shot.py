@@ -15,9 +15,23 @@ from imaml_jax.evaluation import Evaluation, make_evaluate
 from imaml_jax.protocols import Protocol
 from imaml_jax.training import TrainResult, init_meta_params
 
-Algorithm = Literal["fomaml", "imaml", "imaml_hf", "maml", "reptile", "reptile_transductive"]
-ProtocolName = Literal["common", "finn", "imaml_dev", "imaml_paper", "reptile"]
+Algorithm = Literal[
+    "anil",
+    "fomaml",
+    "imaml",
+    "imaml_hf",
+    "implicit_anil",
+    "maml",
+    "mamlpp",
+    "reptile",
+    "reptile_transductive",
+]
+ProtocolName = Literal[
+    "common", "finn", "imaml_dev", "imaml_paper", "mamlpp_code", "mamlpp_paper", "reptile"
+]
 _TASKS_A_CALL = 40  # whatever the number of devices, so that all runs meet the same tasks
+_OF_IMPLICIT = ("cg_steps", "curvature", "learn_reg_strength", "reg_strength", "solve")
+_OF_MAMLPP = ("first_order_epochs", "learn_rates", "multi_step_epochs", "per_step_norm")
 _POSITIVE = (
     *("shots", "log_every", "validate_every", "validation_tasks", "meta_steps", "test_tasks"),
     *("meta_batch", "num_steps", "eval_num_steps", "inner_rate", "outer_rate"),
@@ -29,7 +43,7 @@ class Config(common.ProcessConfig, common.RunConfig):
     """What a run is; fields that are None take the protocol's value."""
 
     algorithm: Algorithm = "imaml"
-    """Meta-learning algorithm; imaml_hf has the Hessian-free inner solver."""
+    """Meta-learning algorithm; imaml_hf has the Hessian-free inner solver, anil adapts the head."""
     protocol: ProtocolName = "common"
     """Published protocol, or the common one, chosen by measurement on validation classes."""
     ways: int = 5
@@ -52,8 +66,18 @@ class Config(common.ProcessConfig, common.RunConfig):
     """Solver of iMAML's linear system; woodbury needs gauss_newton."""
     cg_steps: int | None = None
     """CG steps of that solver, and of a Hessian-free direction."""
-    activation: Literal["gelu", "relu", "silu", "softplus"] | None = None
+    activation: Literal["gelu", "leaky_relu", "relu", "silu", "softplus"] | None = None
     """Of the network."""
+    schedule: Literal["constant", "cosine", "linear"] | None = None
+    """Of the outer rate."""
+    learn_rates: bool | None = None
+    """MAML++ learns its inner rates, one for each array and step."""
+    per_step_norm: bool | None = None
+    """MAML++ has a norm scale and offset for each inner step."""
+    multi_step_epochs: int | None = None
+    """Epochs of 500 meta-steps in which MAML++ has a loss after every inner step; 0 for none."""
+    first_order_epochs: int | None = None
+    """Epochs in which MAML++ takes first-order gradients before second-order ones."""
     learn_reg_strength: Literal["one", "leaf", "parameter"] | None = None
     """iMAML learns one lambda, one for each array of parameters, or one for each parameter."""
     inner: Literal["adam", "adaptive_gd", "nesterov", "newton_cg", "sgd"] | None = None
@@ -157,16 +181,23 @@ def resolve(config: Config, dataset: str = "omniglot") -> Protocol:
 def describe(config: Config, protocol: Protocol, dataset: str) -> str:
     """The protocol in words, printed beside every number."""
     rate = "" if protocol.inner == "newton_cg" else f" rate {protocol.inner_rate:g}"
-    implicit = ""
-    if protocol.algorithm.startswith("imaml"):
+    own = ""
+    if protocol.algorithm in protocols.IMPLICIT:
         at_test, learned = protocol.eval_reg_strength, protocol.learn_reg_strength
-        implicit = (
+        own = (
             f"; lambda {protocol.reg_strength:g}"
             + ("" if learned is None else f" learned ({learned})")
             + ("" if at_test is None else f" (at test {at_test:g})")
             + ("" if protocol.cg_damping is None else f", damping {protocol.cg_damping:g}")
             + f", {protocol.curvature} curvature, solver {protocol.solve}"
             + ("" if protocol.solve == "woodbury" else f" with {protocol.cg_steps} steps")
+        )
+    elif protocol.algorithm == "mamlpp":
+        own = (
+            f"; rates {'learned' if protocol.learn_rates else 'fixed'}, norms "
+            f"{'for each step' if protocol.per_step_norm else 'for all steps'}, losses after every "
+            f"step in {protocol.multi_step_epochs} epochs, first order in "
+            f"{protocol.first_order_epochs}"
         )
     return (
         f"{dataset} {config.ways}-way {config.shots}-shot, {config.algorithm}, protocol "
@@ -177,7 +208,7 @@ def describe(config: Config, protocol: Protocol, dataset: str) -> str:
         f"{protocol.train_shots} support and {protocol.train_queries} query examples a class, "
         f"outer {protocol.outer} {protocol.outer_rate:g} {protocol.schedule}; inner "
         f"{protocol.inner}{rate}, {protocol.num_steps} steps in training and "
-        f"{protocol.eval_num_steps} at test{implicit}"
+        f"{protocol.eval_num_steps} at test{own}"
     )
 
 
@@ -242,15 +273,14 @@ def _check_settings(config: Config, protocol: Protocol) -> None:
     """What can be refused before any data are read."""
     values = dataclasses.asdict(config) | protocol._asdict()
     positive = list(_POSITIVE)
-    if protocol.algorithm.startswith("imaml"):
+    if protocol.algorithm in protocols.IMPLICIT:
         positive += ["cg_steps", "reg_strength"]
     else:
-        for name in ("cg_steps", "curvature", "learn_reg_strength", "reg_strength", "solve"):
-            if getattr(config, name) is not None:
-                raise ValueError(
-                    f"{name}={getattr(config, name)} has no effect on {protocol.algorithm}; "
-                    "leave it out or choose imaml or imaml_hf"
-                )
+        _refuse(config, protocol, _OF_IMPLICIT, "choose " + " or ".join(protocols.IMPLICIT))
+    if protocol.algorithm != "mamlpp":
+        _refuse(config, protocol, _OF_MAMLPP, "choose mamlpp")
+    elif config.inner not in (None, "sgd"):
+        raise ValueError(f"inner={config.inner}: mamlpp has gradient descent; leave it out")
     common.check_seed(config.seed)
     if protocol.cg_damping is not None:
         for name in ("curvature", "inner", "learn_reg_strength", "solve"):
@@ -259,10 +289,11 @@ def _check_settings(config: Config, protocol: Protocol) -> None:
                     f"{name}={getattr(config, name)} has no effect on protocol={protocol.name}; "
                     "leave it out or choose another protocol"
                 )
-    if (protocol.inner == "newton_cg") != (protocol.algorithm == "imaml_hf"):
+    newton, hessian_free = protocol.inner == "newton_cg", protocol.algorithm == "imaml_hf"
+    if newton != hessian_free and protocol.algorithm != "implicit_anil":
         raise ValueError(
             f"inner={protocol.inner} does not go with algorithm={protocol.algorithm}: newton_cg "
-            "is the inner solver of imaml_hf, and of no other"
+            "is the inner solver of imaml_hf and implicit_anil, and of no other"
         )
     if protocol.inner == "newton_cg" and config.inner_rate is not None:
         raise ValueError(f"inner_rate={config.inner_rate} has no effect on newton_cg; leave it out")
@@ -287,6 +318,16 @@ def _check_settings(config: Config, protocol: Protocol) -> None:
             "solve=woodbury needs the low rank of curvature=gauss_newton, not curvature=hessian; "
             "change either, for example to solve=cg_steihaug"
         )
+
+
+def _refuse(config: Config, protocol: Protocol, names: tuple[str, ...], remedy: str) -> None:
+    """Raises ValueError for the first of the settings that is given."""
+    for name in names:
+        if getattr(config, name) is not None:
+            raise ValueError(
+                f"{name}={getattr(config, name)} has no effect on {protocol.algorithm}; leave it "
+                f"out or {remedy}"
+            )
 
 
 def _check_data(config: Config, protocol: Protocol, splits: episodes.Splits) -> None:

@@ -31,6 +31,10 @@ PUBLISHED: accuracy_table.Published = {
     },
     "imaml": {(5, 1): (48.96, 1.84)},
     "imaml_hf": {(5, 1): (49.30, 1.88)},
+    # Antoniou et al., ICLR 2019 (an ensemble), Raghu et al., ICLR 2020: spreads over three seeds.
+    "mamlpp": {(5, 1): (52.15, 0.26), (5, 5): (68.32, 0.44)},
+    "anil": {(5, 1): (46.7, 0.4), (5, 5): (61.5, 0.5)},
+    "implicit_anil": {},
 }
 
 

@@ -20,7 +20,7 @@ class Config(few_shot.Config):
     """Directory of the public zips; default the environment variable IMAML_DATA_DIR."""
     download: bool = False
     """Fetch the zips through tensorflow-datasets where they are absent."""
-    split: Literal["finn", "lake", "reptile", "vinyals"] | None = None
+    split: Literal["finn", "lake", "mamlpp", "reptile", "vinyals"] | None = None
     """Character split."""
 
 

@@ -37,6 +37,14 @@ TRIALS: dict[few_shot.Algorithm, tuple[dict[str, Any], ...]] = {
         {"reg_strength": 0.03},
         {"reg_strength": 0.1, "curvature": "hessian"},
     ),
+    "implicit_anil": (
+        {"reg_strength": 0.03},
+        {"reg_strength": 0.003},
+        {"reg_strength": 0.3},
+        {"reg_strength": 0.03, "outer_rate": 1e-3},
+    ),
+    "anil": (*_MAML[:2], {"inner_rate": 0.4}, {"inner_rate": 1.0}),
+    "mamlpp": _MAML,
     "imaml_hf": (
         {"reg_strength": 0.1, "num_steps": 3, "eval_num_steps": 3, "cg_steps": 8},
         {"reg_strength": 0.1, **_FEWER},

@@ -20,6 +20,7 @@ from imaml_jax.learners import (
     imaml,
     imaml_dev,
     maml,
+    mamlpp,
     mean_squared_error,
     reptile,
 )
@@ -67,6 +68,7 @@ __all__ = [
     "implicit_gradient_error",
     "jacobi_preconditioner",
     "maml",
+    "mamlpp",
     "mean_squared_error",
     "minimize",
     "newton_cg",

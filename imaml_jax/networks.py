@@ -26,10 +26,16 @@ class Network(NamedTuple):
       init: `(key, inputs [n, ...]) -> params`.
       apply: `(params, inputs [n, ...]) -> outputs [n, ...]`. Networks with batch norm also take
         `statistics_weights [n]`: the weight of each example in the batch statistics; default equal.
+      features: `(params, inputs) -> features [n, ...]`, what the last layer sees; None where it has
+        no name.
+      head: `(params, features) -> outputs`, by the parameters below `head/` alone, so that `apply`
+        is `head` after `features`.
     """
 
     init: Callable[[Array, Array], Params]
     apply: Callable[..., Array]
+    features: Callable[[Params, Array], Array] | None = None
+    head: Callable[[Params, Array], Array] | None = None
 
 
 def mlp(
@@ -58,14 +64,15 @@ def mlp(
 
     class MLP(nn.Module):
         @nn.compact
-        def __call__(self, x):
-            _check_inputs("mlp", x, 2, "[n, d]")
-            for width in features[:-1]:
-                x = activation(_dense(x, width, kernel_init))
-            return _dense(x, features[-1], kernel_init, name="head")
+        def __call__(self, x, part="all"):
+            if part != "head":
+                _check_inputs("mlp", x, 2, "[n, d]")
+                for width in features[:-1]:
+                    x = activation(_dense(x, width, kernel_init))
+            return x if part == "features" else _dense(x, features[-1], kernel_init, name="head")
 
     module = MLP()
-    return Network(_init_of(module), lambda params, inputs: _apply(module, params, inputs))
+    return _network(module, lambda params, inputs: _apply(module, params, inputs))
 
 
 def conv4(
@@ -136,7 +143,12 @@ def conv4(
 
     class Conv4(nn.Module):
         @nn.compact
-        def __call__(self, x, statistics_weights=None):
+        def __call__(self, x, statistics_weights=None, part="all"):
+            if part != "head":
+                x = self.features(x, statistics_weights)
+            return x if part == "features" else _dense(x, ways, head_init, name="head")
+
+        def features(self, x, statistics_weights):
             _check_inputs("conv4", x, 4, "[n, height, width, channels]")
             height, width = x.shape[1:3]
             if pools and min(height, width) < 2**num_blocks:
@@ -146,15 +158,14 @@ def conv4(
                 )
             for i in range(num_blocks):
                 x = Block(name=f"block_{i}")(x, statistics_weights)
-            x = x.mean((1, 2)) if readout == "mean" else x.reshape(x.shape[0], -1)
-            return _dense(x, ways, head_init, name="head")
+            return x.mean((1, 2)) if readout == "mean" else x.reshape(x.shape[0], -1)
 
     module = Conv4()
 
     def apply(params: Params, inputs: Array, statistics_weights: Array | None = None) -> Any:
         return _apply(module, params, inputs, statistics_weights)
 
-    return Network(_init_of(module), apply)
+    return _network(module, apply)
 
 
 def max_pool2x2(x: Array, padding: Literal["valid", "same"] = "valid") -> Array:
@@ -213,12 +224,18 @@ def _dense(x: Array, width: int, kernel_init: Initializer, name: str | None = No
     )(x)
 
 
-def _init_of(module: nn.Module) -> Callable[[Array, Array], Params]:
-    return lambda key, inputs: module.init(key, inputs)["params"]
+def _network(module: nn.Module, apply: Callable[..., Array]) -> Network:
+    """Of a module whose call takes `part`: "all", "features" or "head"."""
+    return Network(
+        lambda key, inputs: module.init(key, inputs)["params"],
+        apply,
+        lambda params, inputs: _apply(module, params, inputs, part="features"),
+        lambda params, features: _apply(module, params, features, part="head"),
+    )
 
 
-def _apply(module: nn.Module, params: Params, *inputs: Array | None) -> Any:
-    return module.apply({"params": params}, *inputs)
+def _apply(module: nn.Module, params: Params, *inputs: Array | None, **settings: Any) -> Any:
+    return module.apply({"params": params}, *inputs, **settings)
 
 
 def _check_inputs(name: str, x: Array, rank: int, shape: str) -> None:

@@ -8,7 +8,11 @@ import difflib
 from typing import Any, Literal, NamedTuple
 
 DATASETS = ("mini_imagenet", "omniglot")
-ALGORITHMS = ("fomaml", "imaml", "imaml_hf", "maml", "reptile", "reptile_transductive")
+ALGORITHMS = (
+    *("anil", "fomaml", "imaml", "imaml_hf", "implicit_anil", "maml", "mamlpp"),
+    *("reptile", "reptile_transductive"),
+)
+IMPLICIT = ("imaml", "imaml_hf", "implicit_anil")
 
 
 class Protocol(NamedTuple):
@@ -25,7 +29,8 @@ class Protocol(NamedTuple):
       network: settings of `imaml_jax.networks.conv4`.
       activation: of the network, a function of `jax.nn`.
       statistics: batch-norm mode of the query examples, see `imaml_jax.learners.base.supervised`.
-      adapts_norm: whether the norm's scale and offset are adapted in the inner loop.
+      adapts_norm: whether the norm's scale and offset are adapted in the inner loop; those of anil
+        and implicit_anil never are, nor those of mamlpp that have a value for each step.
       meta_batch: tasks a meta-step.
       train_shots: support examples a class in training.
       train_queries: query examples a class in training.
@@ -38,11 +43,16 @@ class Protocol(NamedTuple):
       outer: name of the outer transform: "adam" or "sgd".
       outer_rate: its learning rate at the start.
       outer_epsilon: Adam's epsilon.
-      outer_clip: bound on each entry of the meta-gradient; None for none.
-      schedule: "constant", "linear" (to 0) or "cosine" (to 0).
+      outer_clip: bound on each entry of the meta-gradient but of learned rates; None for none.
+      final_outer_rate: where a cosine schedule ends.
+      schedule: "constant", "linear" (to 0) or "cosine" (to `final_outer_rate`).
       meta_steps: meta-steps of the full budget.
       batch_size: of Reptile: examples an inner step in training; None for all.
       eval_batch_size: of Reptile: the same at validation and test.
+      learn_rates: of MAML++: whether inner rates are learned, for each array and step.
+      per_step_norm: of MAML++: whether the norms have a scale and offset for each step.
+      multi_step_epochs: of MAML++: epochs of 500 meta-steps with a loss after every inner step.
+      first_order_epochs: of MAML++: epochs with first-order gradients, before second-order ones.
       reg_strength: of iMAML: lambda.
       eval_reg_strength: of iMAML: lambda at validation and test; None for the same value, 0 for no
         proximal term.
@@ -80,6 +90,11 @@ class Protocol(NamedTuple):
     meta_steps: int
     activation: str = "relu"
     outer_clip: float | None = None
+    final_outer_rate: float = 0.0
+    learn_rates: bool = False
+    per_step_norm: bool = False
+    multi_step_epochs: int = 0
+    first_order_epochs: int = 0
     batch_size: int | None = None
     eval_batch_size: int | None = None
     reg_strength: float = 0.0
@@ -234,6 +249,70 @@ def _reptile(algorithm: str, ways: int, shots: int, photographs: bool) -> Protoc
     )
 
 
+def _mamlpp(algorithm: str, ways: int, shots: int, photographs: bool) -> Protocol:
+    """By the code's configurations. Not followed: its schedule moves once an epoch, ours always."""
+    del algorithm, ways
+    characters = Protocol(
+        name="mamlpp_code",
+        algorithm="mamlpp",
+        source="the code of Antoniou et al., 2019, AntreasAntoniou/HowToTrainYourMAMLPytorch",
+        split="mamlpp",
+        invert=False,
+        train_rotations="augment",
+        test_rotations=None,
+        network={
+            "downsample": "max_pool",
+            "conv_bias": True,
+            "epsilon": 1e-5,
+            "head": "xavier",
+        },
+        activation="leaky_relu",
+        statistics="batch",
+        adapts_norm=False,
+        meta_batch=8,
+        train_shots=shots,
+        train_queries=1,
+        test_queries=1,
+        test_tasks=600,
+        inner="sgd",
+        inner_rate=0.1,
+        num_steps=5,
+        eval_num_steps=5,
+        outer="adam",
+        outer_rate=1e-3,
+        outer_epsilon=1e-8,
+        schedule="cosine",
+        final_outer_rate=1e-5,
+        meta_steps=50_000,
+        learn_rates=True,
+        per_step_norm=True,
+        multi_step_epochs=10,
+    )
+    if not photographs:
+        return characters
+    return characters._replace(
+        **_PHOTOGRAPHS,
+        network={**characters.network, "filters": 48},
+        meta_batch=2,
+        train_queries=15,
+        test_queries=15,
+        outer_clip=10.0,
+        schedule="constant",
+        multi_step_epochs=15,
+    )
+
+
+def _mamlpp_paper(algorithm: str, ways: int, shots: int, photographs: bool) -> Protocol:
+    protocol = _mamlpp(algorithm, ways, shots, photographs)
+    return protocol._replace(
+        name="mamlpp_paper",
+        source="Antoniou et al., ICLR 2019; what it leaves open from its code",
+        first_order_epochs=50,
+        schedule="cosine",
+        inner_rate=0.01 if photographs else protocol.inner_rate,
+    )
+
+
 def _imaml_paper(algorithm: str, ways: int, shots: int, photographs: bool) -> Protocol:
     hessian_free = algorithm == "imaml_hf"
     # The paper does not say how many Hessian-free iterations: ours, by the residual.
@@ -354,8 +433,23 @@ def _common(algorithm: str, ways: int, shots: int, photographs: bool) -> Protoco
         return implicit._replace(
             reg_strength=0.1, inner="newton_cg", num_steps=3, eval_num_steps=3, cg_steps=8
         )
+    if algorithm == "implicit_anil":
+        # A head is a convex problem: Newton's method solves it, and Woodbury the linear system.
+        return implicit._replace(
+            reg_strength=0.03,
+            inner="newton_cg",
+            num_steps=5,
+            eval_num_steps=5,
+            cg_steps=20,
+        )
     if algorithm in ("maml", "fomaml"):
         return base._replace(inner_rate=0.03)
+    if algorithm == "anil":
+        return base._replace(inner_rate=0.1)
+    if algorithm == "mamlpp":
+        return base._replace(
+            inner_rate=0.03, learn_rates=True, per_step_norm=True, multi_step_epochs=10
+        )
     return base._replace(
         statistics="batch" if algorithm == "reptile_transductive" else "support_and_one",
         train_shots=10,
@@ -374,8 +468,10 @@ def _common(algorithm: str, ways: int, shots: int, photographs: bool) -> Protoco
 
 PROTOCOLS = {
     "common": (ALGORITHMS, _common),
-    "finn": (("maml", "fomaml"), _finn),
+    "finn": (("anil", "fomaml", "maml"), _finn),
     "imaml_dev": (("imaml",), _imaml_dev),
     "imaml_paper": (("imaml", "imaml_hf"), _imaml_paper),
+    "mamlpp_code": (("mamlpp",), _mamlpp),
+    "mamlpp_paper": (("mamlpp",), _mamlpp_paper),
     "reptile": (("reptile", "reptile_transductive"), _reptile),
 }

@@ -53,7 +53,8 @@ def load(
         it is named `omniglot`; default: the environment variable `IMAML_DATA_DIR`, else what an
         earlier `download=True` left in the cache.
       split: "finn" (1100/100/423 characters), "vinyals" (1028/172/423), "lake" (964/659, no
-        validation) or "reptile" (1200/423, no validation); see `omniglot_splits.split_indices`.
+        validation), "reptile" (1200/423, no validation) or "mamlpp" (1150/50/423); see
+        `omniglot_splits.split_indices`.
       image_size: side of the returned images in pixels.
       cache_dir: default: the environment variable `IMAML_CACHE_DIR`, else `~/.cache/imaml_jax`.
       download: whether to download archives that are missing, into `data_dir`, `IMAML_DATA_DIR` or

@@ -59,7 +59,7 @@ EVALUATION = {
     "Tibetan": 42,
     "ULOG": 26,
 }
-SPLITS = ("finn", "vinyals", "lake", "reptile")
+SPLITS = ("finn", "vinyals", "lake", "reptile", "mamlpp")
 
 _VINYALS_VAL = ("Armenian", "Bengali", "Early_Aramaic", "Hebrew", "Mkhedruli_(Georgian)")
 # The test alphabets; of Gurmukhi only characters 42 to 45, the others train.
@@ -85,16 +85,17 @@ def split_indices(split: str) -> tuple[np.ndarray, np.ndarray | None, np.ndarray
 
     - "finn": 1100/100/423 random characters of all 1,623, as in MAML.
     - "reptile": 1200/423, no validation set.
+    - "mamlpp": 1150/50/423, as in MAML++'s code.
     - "vinyals": 1028/172/423, by alphabet, as listed with Prototypical Networks.
     - "lake": the background set (964) to train, the evaluation set (659) to test.
 
     The random draws behind the results of MAML and Reptile were not published: those repositories
-    shuffle a directory listing. "finn" and "reptile" take theirs from one permutation, frozen by
-    its seed (NumPy keeps the stream of `RandomState` fixed), so both have the same 423 test
-    characters and training and validation of the one are the training set of the other.
+    shuffle a directory listing. "finn", "reptile" and "mamlpp" take theirs from one permutation,
+    frozen by its seed (NumPy keeps the stream of `RandomState` fixed), so all have the same 423
+    test characters, and the training and validation characters of one are those of the others.
 
     Args:
-      split: one of "finn", "vinyals", "lake", "reptile".
+      split: one of "finn", "vinyals", "lake", "reptile", "mamlpp".
 
     Returns:
       Three sorted int arrays; the second is None where the protocol has no validation set.
@@ -107,13 +108,15 @@ def split_indices(split: str) -> tuple[np.ndarray, np.ndarray | None, np.ndarray
       Vinyals et al., https://arxiv.org/abs/1606.04080
       Finn, Abbeel, Levine, https://arxiv.org/abs/1703.03400
       Nichol, Achiam, Schulman, https://arxiv.org/abs/1803.02999
+      Antoniou, Edwards, Storkey, https://arxiv.org/abs/1810.09502
     """
     names = class_names()
-    if split in ("finn", "reptile"):
+    if split in ("finn", "reptile", "mamlpp"):
         order = np.random.RandomState(_SEED).permutation(len(names))
         if split == "reptile":
             return np.sort(order[:1200]), None, np.sort(order[1200:])
-        return np.sort(order[:1100]), np.sort(order[1100:1200]), np.sort(order[1200:])
+        train = 1100 if split == "finn" else 1150
+        return np.sort(order[:train]), np.sort(order[train:1200]), np.sort(order[1200:])
     if split == "lake":
         boundary = sum(BACKGROUND.values())
         return np.arange(boundary), None, np.arange(boundary, len(names))

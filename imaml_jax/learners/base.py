@@ -57,12 +57,22 @@ class Adapted(NamedTuple):
     support_inputs: Any
 
 
+class Encoded(NamedTuple):
+    """Slow parameters, and the features that they give where only a network's head is adapted."""
+
+    params: PyTree
+    support: Array
+    query: Array | None
+
+
 class Problem(NamedTuple):
     """A supervised few-shot problem as learners see it; parameters are split into fast and slow.
 
     Attributes:
       init: `(key, example_inputs) -> meta_params`.
       split: `meta_params -> (fast, slow)`, each with None where the other has a leaf.
+      encode: `(slow, task) -> slow`, with whatever of the task does not depend on the fast ones
+        computed once; the functions below take either. `task.query` may be None.
       support_loss: `(fast, slow, batch) -> scalar`.
       query_loss: `(fast, slow, task) -> (scalar, accuracy or None)`.
       support_outputs: `(fast, slow, batch) -> outputs`, whose `loss_fn` is `support_loss`.
@@ -72,6 +82,7 @@ class Problem(NamedTuple):
 
     init: Callable[[Array, Any], Params]
     split: Callable[[Params], tuple[PyTree, PyTree]]
+    encode: Callable[[PyTree, Task], PyTree]
     support_loss: Callable[[PyTree, PyTree, Batch], Array]
     query_loss: Callable[[PyTree, PyTree, Task], tuple[Array, Array | None]]
     support_outputs: Callable[[PyTree, PyTree, Batch], Any]
@@ -185,15 +196,26 @@ def supervised(
             raise ValueError(f"fast selects no parameter; there are {paths}")
         return params
 
+    def encode(slow, task):
+        if statistics != "batch" or not _is_head_only(network, slow):
+            return slow
+        query = None if task.query is None else network.features(slow, task.query.inputs)
+        return Encoded(slow, network.features(slow, task.support.inputs), query)
+
     def support_outputs(fast, slow, batch):
+        if isinstance(slow, Encoded):
+            return network.head(combine(fast, slow.params), slow.support)
         return network.apply(combine(fast, slow), batch.inputs)
 
     def support_loss(fast, slow, batch):
         return loss_fn(support_outputs(fast, slow, batch), batch.targets)
 
     def query_loss(fast, slow, task):
-        params = combine(fast, slow)
-        outputs = outputs_given_support(params, task.support.inputs, task.query.inputs)
+        if isinstance(slow, Encoded):
+            outputs = network.head(combine(fast, slow.params), slow.query)
+        else:
+            params = combine(fast, slow)
+            outputs = outputs_given_support(params, task.support.inputs, task.query.inputs)
         targets = task.query.targets
         accuracy = None
         if jnp.issubdtype(targets.dtype, jnp.integer):
@@ -202,7 +224,7 @@ def supervised(
 
     def finish(fast, slow, support):
         kept = None if statistics == "batch" else support.inputs
-        return Adapted(combine(fast, slow), kept)
+        return Adapted(combine(fast, slow.params if isinstance(slow, Encoded) else slow), kept)
 
     def predict(adapted, inputs):
         return outputs_given_support(adapted.params, adapted.support_inputs, inputs)
@@ -210,6 +232,7 @@ def supervised(
     return Problem(
         init,
         lambda params: partition(params, is_fast),
+        encode,
         support_loss,
         query_loss,
         support_outputs,
@@ -233,6 +256,7 @@ def make_adapt(
 
     def adapt(meta_params, support, key):
         fast, slow = problem.split(meta_params)
+        slow = problem.encode(slow, Task(support, None))
         adapted, info = run(fast, slow, support, key)
         return problem.finish(adapted, slow, support), inner_report(info)
 
@@ -242,6 +266,14 @@ def make_adapt(
 def inner_report(info: MinimizeInfo, **others: Array | None) -> MetaInfo:
     """The `MetaInfo` of an inner solve, and what else is known."""
     return MetaInfo(support_loss=info.loss, inner_residual=info.relative_residual, **others)
+
+
+def _is_head_only(network: Any, slow: PyTree) -> bool:
+    """Whether the network has a head, and only parameters of it are missing from the slow ones."""
+    if getattr(network, "head", None) is None:
+        return False
+    leaves = jax.tree_util.tree_leaves_with_path(slow, is_leaf=lambda x: x is None)
+    return all(path_string(path).startswith("head/") for path, leaf in leaves if leaf is None)
 
 
 def _takes_weights(apply: Callable[..., Any]) -> bool:

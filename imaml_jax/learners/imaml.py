@@ -260,6 +260,7 @@ def imaml(
         del step
         params, strength = separate(meta_params)
         anchor, slow_params = problem.split(params)
+        slow_params, pull_back = jax.vjp(lambda slow: problem.encode(slow, task), slow_params)
         adapted, inner_info = run(anchor, slow_params, task.support, strength, num_steps)
         (loss, accuracy), (query_grad, direct) = jax.value_and_grad(
             problem.query_loss, argnums=(0, 1), has_aux=True
@@ -273,7 +274,7 @@ def imaml(
             solve,
             key=key,
         )
-        slow_grads = optax.tree.add(direct, through_adaptation)
+        (slow_grads,) = pull_back(optax.tree.add(direct, through_adaptation))
         log_strength_grad = optax.tree.mul(strength, strength_grad)
         return gather(grads, slow_grads, log_strength_grad), inner_report(
             inner_info,

@@ -83,14 +83,17 @@ def maml(
             return loss, (accuracy, info)
 
         def unrolled_loss(fast_params, slow_params):
+            slow_params = problem.encode(slow_params, task)
             adapted, info = run(fast_params, slow_params, task.support, num_steps)
             return query_loss(adapted, slow_params, info)
 
         fast_params, slow_params = problem.split(meta_params)
         grad = partial(jax.value_and_grad, argnums=(0, 1), has_aux=True)
         if first_order:
+            slow_params, pull_back = jax.vjp(lambda slow: problem.encode(slow, task), slow_params)
             adapted, info = run(fast_params, slow_params, task.support, num_steps)
             (loss, (accuracy, info)), grads = grad(query_loss)(adapted, slow_params, info)
+            grads = grads[0], *pull_back(grads[1])
         else:
             (loss, (accuracy, info)), grads = grad(unrolled_loss)(fast_params, slow_params)
         return combine(*grads), inner_report(info, query_loss=loss, query_accuracy=accuracy)

@@ -24,6 +24,7 @@ from imaml_jax import (
     imaml,
     imaml_dev,
     maml,
+    mamlpp,
     mean_squared_error,
     newton_cg,
     reptile,
@@ -62,6 +63,13 @@ published_adam = optax.adam(0.01, b1=0.0)
 LEARNERS = [
     Row("maml", maml, dict(inner=sgd, num_steps=2, eval_num_steps=5)),
     Row("maml_head", maml, dict(inner=sgd, num_steps=3, fast=is_head), only_mlp, False),
+    Row("mamlpp", mamlpp, dict(inner_rate=0.1, num_steps=2), both, False),
+    Row(
+        "mamlpp_first_order",
+        mamlpp,
+        dict(inner_rate=0.1, num_steps=2, first_order_epochs=1, multi_step_epochs=0),
+        only_mlp,
+    ),
     Row("fomaml", fomaml, dict(inner=sgd, num_steps=3), only_mlp, False),
     Row("reptile", reptile, dict(inner=published_adam, num_steps=5), both, False),
     Row(
