@@ -21,6 +21,8 @@ from imaml_jax.learners import (
     imaml_dev,
     maml,
     mean_squared_error,
+    policy_gradient,
+    policy_problem,
     reptile,
 )
 from imaml_jax.linear_solve import (
@@ -33,13 +35,15 @@ from imaml_jax.linear_solve import (
 )
 from imaml_jax.low_rank import nystrom_preconditioner, solve_nystrom, solve_woodbury
 from imaml_jax.minres import solve_minres
-from imaml_jax.types import Batch, LinearOperator, LowRank, MetaLearner, Task
+from imaml_jax.policies import categorical_policy, gaussian_policy
+from imaml_jax.types import Batch, Environment, LinearOperator, LowRank, MetaLearner, Task
 
 __version__ = "0.1.0"
 
 __all__ = [
     "AdaptiveInfo",
     "Batch",
+    "Environment",
     "GradientError",
     "LinearOperator",
     "LowRank",
@@ -49,6 +53,7 @@ __all__ = [
     "Task",
     "adaptive_gd",
     "adaptive_gradient",
+    "categorical_policy",
     "cross_entropy",
     "custom_argmin",
     "custom_root",
@@ -56,6 +61,7 @@ __all__ = [
     "estimate_diagonal",
     "fomaml",
     "gauss_newton",
+    "gaussian_policy",
     "ggnvp",
     "ggnvp_fn",
     "hessian",
@@ -72,6 +78,8 @@ __all__ = [
     "newton_cg",
     "nystrom_preconditioner",
     "proximal_objective",
+    "policy_gradient",
+    "policy_problem",
     "reptile",
     "root_jvp",
     "root_vjp",

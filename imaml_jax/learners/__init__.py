@@ -4,6 +4,18 @@ from imaml_jax.learners.base import cross_entropy, mean_squared_error
 from imaml_jax.learners.imaml import imaml
 from imaml_jax.learners.imaml_dev import imaml_dev
 from imaml_jax.learners.maml import fomaml, maml
+from imaml_jax.learners.policy_gradient import policy_gradient
+from imaml_jax.learners.policy_problem import policy_problem
 from imaml_jax.learners.reptile import reptile
 
-__all__ = ["cross_entropy", "fomaml", "imaml", "imaml_dev", "maml", "mean_squared_error", "reptile"]
+__all__ = [
+    "cross_entropy",
+    "fomaml",
+    "imaml",
+    "imaml_dev",
+    "maml",
+    "mean_squared_error",
+    "policy_gradient",
+    "policy_problem",
+    "reptile",
+]

@@ -9,7 +9,7 @@ import numpy as np
 import optax
 from jax import lax
 
-from imaml_jax.curvature import damped, hessian
+from imaml_jax.curvature import hessian
 from imaml_jax.implicit import custom_argmin, root_vjp
 from imaml_jax.inner import MinimizeInfo, minimize, proximal_objective
 from imaml_jax.learners.base import MetaInfo, check_steps, inner_report
@@ -136,10 +136,12 @@ def policy_problem(
         num_trajectories=num_trajectories,
         eval_num_trajectories=eval_num_trajectories,
     )
-    if algorithm not in get_args(Algorithm):
-        raise ValueError(f"policy_problem: algorithm={algorithm!r} is none of {Algorithm}")
-    if estimator not in get_args(Estimator):
-        raise ValueError(f"policy_problem: estimator={estimator!r} is none of {Estimator}")
+    for name, value, allowed in (
+        ("algorithm", algorithm, get_args(Algorithm)),
+        ("estimator", estimator, get_args(Estimator)),
+    ):
+        if value not in allowed:
+            raise ValueError(f"policy_problem: {name}={value!r} must be one of {allowed}")
     if algorithm != "maml" and estimator != "naive":
         raise ValueError(
             f"policy_problem: estimator={estimator!r} differs from 'naive' in the derivative of an "
@@ -216,13 +218,12 @@ def policy_problem(
         if not implicit:
             _, transposed = jax.vjp(lambda p: repeat(p, supports), params)
             return transposed(cotangent)[0], MetaInfo()
-        operator = damped(hessian(lambda p: regression(p, supports), adapted), reg_strength)
         (grads,), solve_info = root_vjp(
             lambda p, anchor: jax.grad(proximal)(p, anchor, supports),
             adapted,
             (params,),
             cotangent,
-            operator,
+            hessian(lambda p: proximal(p, params, supports), adapted),
             solve,
         )
         return grads, inner_report(
