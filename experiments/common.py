@@ -154,7 +154,8 @@ def run_training(
     if run.debug_nans:
         if run.workdir is None:
             raise ValueError("debug_nans=True needs workdir, the one of the failed run")
-        replay(learner, sample, key=key, workdir=run.workdir)
+        example_inputs = settings.get("example_inputs")
+        replay(learner, sample, key=key, workdir=run.workdir, example_inputs=example_inputs)
         raise ValueError("debug_nans=True: no operation gave NaN; infinity made the run fail")
     return train(
         learner,

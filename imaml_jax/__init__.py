@@ -22,6 +22,8 @@ from imaml_jax.learners import (
     maml,
     mamlpp,
     mean_squared_error,
+    policy_gradient,
+    policy_problem,
     reptile,
 )
 from imaml_jax.linear_solve import (
@@ -34,13 +36,15 @@ from imaml_jax.linear_solve import (
 )
 from imaml_jax.low_rank import nystrom_preconditioner, solve_nystrom, solve_woodbury
 from imaml_jax.minres import solve_minres
-from imaml_jax.types import Batch, LinearOperator, LowRank, MetaLearner, Task
+from imaml_jax.policies import categorical_policy, gaussian_policy
+from imaml_jax.types import Batch, Environment, LinearOperator, LowRank, MetaLearner, Task
 
 __version__ = "0.1.0"
 
 __all__ = [
     "AdaptiveInfo",
     "Batch",
+    "Environment",
     "GradientError",
     "LinearOperator",
     "LowRank",
@@ -50,6 +54,7 @@ __all__ = [
     "Task",
     "adaptive_gd",
     "adaptive_gradient",
+    "categorical_policy",
     "cross_entropy",
     "custom_argmin",
     "custom_root",
@@ -57,6 +62,7 @@ __all__ = [
     "estimate_diagonal",
     "fomaml",
     "gauss_newton",
+    "gaussian_policy",
     "ggnvp",
     "ggnvp_fn",
     "hessian",
@@ -74,6 +80,8 @@ __all__ = [
     "newton_cg",
     "nystrom_preconditioner",
     "proximal_objective",
+    "policy_gradient",
+    "policy_problem",
     "reptile",
     "root_jvp",
     "root_vjp",

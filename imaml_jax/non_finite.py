@@ -93,7 +93,12 @@ def forget(workdir: str | os.PathLike) -> None:
 
 
 def replay(
-    learner: MetaLearner, sample: mapping.Sample, *, key: Array, workdir: str | os.PathLike
+    learner: MetaLearner,
+    sample: mapping.Sample,
+    *,
+    key: Array,
+    workdir: str | os.PathLike,
+    example_inputs: PyTree = None,
 ) -> None:
     """Repeats the task that made the run in `workdir` fail, operation by operation.
 
@@ -104,13 +109,15 @@ def replay(
       sample: as in training.
       key: the root key of the training.
       workdir: of the failed run.
+      example_inputs: what `learner.init` takes; None (default) for the inputs of a support set.
 
     Raises:
       FloatingPointError: at the first operation whose result is NaN.
       ValueError: if no run failed there, or one of another model or key.
     """
-    tasks = jax.eval_shape(sample, key)
-    example_inputs = jax.tree.map(lambda x: jnp.zeros(x.shape[1:], x.dtype), tasks.support.inputs)
+    if example_inputs is None:
+        inputs = jax.eval_shape(sample, key).support.inputs
+        example_inputs = jax.tree.map(lambda x: jnp.zeros(x.shape[1:], x.dtype), inputs)
     like = (learner.init(key, example_inputs), jnp.int32(0), jnp.int32(0))
     found = checkpoint.restore(Path(workdir) / _FAILURE, like)
     if found is None:

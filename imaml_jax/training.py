@@ -74,6 +74,9 @@ def init_meta_params(learner: MetaLearner, key: Array, example_inputs: Any) -> P
     return learner.init(jax.random.fold_in(key, _INIT_INDEX), example_inputs)
 
 
+TrainStep = Callable[[TrainState, Array], tuple[TrainState, dict[str, Array]]]
+
+
 def make_train_step(
     learner: MetaLearner,
     tx: optax.GradientTransformation,
@@ -82,7 +85,7 @@ def make_train_step(
     map_tasks: mapping.MapTasks = None,
     devices: mapping.Devices = None,
     non_finite: NonFinite = "stop",
-) -> Callable[[TrainState, Array], tuple[TrainState, dict[str, Array]]]:
+) -> TrainStep:
     """Makes the pure function of one meta-step.
 
     It draws task batch number `state.step`, averages `learner.meta_grad` over the tasks and feeds
@@ -117,7 +120,7 @@ def make_train_step(
 
     task_grads = mapping.map_over_tasks(task_grad, map_tasks, devices)
 
-    def train_step(state: TrainState, root_key: Array) -> tuple[TrainState, dict[str, Array]]:
+    def update(state: TrainState, root_key: Array) -> Update:
         tasks, keys = mapping.draw_tasks(sample, root_key, state.step)
         grads, infos = task_grads((state.meta_params, state.step), tasks, keys)
         skipped = {}
@@ -128,9 +131,45 @@ def make_train_step(
         grads = jax.tree.map(lambda g: jnp.mean(g, axis=0), grads)
         scalars = metrics.reduce_scalars(infos) | {"gradient_norm": optax.tree.norm(grads)}
         scalars |= skipped
-        losses = [value for name, value in scalars.items() if name.endswith("loss")]
         updates, opt_state = tx.update(grads, state.opt_state, state.meta_params)
         meta_params = optax.apply_updates(state.meta_params, updates)
+        return Update(meta_params, opt_state, grads, scalars)
+
+    return latched(update)
+
+
+class Update(NamedTuple):
+    """What a meta-step would change, before it is known to be finite.
+
+    Attributes:
+      meta_params: the new meta-parameters.
+      opt_state: the new state of the outer optimiser.
+      grads: the mean gradient.
+      scalars: what to log.
+    """
+
+    meta_params: PyTree
+    opt_state: PyTree
+    grads: PyTree
+    scalars: dict[str, Array]
+
+
+def latched(update: Callable[[TrainState, Array], Update]) -> TrainStep:
+    """The meta-step of any outer optimiser: `update`, unless something in it is not finite.
+
+    If the gradient, the new parameters or a scalar whose name ends in `loss` is not finite, it
+    changes nothing but `failed_step`, then and ever after.
+
+    Args:
+      update: `(state, root_key) -> Update`.
+
+    Returns:
+      `(state, root_key) -> (state, scalars)`.
+    """
+
+    def train_step(state: TrainState, root_key: Array) -> tuple[TrainState, dict[str, Array]]:
+        meta_params, opt_state, grads, scalars = update(state, root_key)
+        losses = [value for name, value in scalars.items() if name.endswith("loss")]
         watched = [*jax.tree.leaves((grads, meta_params)), *losses]
         finite = [jnp.all(jnp.isfinite(x)) for x in watched]
         good = jnp.all(jnp.stack(finite)) & (state.failed_step < 0)
@@ -164,6 +203,7 @@ def train(
     config: Mapping[str, Any] | None = None,
     accept_changes: bool = False,
     non_finite: NonFinite = "stop",
+    train_step: TrainStep | None = None,
 ) -> TrainResult:
     """Meta-trains, or goes on where an earlier call in the same `workdir` stopped.
 
@@ -202,6 +242,9 @@ def train(
       accept_changes: resumes with another config all the same; a warning names what differs.
       non_finite: "stop" stops at a loss or gradient that is not finite, "skip" leaves out the tasks
         that have one and counts them in `skipped_tasks`, on average over the meta-steps of a chunk.
+      train_step: the meta-step of another outer optimiser, made by `latched`, in place of that of
+        `make_train_step`, whose settings then have no effect. `learner` still initialises and finds
+        the failing task, and `tx` makes the state; `optax.identity()` where there is none.
 
     Returns:
       The last and the best meta-parameters, the log and the state.
@@ -225,7 +268,7 @@ def train(
         raise ValueError(f"max_seconds must be None or positive; got {max_seconds!r}")
     if (example_inputs is None) == (meta_params is None):
         raise ValueError("give exactly one of example_inputs and meta_params")
-    step_fn = make_train_step(
+    step_fn = train_step or make_train_step(
         learner, tx, sample, map_tasks=map_tasks, devices=devices, non_finite=non_finite
     )
     run_chunk = _make_chunk(step_fn, log_every, devices)

@@ -60,6 +60,23 @@ class LinearOperator(NamedTuple):
     dampings: tuple[PyTree, ...] = ()
 
 
+class Environment(NamedTuple):
+    """A task of reinforcement learning as a record of pure functions of one trajectory.
+
+    Randomness of the transitions follows from a key that `reset` keeps in the state.
+
+    Attributes:
+      reset: `(key, task) -> (state, observation)`.
+      step: `(state, action, task) -> (state, observation, reward, done)`; a trajectory ends
+        with the step that is done.
+      horizon: most steps of a trajectory.
+    """
+
+    reset: Callable[[Array, PyTree], tuple[PyTree, Array]]
+    step: Callable[[PyTree, Array, PyTree], tuple[PyTree, Array, Array, Array]]
+    horizon: int
+
+
 class MetaLearner(NamedTuple):
     """A meta-learning algorithm as a record of pure functions, made by a factory such as `imaml`.
 

@@ -30,7 +30,10 @@ FLOORS = (
     ("gradient_error", "implicit"),
     ("inner",),
     ("adaptive", "convolution"),
-    ("networks",),
+    ("networks", "policies"),
+    ("trajectories",),
+    ("returns",),
+    ("policy_losses",),
     ("learners",),
     ("data",),
     ("mapping", "protocols", "plots", "processes", "workdir"),
@@ -38,6 +41,7 @@ FLOORS = (
     ("checkpoint", "evaluation"),
     ("non_finite",),
     ("training",),
+    ("trpo",),
 )
 FLOOR = {name: floor for floor, names in enumerate(FLOORS) for name in names}
 HEAVY = {"flax", "matplotlib", "orbax", "tensorflow", "tensorflow_datasets"}

@@ -5,6 +5,8 @@ from imaml_jax.learners.imaml import imaml
 from imaml_jax.learners.imaml_dev import imaml_dev
 from imaml_jax.learners.maml import fomaml, maml
 from imaml_jax.learners.mamlpp import mamlpp
+from imaml_jax.learners.policy_gradient import policy_gradient
+from imaml_jax.learners.policy_problem import policy_problem
 from imaml_jax.learners.reptile import reptile
 
 __all__ = [
@@ -15,5 +17,7 @@ __all__ = [
     "maml",
     "mamlpp",
     "mean_squared_error",
+    "policy_gradient",
+    "policy_problem",
     "reptile",
 ]
