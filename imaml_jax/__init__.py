@@ -15,12 +15,16 @@ from imaml_jax.gradient_error import (
 from imaml_jax.implicit import custom_argmin, custom_root, root_jvp, root_vjp
 from imaml_jax.inner import MinimizeInfo, adaptive_gd, minimize, newton_cg, proximal_objective
 from imaml_jax.learners import (
+    PlatipusParams,
     cross_entropy,
     fomaml,
     imaml,
     imaml_dev,
     maml,
+    mean_outputs,
     mean_squared_error,
+    mixture_logits,
+    platipus,
     reptile,
 )
 from imaml_jax.linear_solve import (
@@ -45,6 +49,7 @@ __all__ = [
     "LowRank",
     "MetaLearner",
     "MinimizeInfo",
+    "PlatipusParams",
     "SolveInfo",
     "Task",
     "adaptive_gd",
@@ -67,10 +72,13 @@ __all__ = [
     "implicit_gradient_error",
     "jacobi_preconditioner",
     "maml",
+    "mean_outputs",
     "mean_squared_error",
     "minimize",
+    "mixture_logits",
     "newton_cg",
     "nystrom_preconditioner",
+    "platipus",
     "proximal_objective",
     "reptile",
     "root_jvp",

@@ -1,9 +1,27 @@
 """Meta-learning algorithms, one a file; each a factory of a `MetaLearner`."""
 
-from imaml_jax.learners.base import cross_entropy, mean_squared_error
+from imaml_jax.learners.base import (
+    cross_entropy,
+    mean_outputs,
+    mean_squared_error,
+    mixture_logits,
+)
 from imaml_jax.learners.imaml import imaml
 from imaml_jax.learners.imaml_dev import imaml_dev
 from imaml_jax.learners.maml import fomaml, maml
+from imaml_jax.learners.platipus import PlatipusParams, platipus
 from imaml_jax.learners.reptile import reptile
 
-__all__ = ["cross_entropy", "fomaml", "imaml", "imaml_dev", "maml", "mean_squared_error", "reptile"]
+__all__ = [
+    "PlatipusParams",
+    "cross_entropy",
+    "fomaml",
+    "imaml",
+    "imaml_dev",
+    "maml",
+    "mean_outputs",
+    "mean_squared_error",
+    "mixture_logits",
+    "platipus",
+    "reptile",
+]
