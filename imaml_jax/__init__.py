@@ -4,24 +4,53 @@ The light modules' names; networks, data, training, evaluation and checkpoints a
 module, so that the toolbox needs neither flax nor orbax.
 """
 
-from imaml_jax.adaptive import AdaptiveInfo, adaptive_gradient
-from imaml_jax.curvature import damped, gauss_newton, ggnvp, ggnvp_fn, hessian, hvp, hvp_fn
-from imaml_jax.diagonal import estimate_diagonal, jacobi_preconditioner
+from imaml_jax.adaptive import (
+    AdaptiveInfo,
+    adaptive_gradient,
+)
+from imaml_jax.curvature import (
+    damped,
+    gauss_newton,
+    ggnvp,
+    ggnvp_fn,
+    hessian,
+    hvp,
+    hvp_fn,
+)
+from imaml_jax.diagonal import (
+    estimate_diagonal,
+    jacobi_preconditioner,
+)
 from imaml_jax.gradient_error import (
     GradientError,
     implicit_gradient_bound,
     implicit_gradient_error,
 )
-from imaml_jax.implicit import custom_argmin, custom_root, root_jvp, root_vjp
-from imaml_jax.inner import MinimizeInfo, adaptive_gd, minimize, newton_cg, proximal_objective
+from imaml_jax.implicit import (
+    custom_argmin,
+    custom_root,
+    root_jvp,
+    root_vjp,
+)
+from imaml_jax.inner import (
+    MinimizeInfo,
+    adaptive_gd,
+    minimize,
+    newton_cg,
+    proximal_objective,
+)
 from imaml_jax.learners import (
+    PlatipusParams,
     cross_entropy,
     fomaml,
     imaml,
     imaml_dev,
     maml,
     mamlpp,
+    mean_outputs,
     mean_squared_error,
+    mixture_logits,
+    platipus,
     policy_gradient,
     policy_problem,
     reptile,
@@ -34,10 +63,26 @@ from imaml_jax.linear_solve import (
     solve_gmres,
     solve_neumann,
 )
-from imaml_jax.low_rank import nystrom_preconditioner, solve_nystrom, solve_woodbury
-from imaml_jax.minres import solve_minres
-from imaml_jax.policies import categorical_policy, gaussian_policy
-from imaml_jax.types import Batch, Environment, LinearOperator, LowRank, MetaLearner, Task
+from imaml_jax.low_rank import (
+    nystrom_preconditioner,
+    solve_nystrom,
+    solve_woodbury,
+)
+from imaml_jax.minres import (
+    solve_minres,
+)
+from imaml_jax.policies import (
+    categorical_policy,
+    gaussian_policy,
+)
+from imaml_jax.types import (
+    Batch,
+    Environment,
+    LinearOperator,
+    LowRank,
+    MetaLearner,
+    Task,
+)
 
 __version__ = "0.1.0"
 
@@ -50,6 +95,7 @@ __all__ = [
     "LowRank",
     "MetaLearner",
     "MinimizeInfo",
+    "PlatipusParams",
     "SolveInfo",
     "Task",
     "adaptive_gd",
@@ -75,13 +121,16 @@ __all__ = [
     "jacobi_preconditioner",
     "maml",
     "mamlpp",
+    "mean_outputs",
     "mean_squared_error",
     "minimize",
+    "mixture_logits",
     "newton_cg",
     "nystrom_preconditioner",
-    "proximal_objective",
+    "platipus",
     "policy_gradient",
     "policy_problem",
+    "proximal_objective",
     "reptile",
     "root_jvp",
     "root_vjp",

@@ -1,4 +1,4 @@
-"""What a person sees of a run: its progress and its learning curve."""
+"""What a person sees of a run: its progress, its learning curve, its calibration."""
 
 import contextlib
 import os
@@ -7,6 +7,7 @@ import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from typing import Any
 
+import numpy as np
 from tqdm import tqdm
 
 
@@ -48,6 +49,68 @@ def learning_curve(history: Sequence[Mapping[str, Any]], path: str | os.PathLike
         axes.set(xlabel="meta-step", title=title)
         if axes.lines:
             axes.legend()
+    figure.savefig(path, dpi=120)
+
+
+def reliability_diagram(calibration: Any, path: str | os.PathLike) -> None:
+    """Draws accuracy over confidence by bins, and how many examples each bin holds.
+
+    Args:
+      calibration: what `metrics.calibration_error` returns.
+      path: the image to write; its ending chooses the format.
+    """
+    shares, confidences, accuracies = (
+        np.asarray(x) for x in (calibration.shares, calibration.confidences, calibration.accuracies)
+    )
+    num_bins = len(shares)
+    centres = (np.arange(num_bins) + 0.5) / num_bins
+    figure = new_figure(4, 4.5)
+    axes, share_axes = figure.subplots(2, 1, sharex=True, height_ratios=[3, 1])
+    bars = dict(width=1 / num_bins, edgecolor="white")
+    axes.bar(centres, accuracies, label="accuracy", **bars)
+    occupied = shares > 0
+    axes.plot(confidences[occupied], accuracies[occupied], "k.", label="at mean confidence")
+    axes.plot([0, 1], [0, 1], "k--", linewidth=1)
+    errors = f"ECE {float(calibration.ece):.3f}, MCE {float(calibration.mce):.3f}"
+    axes.set(xlim=(0, 1), ylim=(0, 1), ylabel="accuracy", title=errors)
+    axes.legend(loc="upper left")
+    share_axes.bar(centres, shares, color="tab:gray", **bars)
+    share_axes.set(xlabel="confidence", ylabel="share")
+    figure.savefig(path, dpi=120)
+
+
+def prediction_bands(
+    inputs: Any,
+    samples: Any,
+    truth: Any,
+    support: Any,
+    path: str | os.PathLike,
+    *,
+    levels: Sequence[float] = (0.5, 0.9),
+) -> None:
+    """Draws what samples of a regressor of one variable predict, against the true curve.
+
+    Args:
+      inputs: `[n]` points, in increasing order.
+      samples: `[samples, n]` outputs there.
+      truth: `[n]` values of the true curve.
+      support: the `Batch` that was adapted to, `[shots, 1]` inputs and targets.
+      path: the image to write; its ending chooses the format.
+      levels: of the central bands, in (0, 1).
+    """
+    figure = new_figure(5, 3.5)
+    axes = figure.subplots()
+    for level in sorted(levels, reverse=True):
+        low, high = np.quantile(samples, [(1 - level) / 2, (1 + level) / 2], axis=0)
+        axes.fill_between(
+            inputs, low, high, alpha=0.25, color="tab:blue", linewidth=0, label=f"{level:.0%}"
+        )
+    axes.plot(inputs, np.asarray(samples)[:5].T, color="tab:blue", alpha=0.4, linewidth=0.8)
+    axes.plot(inputs, np.mean(samples, axis=0), color="tab:blue", label="mean")
+    axes.plot(inputs, truth, "k--", linewidth=1, label="truth")
+    axes.plot(np.ravel(support.inputs), np.ravel(support.targets), "r^", label="support")
+    axes.set(xlabel="input", ylabel="output")
+    axes.legend(ncols=2, fontsize="small")
     figure.savefig(path, dpi=120)
 
 

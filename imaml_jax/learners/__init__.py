@@ -1,22 +1,50 @@
 """Meta-learning algorithms, one a file; each a factory of a `MetaLearner`."""
 
-from imaml_jax.learners.base import cross_entropy, mean_squared_error
-from imaml_jax.learners.imaml import imaml
-from imaml_jax.learners.imaml_dev import imaml_dev
-from imaml_jax.learners.maml import fomaml, maml
-from imaml_jax.learners.mamlpp import mamlpp
-from imaml_jax.learners.policy_gradient import policy_gradient
-from imaml_jax.learners.policy_problem import policy_problem
-from imaml_jax.learners.reptile import reptile
+from imaml_jax.learners.base import (
+    cross_entropy,
+    mean_outputs,
+    mean_squared_error,
+    mixture_logits,
+)
+from imaml_jax.learners.imaml import (
+    imaml,
+)
+from imaml_jax.learners.imaml_dev import (
+    imaml_dev,
+)
+from imaml_jax.learners.maml import (
+    fomaml,
+    maml,
+)
+from imaml_jax.learners.mamlpp import (
+    mamlpp,
+)
+from imaml_jax.learners.platipus import (
+    PlatipusParams,
+    platipus,
+)
+from imaml_jax.learners.policy_gradient import (
+    policy_gradient,
+)
+from imaml_jax.learners.policy_problem import (
+    policy_problem,
+)
+from imaml_jax.learners.reptile import (
+    reptile,
+)
 
 __all__ = [
+    "PlatipusParams",
     "cross_entropy",
     "fomaml",
     "imaml",
     "imaml_dev",
     "maml",
     "mamlpp",
+    "mean_outputs",
     "mean_squared_error",
+    "mixture_logits",
+    "platipus",
     "policy_gradient",
     "policy_problem",
     "reptile",

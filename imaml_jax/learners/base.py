@@ -35,6 +35,8 @@ class MetaInfo(NamedTuple):
       gradient_error: estimated error of the meta-gradient relative to its norm.
       num_rounds: rounds that an adaptive meta-gradient took.
       missed_accuracy: 1 where they were not enough, 0 where they were.
+      kl_divergence: of the distribution that training samples from the one left at test, before its
+        weight.
     """
 
     query_loss: Array | None = None
@@ -48,6 +50,7 @@ class MetaInfo(NamedTuple):
     gradient_error: Array | None = None
     num_rounds: Array | None = None
     missed_accuracy: Array | None = None
+    kl_divergence: Array | None = None
 
 
 class Adapted(NamedTuple):

@@ -1,0 +1,234 @@
+"""PLATIPUS: probabilistic MAML, which adapts samples of the initialisation."""
+
+import math
+from collections.abc import Callable
+from typing import Any, NamedTuple
+
+import jax
+import jax.numpy as jnp
+import optax
+
+from imaml_jax.learners.base import (
+    Average,
+    FastPredicate,
+    LossFn,
+    MetaInfo,
+    Statistics,
+    check_steps,
+    combine,
+    supervised,
+)
+from imaml_jax.learners.maml import maml
+from imaml_jax.types import Array, MetaLearner, Params, PyTree
+
+
+class PlatipusParams(NamedTuple):
+    """Meta-parameters of PLATIPUS; the distributions are diagonal Gaussians over the fast ones.
+
+    Attributes:
+      mean: mu, the network's parameters.
+      log_prior_variance: log sigma^2, shaped like the adapted parameters.
+      log_posterior_variance: log v_q, likewise.
+      prior_rate: gamma_p, a scalar of any sign.
+      posterior_rate: gamma_q, likewise.
+    """
+
+    mean: Params
+    log_prior_variance: PyTree
+    log_posterior_variance: PyTree
+    prior_rate: Array
+    posterior_rate: Array
+
+
+class Gaussian(NamedTuple):
+    """A diagonal Gaussian over a pytree: its mean and the logarithm of its variance."""
+
+    mean: PyTree
+    log_variance: PyTree
+
+
+def platipus(
+    network: Any,
+    loss_fn: LossFn,
+    *,
+    inner: optax.GradientTransformation,
+    num_steps: int,
+    average: Average | None,
+    eval_num_steps: int | None = None,
+    num_samples: int = 2,
+    eval_num_samples: int = 10,
+    kl_weight: float = 1e-3,
+    prior_rate: float = 0.01,
+    posterior_rate: float = 0.01,
+    prior_variance: float = 1e-3,
+    posterior_variance: float = 1e-3,
+    adaptation: Callable[..., MetaLearner] = maml,
+    fast: FastPredicate | None = None,
+    statistics: Statistics = "batch",
+) -> MetaLearner:
+    """MAML with a learned distribution of the initialisation: samples of it are adapted.
+
+    In training the initialisations come from a posterior that sees the query set, which a prior
+    that sees the support set only is drawn towards; at test they come from that prior:
+
+        q = N(mu - gamma_q grad L^query(mu), v_q),  p = N(mu - gamma_p grad L^support(mu), sigma^2)
+        loss = E_{theta ~ q} L^query(U(theta, support)) + kl_weight KL(q || p)
+
+    The samples are reparameterised, and every second-order term is kept: those of `U`, and those of
+    the two gradients at `mu`. The KL divergence is summed over the adapted parameters, while `L` is
+    a mean over examples. The meta-parameters are `PlatipusParams`; the key decides the samples.
+
+    Args:
+      network: `(init, apply)` pair, see `imaml_jax.networks.Network`.
+      loss_fn: `(outputs, targets) -> scalar`, a mean over examples.
+      inner: Optax transform of the inner loop.
+      num_steps: inner steps in training.
+      average: `[samples, n, ...] -> [n, ...]`, the predictive of `predict`: `mixture_logits` for a
+        classifier, `mean_outputs` for a regressor; None leaves the samples stacked.
+      eval_num_steps: inner steps in `adapt`; default `num_steps`.
+      num_samples: initialisations of a task in training.
+      eval_num_samples: initialisations in `adapt`.
+      kl_weight: of the summed KL divergence, at least 0.
+      prior_rate: initial gamma_p.
+      posterior_rate: initial gamma_q.
+      prior_variance: initial sigma^2 of every parameter.
+      posterior_variance: initial v_q of every parameter.
+      adaptation: `U`, a factory with the signature of `maml`, whose meta-parameters are the
+        network's: `fomaml`, or `partial(imaml, reg_strength=2.0)` for the implicit variant, where
+        `U(theta) = argmin_phi L^support(phi) + lambda/2 ||phi - theta||^2`; watch what it reports.
+      fast: which parameters are adapted and random, by path; default all.
+      statistics: batch-norm mode of the query examples, see `learners.base.supervised`.
+
+    Returns:
+      The `MetaLearner`. `adapted` holds the adapted parameters stacked `[samples, ...]`. In `info`,
+      losses and residuals are means over samples, `min_curvature` is the smallest.
+
+    Raises:
+      ValueError: a setting out of its range.
+
+    References:
+      Finn, Xu, Levine, "Probabilistic Model-Agnostic Meta-Learning", NeurIPS 2018, Algorithms 1
+      and 2.
+    """
+    check_steps("platipus", num_steps=num_steps, eval_num_steps=eval_num_steps)
+    check_steps("platipus", num_samples=num_samples, eval_num_samples=eval_num_samples)
+    if not 0 <= kl_weight < math.inf:
+        raise ValueError(f"platipus: kl_weight={kl_weight} must be at least 0 and finite")
+    for name, rate in (("prior_rate", prior_rate), ("posterior_rate", posterior_rate)):
+        if not math.isfinite(rate):
+            raise ValueError(f"platipus: {name}={rate} must be finite")
+    variances = {"prior_variance": prior_variance, "posterior_variance": posterior_variance}
+    for name, variance in variances.items():
+        if not 0 < variance < math.inf:
+            raise ValueError(f"platipus: {name}={variance} must be positive and finite")
+    problem = supervised(network, loss_fn, fast=fast, statistics=statistics)
+    learner = adaptation(
+        network,
+        loss_fn,
+        inner=inner,
+        num_steps=num_steps,
+        eval_num_steps=eval_num_steps,
+        fast=fast,
+        statistics=statistics,
+    )
+
+    def init(key, example_inputs):
+        mean = problem.init(key, example_inputs)
+        if jax.tree.structure(learner.init(key, example_inputs)) != jax.tree.structure(mean):
+            raise ValueError(
+                f"platipus: the meta-parameters of adaptation={adaptation} must be the network's; "
+                "turn off what else it learns"
+            )
+        anchor, _ = problem.split(mean)
+        dtype = jnp.result_type(*jax.tree.leaves(anchor))
+        return PlatipusParams(
+            mean,
+            optax.tree.full_like(anchor, math.log(prior_variance)),
+            optax.tree.full_like(anchor, math.log(posterior_variance)),
+            jnp.asarray(prior_rate, dtype),
+            jnp.asarray(posterior_rate, dtype),
+        )
+
+    def step_from_mean(meta_params, rate, loss):
+        """`mu - rate grad loss(mu)`, the slow parameters held."""
+        anchor, slow = problem.split(meta_params.mean)
+        return optax.tree.add_scale(anchor, -rate, jax.grad(loss)(anchor, slow))
+
+    def prior_given(meta_params, support):
+        mean = step_from_mean(
+            meta_params,
+            meta_params.prior_rate,
+            lambda p, slow: problem.support_loss(p, slow, support),
+        )
+        return Gaussian(mean, meta_params.log_prior_variance)
+
+    def posterior_given(meta_params, task):
+        mean = step_from_mean(
+            meta_params,
+            meta_params.posterior_rate,
+            lambda p, slow: problem.query_loss(p, slow, task)[0],
+        )
+        return Gaussian(mean, meta_params.log_posterior_variance)
+
+    def draw(gaussian, meta_params, key, num):
+        """Initialisations `[num, ...]`, as the network's parameters."""
+        _, slow = problem.split(meta_params.mean)
+        keys = jax.random.split(key, num)
+        return jax.vmap(lambda key: combine(_sample(gaussian, key), slow))(keys)
+
+    def adapt(meta_params, support, key):
+        draw_key, key = jax.random.split(key)
+        prior = prior_given(meta_params, support)
+        inits = draw(prior, meta_params, draw_key, eval_num_samples)
+        keys = jax.random.split(key, eval_num_samples)
+        adapted, info = jax.vmap(learner.adapt, (0, None, 0))(inits, support, keys)
+        return adapted, _over_samples(info)
+
+    def predict(adapted, inputs):
+        outputs = jax.vmap(learner.predict, (0, None))(adapted, inputs)
+        return outputs if average is None else average(outputs)
+
+    def meta_grad(meta_params, task, key, step):
+        draw_key, key = jax.random.split(key)
+
+        def inits_and_kl(meta_params):
+            posterior = posterior_given(meta_params, task)
+            kl = kl_divergence(posterior, prior_given(meta_params, task.support))
+            return draw(posterior, meta_params, draw_key, num_samples), kl
+
+        (inits, kl), pullback = jax.vjp(inits_and_kl, meta_params)
+        keys = jax.random.split(key, num_samples)
+        grads, info = jax.vmap(learner.meta_grad, (0, None, 0, None))(inits, task, keys, step)
+        cotangent = optax.tree.scale(1 / num_samples, grads), jnp.full_like(kl, kl_weight)
+        (grads,) = pullback(cotangent)
+        return grads, _over_samples(info)._replace(kl_divergence=kl)
+
+    return MetaLearner(init, adapt, predict, meta_grad)
+
+
+def kl_divergence(q: Gaussian, p: Gaussian) -> Array:
+    """`KL(q || p)` of two diagonal Gaussians over one pytree, summed over its entries."""
+
+    def summed(q_mean, q_log_variance, p_mean, p_log_variance):
+        log_ratio = q_log_variance - p_log_variance
+        distance = jnp.square(q_mean - p_mean) * jnp.exp(-p_log_variance)
+        return 0.5 * jnp.sum(jnp.expm1(log_ratio) - log_ratio + distance)
+
+    terms = jax.tree.map(summed, q.mean, q.log_variance, p.mean, p.log_variance)
+    return jnp.asarray(optax.tree.sum(terms))
+
+
+def _sample(gaussian: Gaussian, key: Array) -> PyTree:
+    noise = optax.tree.random_like(key, gaussian.mean)
+    return jax.tree.map(
+        lambda m, log_v, e: m + jnp.exp(0.5 * log_v) * e,
+        gaussian.mean,
+        gaussian.log_variance,
+        noise,
+    )
+
+
+def _over_samples(infos: MetaInfo) -> MetaInfo:
+    means = jax.tree.map(lambda x: x.mean(0), infos)
+    worst = jax.tree.map(lambda x: x.min(0), infos.min_curvature)
+    return means._replace(min_curvature=worst)
