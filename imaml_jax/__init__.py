@@ -15,10 +15,14 @@ from imaml_jax.gradient_error import (
 from imaml_jax.implicit import custom_argmin, custom_root, root_jvp, root_vjp
 from imaml_jax.inner import MinimizeInfo, adaptive_gd, minimize, newton_cg, proximal_objective
 from imaml_jax.learners import (
+    bmaml,
     cross_entropy,
     fomaml,
     imaml,
     imaml_dev,
+    implicit_bmaml,
+    learned_precisions,
+    likelihood,
     maml,
     mean_squared_error,
     reptile,
@@ -33,6 +37,7 @@ from imaml_jax.linear_solve import (
 )
 from imaml_jax.low_rank import nystrom_preconditioner, solve_nystrom, solve_woodbury
 from imaml_jax.minres import solve_minres
+from imaml_jax.svgd import median_bandwidth, svgd_direction, svgd_objective
 from imaml_jax.types import Batch, LinearOperator, LowRank, MetaLearner, Task
 
 __version__ = "0.1.0"
@@ -49,6 +54,7 @@ __all__ = [
     "Task",
     "adaptive_gd",
     "adaptive_gradient",
+    "bmaml",
     "cross_entropy",
     "custom_argmin",
     "custom_root",
@@ -63,11 +69,15 @@ __all__ = [
     "hvp_fn",
     "imaml",
     "imaml_dev",
+    "implicit_bmaml",
     "implicit_gradient_bound",
     "implicit_gradient_error",
     "jacobi_preconditioner",
+    "learned_precisions",
+    "likelihood",
     "maml",
     "mean_squared_error",
+    "median_bandwidth",
     "minimize",
     "newton_cg",
     "nystrom_preconditioner",
@@ -83,4 +93,6 @@ __all__ = [
     "solve_neumann",
     "solve_nystrom",
     "solve_woodbury",
+    "svgd_direction",
+    "svgd_objective",
 ]

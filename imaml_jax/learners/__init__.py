@@ -1,9 +1,24 @@
 """Meta-learning algorithms, one a file; each a factory of a `MetaLearner`."""
 
 from imaml_jax.learners.base import cross_entropy, mean_squared_error
+from imaml_jax.learners.bmaml import bmaml
 from imaml_jax.learners.imaml import imaml
 from imaml_jax.learners.imaml_dev import imaml_dev
+from imaml_jax.learners.implicit_bmaml import implicit_bmaml
 from imaml_jax.learners.maml import fomaml, maml
+from imaml_jax.learners.posterior import learned_precisions, likelihood
 from imaml_jax.learners.reptile import reptile
 
-__all__ = ["cross_entropy", "fomaml", "imaml", "imaml_dev", "maml", "mean_squared_error", "reptile"]
+__all__ = [
+    "bmaml",
+    "cross_entropy",
+    "fomaml",
+    "imaml",
+    "imaml_dev",
+    "implicit_bmaml",
+    "learned_precisions",
+    "likelihood",
+    "maml",
+    "mean_squared_error",
+    "reptile",
+]

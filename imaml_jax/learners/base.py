@@ -35,6 +35,7 @@ class MetaInfo(NamedTuple):
       gradient_error: estimated error of the meta-gradient relative to its norm.
       num_rounds: rounds that an adaptive meta-gradient took.
       missed_accuracy: 1 where they were not enough, 0 where they were.
+      meta_loss: what was differentiated, where that is not `query_loss`.
     """
 
     query_loss: Array | None = None
@@ -48,6 +49,7 @@ class MetaInfo(NamedTuple):
     gradient_error: Array | None = None
     num_rounds: Array | None = None
     missed_accuracy: Array | None = None
+    meta_loss: Array | None = None
 
 
 class Adapted(NamedTuple):
@@ -113,6 +115,13 @@ def mixture_logits(logits: Array) -> Array:
     """
     log_probabilities = jax.nn.log_softmax(logits)
     return jax.nn.logsumexp(log_probabilities, axis=0) - jnp.log(logits.shape[0])
+
+
+def accuracy_of(outputs: Array, targets: Array) -> Array | None:
+    """The share of integer targets whose logit is the largest; None for other targets."""
+    if not jnp.issubdtype(targets.dtype, jnp.integer):
+        return None
+    return jnp.mean(jnp.argmax(outputs, -1) == targets)
 
 
 def partition(params: Params, fast: FastPredicate) -> tuple[PyTree, PyTree]:
@@ -194,11 +203,7 @@ def supervised(
     def query_loss(fast, slow, task):
         params = combine(fast, slow)
         outputs = outputs_given_support(params, task.support.inputs, task.query.inputs)
-        targets = task.query.targets
-        accuracy = None
-        if jnp.issubdtype(targets.dtype, jnp.integer):
-            accuracy = jnp.mean(jnp.argmax(outputs, -1) == targets)
-        return loss_fn(outputs, targets), accuracy
+        return loss_fn(outputs, task.query.targets), accuracy_of(outputs, task.query.targets)
 
     def finish(fast, slow, support):
         kept = None if statistics == "batch" else support.inputs
@@ -219,12 +224,12 @@ def supervised(
 
 
 def make_adapt(
-    problem: Problem, run: Callable[[PyTree, PyTree, Batch, Array], tuple[PyTree, MinimizeInfo]]
+    problem: Any, run: Callable[[PyTree, PyTree, Batch, Array], tuple[PyTree, MinimizeInfo]]
 ) -> Callable[[Params, Batch, Array], tuple[Adapted, MetaInfo]]:
     """The `adapt` of a learner.
 
     Args:
-      problem: the few-shot problem.
+      problem: a record with `split` and `finish`, as `Problem` is.
       run: `(fast, slow, support, key) -> (adapted fast, MinimizeInfo)`, by the evaluation settings.
 
     Returns:
