@@ -41,10 +41,14 @@ from imaml_jax.inner import (
 )
 from imaml_jax.learners import (
     PlatipusParams,
+    bmaml,
     cross_entropy,
     fomaml,
     imaml,
     imaml_dev,
+    implicit_bmaml,
+    learned_precisions,
+    likelihood,
     maml,
     mamlpp,
     mean_outputs,
@@ -75,6 +79,11 @@ from imaml_jax.policies import (
     categorical_policy,
     gaussian_policy,
 )
+from imaml_jax.svgd import (
+    median_bandwidth,
+    svgd_direction,
+    svgd_objective,
+)
 from imaml_jax.types import (
     Batch,
     Environment,
@@ -100,6 +109,7 @@ __all__ = [
     "Task",
     "adaptive_gd",
     "adaptive_gradient",
+    "bmaml",
     "categorical_policy",
     "cross_entropy",
     "custom_argmin",
@@ -116,13 +126,17 @@ __all__ = [
     "hvp_fn",
     "imaml",
     "imaml_dev",
+    "implicit_bmaml",
     "implicit_gradient_bound",
     "implicit_gradient_error",
     "jacobi_preconditioner",
+    "learned_precisions",
+    "likelihood",
     "maml",
     "mamlpp",
     "mean_outputs",
     "mean_squared_error",
+    "median_bandwidth",
     "minimize",
     "mixture_logits",
     "newton_cg",
@@ -142,4 +156,6 @@ __all__ = [
     "solve_neumann",
     "solve_nystrom",
     "solve_woodbury",
+    "svgd_direction",
+    "svgd_objective",
 ]

@@ -29,7 +29,7 @@ FLOORS = (
     ("diagonal", "low_rank", "minres"),
     ("gradient_error", "implicit"),
     ("inner",),
-    ("adaptive", "convolution"),
+    ("adaptive", "convolution", "svgd"),
     ("networks", "policies"),
     ("trajectories",),
     ("returns",),

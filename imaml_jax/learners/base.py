@@ -37,6 +37,7 @@ class MetaInfo(NamedTuple):
       missed_accuracy: 1 where they were not enough, 0 where they were.
       kl_divergence: of the distribution that training samples from the one left at test, before its
         weight.
+      meta_loss: what was differentiated, where that is not `query_loss`.
     """
 
     query_loss: Array | None = None
@@ -51,6 +52,7 @@ class MetaInfo(NamedTuple):
     num_rounds: Array | None = None
     missed_accuracy: Array | None = None
     kl_divergence: Array | None = None
+    meta_loss: Array | None = None
 
 
 class Adapted(NamedTuple):
@@ -127,6 +129,13 @@ def mixture_logits(logits: Array) -> Array:
     """
     log_probabilities = jax.nn.log_softmax(logits)
     return jax.nn.logsumexp(log_probabilities, axis=0) - jnp.log(logits.shape[0])
+
+
+def accuracy_of(outputs: Array, targets: Array) -> Array | None:
+    """The share of integer targets whose logit is the largest; None for other targets."""
+    if not jnp.issubdtype(targets.dtype, jnp.integer):
+        return None
+    return jnp.mean(jnp.argmax(outputs, -1) == targets)
 
 
 def partition(params: Params, fast: FastPredicate) -> tuple[PyTree, PyTree]:
@@ -219,11 +228,7 @@ def supervised(
         else:
             params = combine(fast, slow)
             outputs = outputs_given_support(params, task.support.inputs, task.query.inputs)
-        targets = task.query.targets
-        accuracy = None
-        if jnp.issubdtype(targets.dtype, jnp.integer):
-            accuracy = jnp.mean(jnp.argmax(outputs, -1) == targets)
-        return loss_fn(outputs, targets), accuracy
+        return loss_fn(outputs, task.query.targets), accuracy_of(outputs, task.query.targets)
 
     def finish(fast, slow, support):
         kept = None if statistics == "batch" else support.inputs
@@ -245,12 +250,12 @@ def supervised(
 
 
 def make_adapt(
-    problem: Problem, run: Callable[[PyTree, PyTree, Batch, Array], tuple[PyTree, MinimizeInfo]]
+    problem: Any, run: Callable[[PyTree, PyTree, Batch, Array], tuple[PyTree, MinimizeInfo]]
 ) -> Callable[[Params, Batch, Array], tuple[Adapted, MetaInfo]]:
     """The `adapt` of a learner.
 
     Args:
-      problem: the few-shot problem.
+      problem: a record with `split` and `finish`, as `Problem` is.
       run: `(fast, slow, support, key) -> (adapted fast, MinimizeInfo)`, by the evaluation settings.
 
     Returns:

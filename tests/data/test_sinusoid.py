@@ -50,8 +50,40 @@ def test_noise_has_the_given_scale(key):
         ({"amplitude": (5.0, 0.1)}, "amplitude"),
         ({"noise": -1.0}, "noise=-1.0"),
         ({"noise": float("nan")}, "noise=nan"),
+        ({"frequency": (2.0, 0.5)}, "frequency"),
+        ({"relative_noise": -1.0}, "relative_noise=-1.0"),
     ],
 )
 def test_rejects(key, change, message):
     with pytest.raises(ValueError, match=message):
         sinusoid.sample_tasks(key, **{**SHAPE, **change})
+
+
+def test_frequencies_leave_all_else_as_it_was(key, x64):
+    """A fit of sines and cosines of the frequency found on a grid leaves nothing."""
+    options = {"num_tasks": 5, "shots": 10, "queries": 10}
+    plain = sinusoid.sample_tasks(key, **options)
+    task = sinusoid.sample_tasks(key, frequency=(0.5, 2.0), **options)
+    np.testing.assert_array_equal(plain.support.inputs, task.support.inputs)
+    grid = np.linspace(0.45, 2.05, 1601)
+    best = []
+    for x, y in zip(task.support.inputs[..., 0], task.support.targets[..., 0], strict=True):
+        waves = [np.stack([np.sin(w * x), np.cos(w * x)], 1) for w in grid]
+        fits = [np.linalg.lstsq(wave, y, rcond=None)[0] for wave in waves]
+        errors = [np.abs(wave @ fit - y).max() for wave, fit in zip(waves, fits, strict=True)]
+        assert np.min(errors) < 0.02
+        best.append(grid[np.argmin(errors)])
+    assert 0.5 <= np.min(best) < np.max(best) <= 2.0
+    fixed = sinusoid.sample_tasks(key, frequency=(1.0, 1.0), **options)
+    np.testing.assert_array_equal(fixed.query.targets, plain.query.targets)
+
+
+def test_relative_noise_grows_with_the_amplitude(key):
+    options = {"num_tasks": 50, "shots": 50, "queries": 50, "noise": 0.1, "relative_noise": 0.2}
+    for amplitude, scale in ((1.0, 0.3), (4.0, 0.9)):
+        clean, noisy = (
+            sinusoid.sample_tasks(key, amplitude=(amplitude, amplitude), **chosen)
+            for chosen in ({**options, "noise": 0.0, "relative_noise": 0.0}, options)
+        )
+        deviation = np.std(noisy.query.targets - clean.query.targets)
+        assert deviation == pytest.approx(scale, rel=0.1)

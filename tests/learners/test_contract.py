@@ -19,10 +19,12 @@ from imaml_jax import (
     MetaLearner,
     Task,
     adaptive_gd,
+    bmaml,
     cross_entropy,
     fomaml,
     imaml,
     imaml_dev,
+    implicit_bmaml,
     maml,
     mamlpp,
     mean_squared_error,
@@ -59,6 +61,7 @@ class Row(NamedTuple):
     without_jit: bool = True
 
 
+three_particles = dict(num_particles=3, inner=optax.sgd(0.05))
 published_adam = optax.adam(0.01, b1=0.0)
 LEARNERS = [
     Row("maml", maml, dict(inner=sgd, num_steps=2, eval_num_steps=5)),
@@ -108,6 +111,15 @@ LEARNERS = [
         "imaml_adaptive",
         imaml,
         dict(inner=sgd, num_steps=8, accuracy=1e-2, max_rounds=5),
+        only_mlp,
+        False,
+    ),
+    Row("bmaml", bmaml, dict(num_steps=2, eval_num_steps=5, **three_particles), only_mlp, False),
+    Row("bmaml_head", bmaml, dict(num_steps=2, fast=is_head, **three_particles), ("conv",), False),
+    Row(
+        "implicit_bmaml",
+        implicit_bmaml,
+        dict(num_steps=8, reg_strength=2.0, **three_particles),
         only_mlp,
         False,
     ),

@@ -1,0 +1,148 @@
+"""Bayesian MAML."""
+
+from functools import partial
+from typing import Any, Literal, get_args
+
+import jax
+import jax.numpy as jnp
+import optax
+from jax import lax
+
+from imaml_jax.inner import minimize
+from imaml_jax.learners.base import (
+    Average,
+    FastPredicate,
+    LossFn,
+    Statistics,
+    check_steps,
+    combine,
+    inner_report,
+    make_adapt,
+)
+from imaml_jax.learners.ensemble import ensemble
+from imaml_jax.learners.posterior import Posterior
+from imaml_jax.svgd import Kernel, check_kernel, svgd_objective
+from imaml_jax.types import Batch, MetaLearner
+
+MetaLoss = Literal["chaser", "query"]
+
+
+def bmaml(
+    network: Any,
+    loss_fn: LossFn,
+    *,
+    num_particles: int,
+    inner: optax.GradientTransformation,
+    num_steps: int,
+    meta_loss: MetaLoss = "chaser",
+    leader_steps: int = 1,
+    leader: optax.GradientTransformation | None = None,
+    eval_num_steps: int | None = None,
+    posterior: Posterior | None = None,
+    bandwidth: float | None = None,
+    kernel: Kernel = "exact",
+    average: Average | Literal["auto"] | None = "auto",
+    fast: FastPredicate | None = None,
+    statistics: Statistics = "batch",
+    init_spread: float = 0.01,
+    remat: bool = True,
+) -> MetaLearner:
+    """MAML for an ensemble, adapted by Stein variational gradient descent to a task's posterior.
+
+    `Theta_c = SVGD_s(Theta, support)` is the chaser, `Theta_l = SVGD_t(Theta_c, support + query)`
+    the leader. The chaser loss is `||Theta_c - stop(Theta_l)||^2`, differentiated by unrolling the
+    chaser; the query loss is that of the ensemble's one prediction.
+
+    The meta-parameters are the network's, those that are adapted with a leading axis of particles.
+    An inner rate is that of a sum over examples: one particle with a bandwidth of any value, a flat
+    prior, the rate `a/n` and the query loss is MAML with the rate `a`. `support_loss` is the mean
+    negative log-density, `inner_residual` that of the direction.
+
+    Args:
+      network: `(init, apply)` pair, see `imaml_jax.networks.Network`.
+      loss_fn: `(outputs, targets) -> scalar`, a mean over examples.
+      num_particles: `M`.
+      inner: Optax transform that is fed minus the SVGD direction, such as `optax.sgd(1e-3)`.
+      num_steps: chaser's steps in training.
+      meta_loss: "chaser" or "query".
+      leader_steps: leader's steps beyond the chaser, at least 0; only for the chaser loss.
+      leader: transform of those steps; default `inner`, begun anew.
+      eval_num_steps: steps in `adapt`; default `num_steps`.
+      posterior: the density, of `learners.posterior`: default `likelihood(loss_fn)`;
+        `learned_precisions()` is the published one for regression.
+      bandwidth: of the kernel, see `svgd_direction`; default the median's.
+      kernel: "exact", or "official" for the constants of the published code.
+      average: the one prediction, `outputs [M, n, ...] -> [n, ...]`; "auto" for `mixture_logits`
+        with `cross_entropy` and `mean_outputs` with `mean_squared_error`. None makes `predict`
+        return all particles' outputs.
+      fast: which parameters are adapted and have particles, by path; default all. Published for
+        classification is the head alone.
+      statistics: batch-norm mode of the query examples, see `learners.base.supervised`.
+      init_spread: standard deviation of noise on the initial particles, for those parameters that
+        `network.init` makes equal (biases, a head of zeros), and which would remain so.
+      remat: recompute each inner step in the backward pass instead of storing its activations.
+
+    Returns:
+      The `MetaLearner`.
+
+    Raises:
+      ValueError: a setting out of its range; the median kernel with one particle.
+
+    References:
+      Yoon, Kim, Dia, Kim, Bengio, Ahn, "Bayesian Model-Agnostic Meta-Learning", NeurIPS 2018,
+      Algorithms 1 to 3.
+      github.com/jsikyoon/bmaml
+    """
+    check_steps("bmaml", num_steps=num_steps, eval_num_steps=eval_num_steps)
+    if leader_steps != 0:
+        check_steps("bmaml", leader_steps=leader_steps)
+    if meta_loss not in get_args(MetaLoss):
+        raise ValueError(f"bmaml: meta_loss={meta_loss!r} must be one of {get_args(MetaLoss)}")
+    problem = ensemble(
+        "bmaml",
+        network,
+        loss_fn,
+        num_particles=num_particles,
+        posterior=posterior,
+        average=average,
+        fast=fast,
+        statistics=statistics,
+        init_spread=init_spread,
+    )
+    check_kernel("bmaml", num_particles, bandwidth, kernel)
+    objective = svgd_objective(problem.log_densities, bandwidth=bandwidth, kernel=kernel)
+    descend = partial(minimize, objective, remat=remat)
+
+    def run_at_evaluation(particles, slow, support, key):
+        del key
+        steps = eval_num_steps or num_steps
+        return descend(particles, slow, support, tx=inner, num_steps=steps)
+
+    def chaser_loss(chaser, slow, task):
+        start, slow = lax.stop_gradient((chaser, slow))
+        both = Batch(*map(jnp.concatenate, zip(task.support, task.query, strict=True)))
+        last, _ = descend(start, slow, both, tx=leader or inner, num_steps=leader_steps)
+        difference = optax.tree.sub(*map(problem.compared, (chaser, last)))
+        return optax.tree.norm(difference, squared=True)
+
+    def meta_grad(meta_params, task, key, step):
+        del key, step
+
+        def loss(particles, slow):
+            adapted, info = descend(particles, slow, task.support, tx=inner, num_steps=num_steps)
+            query_loss, accuracy = problem.query_loss(adapted, slow, task)
+            value = query_loss if meta_loss == "query" else chaser_loss(adapted, slow, task)
+            return value, (query_loss, accuracy, info)
+
+        (value, (query_loss, accuracy, info)), grads = jax.value_and_grad(
+            loss, argnums=(0, 1), has_aux=True
+        )(*problem.split(meta_params))
+        return combine(*grads), inner_report(
+            info,
+            query_loss=query_loss,
+            query_accuracy=accuracy,
+            meta_loss=None if meta_loss == "query" else value,
+        )
+
+    adapt = make_adapt(problem, run_at_evaluation)
+    return MetaLearner(problem.init, adapt, problem.predict, meta_grad)

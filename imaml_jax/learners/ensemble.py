@@ -1,0 +1,152 @@
+"""What the learners share whose adapted parameters are several particles."""
+
+from collections.abc import Callable
+from typing import Any, Literal, NamedTuple
+
+import jax
+import optax
+
+from imaml_jax.learners.base import (
+    Adapted,
+    Average,
+    FastPredicate,
+    LossFn,
+    Statistics,
+    accuracy_of,
+    check_steps,
+    combine,
+    cross_entropy,
+    mean_outputs,
+    mean_squared_error,
+    mixture_logits,
+    partition,
+    supervised,
+)
+from imaml_jax.learners.posterior import Posterior, likelihood
+from imaml_jax.types import Array, Batch, Params, PyTree, Task
+
+
+class Ensemble(NamedTuple):
+    """A few-shot problem whose adapted parameters have a leading axis of `M` particles.
+
+    Attributes:
+      init: `(key, example_inputs) -> meta_params`, the network's parameters, the adapted ones
+        `[M, ...]`.
+      split: `meta_params -> (particles, slow)`, each with None where the other has a leaf.
+      encode: `(slow, task) -> slow`, as in `Problem`.
+      log_densities: `(particles, slow, batch) -> [M]`.
+      query_loss: `(particles, slow, task) -> (scalar, accuracy or None)` of their one prediction.
+      compared: `particles -> particles`, without what the chaser loss leaves out.
+      finish: `(particles, slow, support) -> Adapted`.
+      predict: `(adapted, inputs) -> outputs`, as `average` says.
+    """
+
+    init: Callable[[Array, Any], Params]
+    split: Callable[[Params], tuple[PyTree, PyTree]]
+    encode: Callable[[PyTree, Task], PyTree]
+    log_densities: Callable[[PyTree, PyTree, Batch], Array]
+    query_loss: Callable[[PyTree, PyTree, Task], tuple[Array, Array | None]]
+    compared: Callable[[PyTree], PyTree]
+    finish: Callable[[PyTree, PyTree, Batch], Adapted]
+    predict: Callable[[Adapted, Any], Any]
+
+
+def ensemble(
+    name: str,
+    network: Any,
+    loss_fn: LossFn,
+    *,
+    num_particles: int,
+    posterior: Posterior | None,
+    average: Average | Literal["auto"] | None,
+    fast: FastPredicate | None,
+    statistics: Statistics,
+    init_spread: float,
+) -> Ensemble:
+    """The few-shot problem of an ensemble of particles.
+
+    Args:
+      name: of the learner, for messages.
+      network: `(init, apply)` pair.
+      loss_fn: `(outputs, targets) -> scalar`, a mean over examples.
+      num_particles: `M`.
+      posterior: what the particles are adapted to; None for `likelihood(loss_fn)`.
+      average: `outputs [M, n, ...] -> prediction`; "auto" for `mixture_logits` with `cross_entropy`
+        and `mean_outputs` with `mean_squared_error`. None to predict all `M`; their query loss is
+        then that of "auto".
+      fast: which parameters are particles, by path; None for all.
+      statistics: batch-norm mode of the query examples, see `supervised`.
+      init_spread: standard deviation of the noise on the initial particles.
+
+    Returns:
+      The `Ensemble`.
+
+    Raises:
+      ValueError: a setting out of its range.
+    """
+    check_steps(name, num_particles=num_particles)
+    if not 0 <= init_spread < float("inf"):
+        raise ValueError(f"{name}: init_spread={init_spread} must be at least 0 and finite")
+    posterior = posterior or likelihood(loss_fn)
+    one_prediction = average if callable(average) else _fitting_average(name, average, loss_fn)
+    problem = supervised(posterior.wrap(network), loss_fn, fast=fast, statistics=statistics)
+
+    def init(key, example_inputs):
+        keys = jax.random.split(key, num_particles)
+        drawn = jax.vmap(problem.init, in_axes=(0, None))(keys, example_inputs)
+        particles, slow = problem.split(drawn)
+        slow = jax.tree.map(lambda x: x[0], slow)
+        if num_particles > 1:
+            noise = optax.tree.random_like(jax.random.fold_in(key, num_particles), particles)
+            particles = optax.tree.add_scale(particles, init_spread, noise)
+        return combine(particles, slow)
+
+    def log_densities(particles, slow, batch):
+        def log_density(particle):
+            outputs = problem.support_outputs(particle, slow, batch)
+            return posterior.log_density(particle, outputs, batch.targets)
+
+        return jax.vmap(log_density)(particles)
+
+    def sample_outputs(adapted, inputs):
+        particles, slow = problem.split(adapted.params)
+
+        def outputs(particle):
+            one = Adapted(combine(particle, slow), adapted.support_inputs)
+            return problem.predict(one, inputs)
+
+        return jax.vmap(outputs)(particles)
+
+    def predict(adapted, inputs):
+        outputs = sample_outputs(adapted, inputs)
+        return outputs if average is None else one_prediction(outputs)
+
+    def query_loss(particles, slow, task):
+        adapted = problem.finish(particles, slow, task.support)
+        outputs = one_prediction(sample_outputs(adapted, task.query.inputs))
+        targets = task.query.targets
+        return loss_fn(outputs, targets), accuracy_of(outputs, targets)
+
+    return Ensemble(
+        init,
+        problem.split,
+        problem.encode,
+        log_densities,
+        query_loss,
+        lambda particles: partition(particles, posterior.compared)[0],
+        problem.finish,
+        predict,
+    )
+
+
+def _fitting_average(name: str, average: Any, loss_fn: LossFn) -> Average:
+    if average not in ("auto", None):
+        raise ValueError(f"{name}: average={average!r} must be a function, 'auto' or None")
+    if loss_fn is cross_entropy:
+        return mixture_logits
+    if loss_fn is mean_squared_error:
+        return mean_outputs
+    raise ValueError(
+        f"{name}: average={average!r} knows cross_entropy and mean_squared_error only; with "
+        "another loss give a function of outputs [M, n, ...], as learners.base.mixture_logits"
+    )
