@@ -4,10 +4,7 @@ The light modules' names; networks, data, training, evaluation and checkpoints a
 module, so that the toolbox needs neither flax nor orbax.
 """
 
-from imaml_jax.adaptive import (
-    AdaptiveInfo,
-    adaptive_gradient,
-)
+from imaml_jax.adaptive import AdaptiveInfo, adaptive_gradient
 from imaml_jax.curvature import (
     damped,
     gauss_newton,
@@ -17,21 +14,13 @@ from imaml_jax.curvature import (
     hvp,
     hvp_fn,
 )
-from imaml_jax.diagonal import (
-    estimate_diagonal,
-    jacobi_preconditioner,
-)
+from imaml_jax.diagonal import estimate_diagonal, jacobi_preconditioner
 from imaml_jax.gradient_error import (
     GradientError,
     implicit_gradient_bound,
     implicit_gradient_error,
 )
-from imaml_jax.implicit import (
-    custom_argmin,
-    custom_root,
-    root_jvp,
-    root_vjp,
-)
+from imaml_jax.implicit import custom_argmin, custom_root, root_jvp, root_vjp
 from imaml_jax.inner import (
     MinimizeInfo,
     adaptive_gd,
@@ -72,18 +61,9 @@ from imaml_jax.low_rank import (
     solve_nystrom,
     solve_woodbury,
 )
-from imaml_jax.minres import (
-    solve_minres,
-)
-from imaml_jax.policies import (
-    categorical_policy,
-    gaussian_policy,
-)
-from imaml_jax.svgd import (
-    median_bandwidth,
-    svgd_direction,
-    svgd_objective,
-)
+from imaml_jax.minres import solve_minres
+from imaml_jax.policies import categorical_policy, gaussian_policy
+from imaml_jax.svgd import median_bandwidth, svgd_direction, svgd_objective
 from imaml_jax.types import (
     Batch,
     Environment,

@@ -6,42 +6,17 @@ from imaml_jax.learners.base import (
     mean_squared_error,
     mixture_logits,
 )
-from imaml_jax.learners.bmaml import (
-    bmaml,
-)
-from imaml_jax.learners.imaml import (
-    imaml,
-)
-from imaml_jax.learners.imaml_dev import (
-    imaml_dev,
-)
-from imaml_jax.learners.implicit_bmaml import (
-    implicit_bmaml,
-)
-from imaml_jax.learners.maml import (
-    fomaml,
-    maml,
-)
-from imaml_jax.learners.mamlpp import (
-    mamlpp,
-)
-from imaml_jax.learners.platipus import (
-    PlatipusParams,
-    platipus,
-)
-from imaml_jax.learners.policy_gradient import (
-    policy_gradient,
-)
-from imaml_jax.learners.policy_problem import (
-    policy_problem,
-)
-from imaml_jax.learners.posterior import (
-    learned_precisions,
-    likelihood,
-)
-from imaml_jax.learners.reptile import (
-    reptile,
-)
+from imaml_jax.learners.bmaml import bmaml
+from imaml_jax.learners.imaml import imaml
+from imaml_jax.learners.imaml_dev import imaml_dev
+from imaml_jax.learners.implicit_bmaml import implicit_bmaml
+from imaml_jax.learners.maml import fomaml, maml
+from imaml_jax.learners.mamlpp import mamlpp
+from imaml_jax.learners.platipus import PlatipusParams, platipus
+from imaml_jax.learners.policy_gradient import policy_gradient
+from imaml_jax.learners.policy_problem import policy_problem
+from imaml_jax.learners.posterior import learned_precisions, likelihood
+from imaml_jax.learners.reptile import reptile
 
 __all__ = [
     "PlatipusParams",
