@@ -134,7 +134,8 @@ def platipus(
 
     def init(key, example_inputs):
         mean = problem.init(key, example_inputs)
-        if jax.tree.structure(learner.init(key, example_inputs)) != jax.tree.structure(mean):
+        start = jax.eval_shape(learner.init, key, example_inputs)
+        if jax.tree.structure(start) != jax.tree.structure(mean):
             raise ValueError(
                 f"platipus: the meta-parameters of adaptation={adaptation} must be the network's; "
                 "turn off what else it learns"
@@ -149,37 +150,34 @@ def platipus(
             jnp.asarray(posterior_rate, dtype),
         )
 
-    def step_from_mean(meta_params, rate, loss):
-        """`mu - rate grad loss(mu)`, the slow parameters held."""
-        anchor, slow = problem.split(meta_params.mean)
-        return optax.tree.add_scale(anchor, -rate, jax.grad(loss)(anchor, slow))
+    def stepped(mean, rate, log_variance, loss):
+        """`N(mu - rate grad loss(mu), exp(log_variance))`."""
+        anchor, slow = problem.split(mean)
+        step = jax.grad(loss)(anchor, slow)
+        return Gaussian(optax.tree.add_scale(anchor, -rate, step), log_variance)
 
-    def prior_given(meta_params, support):
-        mean = step_from_mean(
-            meta_params,
-            meta_params.prior_rate,
-            lambda p, slow: problem.support_loss(p, slow, support),
-        )
-        return Gaussian(mean, meta_params.log_prior_variance)
+    def prior_given(params, support):
+        def loss(anchor, slow):
+            return problem.support_loss(anchor, slow, support)
 
-    def posterior_given(meta_params, task):
-        mean = step_from_mean(
-            meta_params,
-            meta_params.posterior_rate,
-            lambda p, slow: problem.query_loss(p, slow, task)[0],
-        )
-        return Gaussian(mean, meta_params.log_posterior_variance)
+        return stepped(params.mean, params.prior_rate, params.log_prior_variance, loss)
 
-    def draw(gaussian, meta_params, key, num):
+    def posterior_given(params, task):
+        def loss(anchor, slow):
+            return problem.query_loss(anchor, slow, task)[0]
+
+        return stepped(params.mean, params.posterior_rate, params.log_posterior_variance, loss)
+
+    def draw(gaussian, mean, key, num):
         """Initialisations `[num, ...]`, as the network's parameters."""
-        _, slow = problem.split(meta_params.mean)
+        _, slow = problem.split(mean)
         keys = jax.random.split(key, num)
         return jax.vmap(lambda key: combine(_sample(gaussian, key), slow))(keys)
 
     def adapt(meta_params, support, key):
         draw_key, key = jax.random.split(key)
         prior = prior_given(meta_params, support)
-        inits = draw(prior, meta_params, draw_key, eval_num_samples)
+        inits = draw(prior, meta_params.mean, draw_key, eval_num_samples)
         keys = jax.random.split(key, eval_num_samples)
         adapted, info = jax.vmap(learner.adapt, (0, None, 0))(inits, support, keys)
         return adapted, _over_samples(info)
@@ -194,7 +192,7 @@ def platipus(
         def inits_and_kl(meta_params):
             posterior = posterior_given(meta_params, task)
             kl = kl_divergence(posterior, prior_given(meta_params, task.support))
-            return draw(posterior, meta_params, draw_key, num_samples), kl
+            return draw(posterior, meta_params.mean, draw_key, num_samples), kl
 
         (inits, kl), pullback = jax.vjp(inits_and_kl, meta_params)
         keys = jax.random.split(key, num_samples)

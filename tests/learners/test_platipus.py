@@ -15,7 +15,6 @@ from imaml_jax import (
     adaptive_gd,
     cross_entropy,
     custom_argmin,
-    fomaml,
     imaml,
     maml,
     mean_outputs,
@@ -24,7 +23,6 @@ from imaml_jax import (
     platipus,
     solve_cg_steihaug,
     solve_dense,
-    solve_woodbury,
 )
 from imaml_jax.learners.platipus import Gaussian, kl_divergence
 from imaml_jax.networks import conv4, mlp
@@ -139,19 +137,23 @@ VARIANTS = {"unrolled": ({}, unroll, 1e-10), "implicit": (converged, argmin, 1e-
 
 
 @pytest.mark.parametrize("variant", VARIANTS)
-def test_the_loss_written_out_and_finite_differences(problem, finite_differences, variant):
+def test_the_loss_written_out_and_finite_differences(problem, variant):
     network, params, task = problem
     own, adaptation, tolerance = VARIANTS[variant]
     learner = platipus(network, mean_squared_error, **(settings | own))
     grads, info = jit(learner.meta_grad)(params, task, KEY, 0)
 
-    def loss(params):
-        return training_loss(network, params, task, adaptation)
-
-    (_, (query_loss, kl)), expected = jit(jax.value_and_grad(loss, has_aux=True))(params)
-    np.testing.assert_allclose([info.query_loss, info.kl_divergence], [query_loss, kl], rtol=1e-9)
     flat, unravel = ravel_pytree(params)
-    slopes = unravel(jnp.asarray(finite_differences(lambda x: loss(unravel(x))[0], flat)))
+
+    def loss(x):
+        return training_loss(network, unravel(x), task, adaptation)
+
+    loss = jit(jax.value_and_grad(loss, has_aux=True))
+    (_, (query_loss, kl)), expected = loss(flat)
+    np.testing.assert_allclose([info.query_loss, info.kl_divergence], [query_loss, kl], rtol=1e-9)
+    steps = 1e-5 * np.eye(flat.size)
+    slopes = [(loss(flat + step)[0][0] - loss(flat - step)[0][0]) / 2e-5 for step in steps]
+    expected, slopes = unravel(expected), unravel(jnp.stack(slopes))
     for part in params._fields:
         assert relative_error(getattr(grads, part), getattr(expected, part)) < tolerance, part
         assert relative_error(getattr(grads, part), getattr(slopes, part)) < 1e-6, part
@@ -165,10 +167,9 @@ def test_the_loss_written_out_and_finite_differences(problem, finite_differences
     "own, same",
     [
         ({}, partial(maml, inner=optax.sgd(RATE), num_steps=3)),
-        (dict(adaptation=fomaml), partial(fomaml, inner=optax.sgd(RATE), num_steps=3)),
         (converged, partial(converged["adaptation"], inner=adaptive_gd(0.1), num_steps=80)),
     ],
-    ids=["maml", "fomaml", "imaml"],
+    ids=["maml", "imaml"],
 )
 def test_without_variance_it_is_its_adaptation(problem, own, same):
     network, params, task = problem
@@ -178,24 +179,23 @@ def test_without_variance_it_is_its_adaptation(problem, own, same):
     mean = params.mean
     params = jit(learner.init)(KEY, task.support.inputs)._replace(mean=mean)
     same = same(network, mean_squared_error)
-    (grads, info), (expected, same_info) = jit(
-        lambda params: (
-            learner.meta_grad(params, task, KEY, 0),
-            same.meta_grad(params.mean, task, KEY, 0),
-        )
-    )(params)
+
+    @jit
+    def outcome(params):
+        results = []
+        for each, p in ((learner, params), (same, params.mean)):
+            adapted, _ = each.adapt(p, task.support, KEY)
+            outputs = each.predict(adapted, task.query.inputs)
+            results.append((each.meta_grad(p, task, KEY, 0), outputs))
+        return results
+
+    ((grads, info), outputs), ((expected, same_info), same_outputs) = outcome(params)
     assert relative_error(grads.mean, expected) < 1e-12
     np.testing.assert_allclose(info.query_loss, same_info.query_loss, rtol=1e-12)
     np.testing.assert_allclose(info.support_loss, same_info.support_loss, rtol=1e-12)
     for part in ("log_prior_variance", "log_posterior_variance"):
         assert np.abs(ravel_pytree(getattr(grads, part))[0]).max() < 1e-15
     assert grads.prior_rate == 0 and grads.posterior_rate != 0
-    outputs, same_outputs = jit(
-        lambda params: [
-            each.predict(each.adapt(p, task.support, KEY)[0], task.query.inputs)
-            for each, p in ((learner, params), (same, params.mean))
-        ]
-    )(params)
     for sample in outputs:
         np.testing.assert_allclose(sample, same_outputs, rtol=1e-12)
 
@@ -313,16 +313,6 @@ def test_classifiers_with_batch_norm(x64_module, statistics):
     assert info.query_accuracy.shape == ()
     adapted, _ = jax.eval_shape(learner.adapt, params, task.support, KEY)
     assert jax.eval_shape(learner.predict, adapted, images).shape == (4, 2)
-
-
-def test_gauss_newton_serves_the_implicit_variant(problem):
-    network, params, task = problem
-    implicit = partial(imaml, reg_strength=STRENGTH, curvature="gauss_newton", solve=solve_woodbury)
-    learner = platipus(
-        network, mean_squared_error, **(settings | converged | dict(adaptation=implicit))
-    )
-    _, info = jit(learner.meta_grad)(params, task, KEY, 0)
-    assert info.inner_residual < 1e-8 and info.solve_residual < 1e-8
 
 
 @pytest.mark.parametrize(
