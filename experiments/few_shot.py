@@ -11,9 +11,10 @@ import jax.numpy as jnp
 from experiments import build, common
 from imaml_jax import protocols
 from imaml_jax.data import episodes
-from imaml_jax.evaluation import Evaluation, make_evaluate
+from imaml_jax.evaluation import Evaluation, ensemble, make_evaluate, stack_members
 from imaml_jax.protocols import Protocol
 from imaml_jax.training import TrainResult, init_meta_params
+from imaml_jax.types import MetaLearner
 
 Algorithm = Literal[
     "anil",
@@ -29,12 +30,13 @@ Algorithm = Literal[
 ProtocolName = Literal[
     "common", "finn", "imaml_dev", "imaml_paper", "mamlpp_code", "mamlpp_paper", "reptile"
 ]
+_WITHOUT_VALIDATION = ("lake", "reptile")
 _TASKS_A_CALL = 40  # whatever the number of devices, so that all runs meet the same tasks
 _OF_IMPLICIT = ("cg_steps", "curvature", "learn_reg_strength", "reg_strength", "solve")
 _OF_MAMLPP = ("first_order_epochs", "learn_rates", "multi_step_epochs", "per_step_norm")
 _POSITIVE = (
     *("shots", "log_every", "validate_every", "validation_tasks", "meta_steps", "test_tasks"),
-    *("meta_batch", "num_steps", "eval_num_steps", "inner_rate", "outer_rate"),
+    *("meta_batch", "num_steps", "eval_num_steps", "inner_rate", "outer_rate", "ensemble"),
 )
 
 
@@ -78,6 +80,8 @@ class Config(common.ProcessConfig, common.RunConfig):
     """Epochs of 500 meta-steps in which MAML++ has a loss after every inner step; 0 for none."""
     first_order_epochs: int | None = None
     """Epochs in which MAML++ takes first-order gradients before second-order ones."""
+    ensemble: int | None = None
+    """Best validated checkpoints whose logits are averaged at test, beside the best alone."""
     learn_reg_strength: Literal["one", "leaf", "parameter"] | None = None
     """iMAML learns one lambda, one for each array of parameters, or one for each parameter."""
     inner: Literal["adam", "adaptive_gd", "nesterov", "newton_cg", "sgd"] | None = None
@@ -102,10 +106,11 @@ def run(
     Raises:
       ValueError: a setting out of its range, before anything is compiled.
     """
-    on_test = _make_scorer(protocol, config, splits.test, protocol.test_tasks, common.TEST_KEY)
+    learner = build.build_learner(protocol, config.ways)
+    on_test = (protocol, config, splits.test, protocol.test_tasks, common.TEST_KEY)
     started = time.perf_counter()
     result = meta_train(config, protocol, splits, dataset)
-    test = on_test(result.best_meta_params)
+    test = _make_scorer(learner, *on_test)(result.best_meta_params)
     results = _recorded(config, protocol, dataset) | common.provenance()
     results |= common.outcome(result, started) | {
         "validation_accuracy": common.best_validation(result.history),
@@ -113,6 +118,14 @@ def run(
         "test_ci95": test.ci95,
         "test_info": test.info,
     }
+    if len(result.best) > 1:
+        members = stack_members([each.meta_params for each in result.best])
+        averaged = _make_scorer(ensemble(learner), *on_test)(members)
+        results |= {
+            "ensemble_steps": [each.step for each in result.best],
+            "ensemble_accuracy": averaged.mean,
+            "ensemble_ci95": averaged.ci95,
+        }
     common.write_results(config.workdir, results)
     common.say(report(results))
     return results
@@ -138,21 +151,22 @@ def meta_train(
             invert=protocol.invert,
         )
 
-    validate = None
+    learner, validate = build.build_learner(protocol, config.ways), None
     if splits.val is not None:
         validate = _make_scorer(
-            protocol, config, splits.val, config.validation_tasks, common.VALIDATION_KEY
+            learner, protocol, config, splits.val, config.validation_tasks, common.VALIDATION_KEY
         )
     common.say(describe(config, protocol, dataset))
     return common.run_training(
         config,
-        build.build_learner(protocol, config.ways),
+        learner,
         build.make_outer(protocol, protocol.meta_steps),
         sample_train,
         num_steps=protocol.meta_steps,
         example_inputs=_example(splits),
         validate=validate,
         validate_every=config.validate_every,
+        keep_best=protocol.ensemble,
         map_tasks=config.map_tasks,
         devices=devices,
         config=_recorded(config, protocol, dataset),
@@ -215,11 +229,17 @@ def describe(config: Config, protocol: Protocol, dataset: str) -> str:
 def report(results: dict[str, Any]) -> str:
     """The outcome in words."""
     which = "last" if results["validation_accuracy"] is None else "best"
+    averaged = ""
+    if "ensemble_accuracy" in results:
+        averaged = (
+            f"; ensemble of the best {len(results['ensemble_steps'])} checkpoints "
+            f"{100 * results['ensemble_accuracy']:.2f} ± {100 * results['ensemble_ci95']:.2f}%"
+        )
     return (
         f"test accuracy {100 * results['test_accuracy']:.2f} ± {100 * results['test_ci95']:.2f}% "
         f"(95% CI over {results['settings']['test_tasks']} tasks of unseen classes; {which} "
         f"checkpoint, step {results['best_step']} of {results['trained_meta_steps']}; "
-        f"{results['seconds']:.0f} s)"
+        f"{results['seconds']:.0f} s)" + averaged
     )
 
 
@@ -228,7 +248,9 @@ def untrained(config: Config, protocol: Protocol, splits: episodes.Splits) -> Ev
     common.cache_compilations()
     learner = build.build_learner(protocol, config.ways)
     meta_params = init_meta_params(learner, jax.random.key(config.seed), _example(splits))
-    score = _make_scorer(protocol, config, splits.test, protocol.test_tasks, common.TEST_KEY)
+    score = _make_scorer(
+        learner, protocol, config, splits.test, protocol.test_tasks, common.TEST_KEY
+    )
     return score(meta_params)
 
 
@@ -237,6 +259,7 @@ def _example(splits: episodes.Splits) -> jax.Array:
 
 
 def _make_scorer(
+    learner: MetaLearner,
     protocol: Protocol,
     config: Config,
     dataset: episodes.Dataset,
@@ -260,7 +283,7 @@ def _make_scorer(
         )
 
     score = make_evaluate(
-        build.build_learner(protocol, config.ways),
+        learner,
         sample,
         num_tasks=num_tasks,
         map_tasks=config.map_tasks,
@@ -302,6 +325,11 @@ def _check_settings(config: Config, protocol: Protocol) -> None:
         raise ValueError(f"cg_steps={config.cg_steps} has no effect on woodbury; leave it out")
     if config.max_seconds is not None:
         positive.append("max_seconds")
+    if protocol.ensemble > 1 and protocol.split in _WITHOUT_VALIDATION:
+        raise ValueError(
+            f"ensemble={protocol.ensemble} is chosen on validation classes, which split="
+            f"{protocol.split} has none of; choose another split or ensemble=1"
+        )
     for name in positive:
         if not values[name] > 0:
             raise ValueError(f"{name}={values[name]} must be positive")

@@ -102,15 +102,14 @@ def prediction_bands(
     axes = figure.subplots()
     for level in sorted(levels, reverse=True):
         low, high = np.quantile(samples, [(1 - level) / 2, (1 + level) / 2], axis=0)
-        axes.fill_between(
-            inputs, low, high, alpha=0.25, color="tab:blue", linewidth=0, label=f"{level:.0%}"
-        )
+        look = dict(color="tab:blue", alpha=0.1 + 0.5 * (1 - level), linewidth=0)
+        axes.fill_between(inputs, low, high, label=f"{level:.0%}", **look)
     axes.plot(inputs, np.asarray(samples)[:5].T, color="tab:blue", alpha=0.4, linewidth=0.8)
     axes.plot(inputs, np.mean(samples, axis=0), color="tab:blue", label="mean")
     axes.plot(inputs, truth, "k--", linewidth=1, label="truth")
     axes.plot(np.ravel(support.inputs), np.ravel(support.targets), "r^", label="support")
     axes.set(xlabel="input", ylabel="output")
-    axes.legend(ncols=2, fontsize="small")
+    figure.legend(loc="outside lower center", ncols=5, fontsize="small")
     figure.savefig(path, dpi=120)
 
 

@@ -52,6 +52,8 @@ class Protocol(NamedTuple):
       learn_rates: of MAML++: whether inner rates are learned, for each array and step.
       per_step_norm: of MAML++: whether the norms have a scale and offset for each step.
       multi_step_epochs: of MAML++: epochs of 500 meta-steps with a loss after every inner step.
+      ensemble: of MAML++: how many of the best validated meta-parameters have their logits averaged
+        at test, beside the best alone.
       first_order_epochs: of MAML++: epochs with first-order gradients, before second-order ones.
       reg_strength: of iMAML: lambda.
       eval_reg_strength: of iMAML: lambda at validation and test; None for the same value, 0 for no
@@ -95,6 +97,7 @@ class Protocol(NamedTuple):
     per_step_norm: bool = False
     multi_step_epochs: int = 0
     first_order_epochs: int = 0
+    ensemble: int = 1
     batch_size: int | None = None
     eval_batch_size: int | None = None
     reg_strength: float = 0.0
@@ -287,6 +290,7 @@ def _mamlpp(algorithm: str, ways: int, shots: int, photographs: bool) -> Protoco
         learn_rates=True,
         per_step_norm=True,
         multi_step_epochs=10,
+        ensemble=5,
     )
     if not photographs:
         return characters
@@ -308,6 +312,7 @@ def _mamlpp_paper(algorithm: str, ways: int, shots: int, photographs: bool) -> P
         name="mamlpp_paper",
         source="Antoniou et al., ICLR 2019; what it leaves open from its code",
         first_order_epochs=50,
+        ensemble=3,
         schedule="cosine",
         inner_rate=0.01 if photographs else protocol.inner_rate,
     )

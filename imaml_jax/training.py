@@ -19,6 +19,7 @@ from imaml_jax import checkpoint, json_lines, mapping, metrics, plots, processes
 from imaml_jax import non_finite as non_finites
 from imaml_jax import workdir as workdirs
 from imaml_jax.evaluation import Evaluation
+from imaml_jax.learners.base import check_steps
 from imaml_jax.non_finite import NonFinite, NonFiniteError
 from imaml_jax.types import Array, MetaLearner, PyTree, Task
 
@@ -44,6 +45,14 @@ class TrainState(NamedTuple):
     failed_step: Array
 
 
+class Scored(NamedTuple):
+    """Meta-parameters with the meta-step that made them and their validation score."""
+
+    meta_params: PyTree
+    step: int
+    score: float
+
+
 class TrainResult(NamedTuple):
     """What `train` returns.
 
@@ -53,6 +62,8 @@ class TrainResult(NamedTuple):
       best_step: the number of meta-steps that made them.
       history: one row a log point, as in `metrics.jsonl`.
       state: the last state.
+      best: those of the `keep_best` highest validation scores, best first; empty where nothing was
+        validated.
     """
 
     meta_params: PyTree
@@ -60,6 +71,7 @@ class TrainResult(NamedTuple):
     best_step: int
     history: list[dict[str, Any]]
     state: TrainState
+    best: list[Scored]
 
 
 def init_state(tx: optax.GradientTransformation, meta_params: PyTree) -> TrainState:
@@ -194,6 +206,7 @@ def train(
     log_every: int = 100,
     validate: Callable[[PyTree], Evaluation] | None = None,
     validate_every: int | None = None,
+    keep_best: int = 1,
     checkpoint_every: int | None = None,
     workdir: str | os.PathLike | None = None,
     map_tasks: mapping.MapTasks = None,
@@ -227,6 +240,7 @@ def train(
         change from call to call. None (default) for no validation.
       validate_every: a multiple of `log_every`, its default; the last meta-step is validated too,
         and where `max_seconds` stops, which is logged but not taken for the best.
+      keep_best: how many of the best validated meta-parameters to keep, for an `ensemble`.
       checkpoint_every: a multiple of `log_every`, its default; the end is checkpointed too.
       workdir: holds `config.json`, `metrics.jsonl`, `checkpoints/` and, at the end,
         `learning_curve.png`. None (default) writes nothing.
@@ -274,10 +288,13 @@ def train(
     run_chunk = _make_chunk(step_fn, log_every, devices)
     root_key = key
     config = {**(config or {}), "root_key": non_finites.key_data(key)}
+    if keep_best != 1:
+        check_steps("train", keep_best=keep_best)
+        config["keep_best"] = keep_best
     if meta_params is None:
         meta_params = init_meta_params(learner, key, example_inputs)
     state, history = init_state(tx, meta_params), []
-    best = _Best(jax.tree.map(jnp.copy, state.meta_params))
+    best: list[Scored] = []
     earlier_seconds, last_checkpoint = 0.0, None
     folder = None if workdir is None else Path(workdir)
     home = folder if processes.is_first() else None  # where this process writes
@@ -289,10 +306,11 @@ def train(
                 workdirs.check(home, config, accept_changes)
         if folder is not None:
             interrupted = stack.enter_context(workdirs.deferred_signals())
-            found = checkpoint.restore(folder / _CHECKPOINTS, (state, best.meta_params))
+            like = (state, (state.meta_params,) * keep_best)
+            found = checkpoint.restore(folder / _CHECKPOINTS, like)
             if found:
-                (state, best_params), notes = found
-                best = _Best(best_params, notes["best_step"], notes["best_score"])
+                (state, kept), notes = found
+                best = [Scored(*each) for each in zip(kept, *notes["best"], strict=False)]
                 earlier_seconds, last_checkpoint = notes["seconds"], notes["path"]
                 _warn_of_other_versions(notes["versions"])
         step = int(state.step)
@@ -339,7 +357,7 @@ def train(
                 evaluation = validate(state.meta_params)
                 row |= {"validation": evaluation.mean, "validation_ci95": evaluation.ci95}
                 if scheduled:  # so that where a run was stopped does not decide which is best
-                    best = best.update(state.meta_params, step, evaluation.mean)
+                    best = _with(best, state.meta_params, step, evaluation.mean)[:keep_best]
             history.append(json_lines.row_of(row | {"seconds": seconds()}))
             if home is not None:
                 json_lines.append(home / _METRICS, history[-1])
@@ -351,25 +369,24 @@ def train(
             leaves = processes.any_of(signal_name is not None)
             if step % checkpoint_every == 0 or last or leaves:
                 notes = {
-                    "best_step": best.step,
-                    "best_score": best.score,
+                    "best": [[each.step for each in best], [each.score for each in best]],
                     "seconds": seconds(),
                     "config": config,
                     "versions": _versions(),
                 }
-                best_params = state.meta_params if best.step is None else best.meta_params
+                kept = [each.meta_params for each in best]
+                kept += [state.meta_params] * (keep_best - len(kept))
                 if home is not None:
                     last_checkpoint = checkpoint.save(
-                        home / _CHECKPOINTS, step, (state, best_params), notes
+                        home / _CHECKPOINTS, step, (state, tuple(kept)), notes
                     )
                 if leaves:
                     name = signal_name or "a signal to another process"
                     raise workdirs.InterruptedRunError(name, step, folder)
         if home is not None:
             plots.learning_curve(history, home / _CURVE)
-    if best.step is None:
-        return TrainResult(state.meta_params, state.meta_params, step, history, state)
-    return TrainResult(state.meta_params, best.meta_params, best.step, history, state)
+    first = best[0] if best else Scored(state.meta_params, step, math.nan)
+    return TrainResult(state.meta_params, first.meta_params, first.step, history, state, best)
 
 
 def _versions() -> dict[str, str]:
@@ -392,17 +409,12 @@ def _warn_of_other_versions(saved: Mapping[str, str]) -> None:
         )
 
 
-class _Best(NamedTuple):
-    """The meta-parameters of the highest validation score so far; `step` is None before any."""
-
-    meta_params: PyTree
-    step: int | None = None
-    score: float | None = None
-
-    def update(self, meta_params: PyTree, step: int, score: float) -> "_Best":
-        if not score > (-math.inf if self.score is None else self.score):
-            return self
-        return _Best(jax.tree.map(jnp.copy, meta_params), step, score)  # The next chunk donates.
+def _with(best: list[Scored], meta_params: PyTree, step: int, score: float) -> list[Scored]:
+    """Best first; of equal scores the earlier."""
+    if math.isnan(score):
+        return best
+    new = Scored(jax.tree.map(jnp.copy, meta_params), step, score)  # The next chunk donates.
+    return sorted([*best, new], key=lambda each: -each.score)
 
 
 def _make_chunk(train_step: Callable[..., Any], length: int, devices: Any) -> Callable[..., Any]:

@@ -106,3 +106,60 @@ def test_nonsense_is_refused(num_tasks):
     with pytest.raises(ValueError, match="num_tasks") as error:
         evaluation.make_evaluate(MEAN_LEARNER, sample, num_tasks=num_tasks)
     assert repr(num_tasks) in str(error.value)
+
+
+def collect(learner, params, key, **settings):
+    return evaluation.make_predictions(learner, sample, **settings)(params, key)
+
+
+@pytest.mark.parametrize("num_tasks", [3, 6])
+def test_predictions_are_those_of_the_tasks_that_are_scored(key, num_tasks):
+    params = {"w": jnp.float32(0.5)}
+    outputs, targets = collect(MEAN_LEARNER, params, key, num_tasks=num_tasks)
+    tasks = expected_tasks(key, 2)
+    support, query = tasks.support.targets[:num_tasks], tasks.query.targets[:num_tasks]
+    np.testing.assert_array_equal(targets, query)
+    expected = np.broadcast_to(0.5 * support.mean(axis=1, keepdims=True), (num_tasks, 5))
+    np.testing.assert_allclose(outputs, expected, rtol=1e-5)
+    scores = evaluation.evaluate(
+        MEAN_LEARNER, params, sample, key, num_tasks=num_tasks, score_fn=mean_squared_error
+    )
+    np.testing.assert_allclose(((outputs - targets) ** 2).mean(1), scores.per_task, rtol=1e-5)
+
+
+def test_predictions_of_stacked_samples_keep_their_axes(key):
+    learner = MEAN_LEARNER._replace(
+        predict=lambda adapted, inputs: jnp.full((3, *inputs.shape), adapted)
+    )
+    outputs, targets = collect(learner, {"w": jnp.float32(1)}, key, num_tasks=6, map_tasks="vmap")
+    assert outputs.shape == (6, 3, 5) and targets.shape == (6, 5)
+    with pytest.raises(ValueError, match="num_tasks"):
+        collect(learner, {"w": jnp.float32(1)}, key, num_tasks=0)
+
+
+def test_an_ensemble_of_one_is_the_learner_and_of_two_the_mean(key):
+    members = [{"w": jnp.float32(w)} for w in (0.5, 2.0)]
+    support, inputs = Batch(jnp.zeros(5), jnp.arange(5.0)), jnp.zeros(3)
+
+    def outcome(learner, params):
+        adapted, info = learner.adapt(params, support, key)
+        return learner.predict(adapted, inputs), info
+
+    singles = [outcome(MEAN_LEARNER, params)[0] for params in members]
+    both = evaluation.ensemble(MEAN_LEARNER)
+    one, info = outcome(both, evaluation.stack_members(members[:1]))
+    np.testing.assert_array_equal(one, singles[0])
+    assert info == outcome(MEAN_LEARNER, members[0])[1]
+    two = evaluation.stack_members(members)
+    np.testing.assert_allclose(outcome(both, two)[0], np.mean(singles, axis=0), rtol=1e-6)
+    largest = evaluation.ensemble(MEAN_LEARNER, average=lambda outputs: outputs.max(0))
+    np.testing.assert_allclose(outcome(largest, two)[0], singles[1], rtol=1e-6)
+
+
+def test_an_ensemble_is_evaluated_like_any_learner(key):
+    members = evaluation.stack_members([{"w": jnp.float32(w)} for w in (0.5, 2.0)])
+    arguments = dict(num_tasks=4, score_fn=mean_squared_error)
+    both = evaluation.evaluate(evaluation.ensemble(MEAN_LEARNER), members, sample, key, **arguments)
+    mean = evaluation.evaluate(MEAN_LEARNER, {"w": jnp.float32(1.25)}, sample, key, **arguments)
+    np.testing.assert_allclose(both.per_task, mean.per_task, rtol=1e-5)
+    assert both.info == pytest.approx(mean.info, rel=1e-6)

@@ -211,6 +211,24 @@ def test_the_last_is_best_without_validation_whatever_the_chunks():
     assert long.best_step == 40
 
 
+def test_the_best_validations_are_kept_and_survive_a_stop(tmp_path):
+    arguments = dict(validate=make_validate(), keep_best=3)
+    whole = run(**arguments)
+    scores = {row["step"]: row["validation"] for row in whole.history}
+    ranked = sorted(scores, key=lambda step: (-scores[step], step))
+    assert [each.step for each in whole.best] == ranked[:3]
+    for each in whole.best:
+        assert make_validate()(each.meta_params).mean == each.score == scores[each.step]
+    run(**arguments, workdir=tmp_path, max_seconds=1e-9)
+    resumed = run(**arguments, workdir=tmp_path)
+    assert [each[1:] for each in resumed.best] == [each[1:] for each in whole.best]
+    assert_same_bits(resumed.best, whole.best)
+    with pytest.raises(ValueError, match="keep_best: was 3, now 'absent'"):
+        run(validate=make_validate(), workdir=tmp_path)
+    with pytest.raises(ValueError, match="keep_best=0 must be an integer >= 1"):
+        run(keep_best=0)
+
+
 def test_starting_parameters_survive_the_donation(key):
     params = init(key, jnp.zeros((1, 4)))
     result = run(example_inputs=None, meta_params=params)
@@ -542,7 +560,7 @@ def test_a_corrupt_newest_checkpoint_costs_one_interval(tmp_path):
         again = run(workdir=tmp_path)
     assert_same_bits(again.state, whole.state)
     assert [row["step"] for row in again.history] == [10, 20, 30, 40]
-    assert checkpoint.restore(tmp_path / "checkpoints", (again.state, again.meta_params))
+    assert checkpoint.restore(tmp_path / "checkpoints", (again.state, (again.meta_params,)))
 
 
 def test_another_run_is_not_resumed(tmp_path):

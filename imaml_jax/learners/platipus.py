@@ -29,15 +29,15 @@ class PlatipusParams(NamedTuple):
       mean: mu, the network's parameters.
       log_prior_variance: log sigma^2, shaped like the adapted parameters.
       log_posterior_variance: log v_q, likewise.
-      prior_rate: gamma_p, a scalar of any sign.
-      posterior_rate: gamma_q, likewise.
+      log_prior_rate: log gamma_p, a scalar.
+      log_posterior_rate: log gamma_q, a scalar.
     """
 
     mean: Params
     log_prior_variance: PyTree
     log_posterior_variance: PyTree
-    prior_rate: Array
-    posterior_rate: Array
+    log_prior_rate: Array
+    log_posterior_rate: Array
 
 
 class Gaussian(NamedTuple):
@@ -57,7 +57,7 @@ def platipus(
     eval_num_steps: int | None = None,
     num_samples: int = 2,
     eval_num_samples: int = 10,
-    kl_weight: float = 1e-3,
+    kl_weight: float = 1e-2,
     prior_rate: float = 0.01,
     posterior_rate: float = 0.01,
     prior_variance: float = 1e-3,
@@ -76,7 +76,8 @@ def platipus(
 
     The samples are reparameterised, and every second-order term is kept: those of `U`, and those of
     the two gradients at `mu`. The KL divergence is summed over the adapted parameters, while `L` is
-    a mean over examples. The meta-parameters are `PlatipusParams`; the key decides the samples.
+    a mean over examples. Variances and rates are learned by their logarithms, see `PlatipusParams`.
+    The key decides the samples.
 
     Args:
       network: `(init, apply)` pair, see `imaml_jax.networks.Network`.
@@ -89,8 +90,8 @@ def platipus(
       num_samples: initialisations of a task in training.
       eval_num_samples: initialisations in `adapt`.
       kl_weight: of the summed KL divergence, at least 0.
-      prior_rate: initial gamma_p.
-      posterior_rate: initial gamma_q.
+      prior_rate: initial gamma_p, positive.
+      posterior_rate: initial gamma_q, positive.
       prior_variance: initial sigma^2 of every parameter.
       posterior_variance: initial v_q of every parameter.
       adaptation: `U`, a factory with the signature of `maml`, whose meta-parameters are the
@@ -114,13 +115,15 @@ def platipus(
     check_steps("platipus", num_samples=num_samples, eval_num_samples=eval_num_samples)
     if not 0 <= kl_weight < math.inf:
         raise ValueError(f"platipus: kl_weight={kl_weight} must be at least 0 and finite")
-    for name, rate in (("prior_rate", prior_rate), ("posterior_rate", posterior_rate)):
-        if not math.isfinite(rate):
-            raise ValueError(f"platipus: {name}={rate} must be finite")
-    variances = {"prior_variance": prior_variance, "posterior_variance": posterior_variance}
-    for name, variance in variances.items():
-        if not 0 < variance < math.inf:
-            raise ValueError(f"platipus: {name}={variance} must be positive and finite")
+    positive = {
+        "prior_rate": prior_rate,
+        "posterior_rate": posterior_rate,
+        "prior_variance": prior_variance,
+        "posterior_variance": posterior_variance,
+    }
+    for name, value in positive.items():
+        if not 0 < value < math.inf:
+            raise ValueError(f"platipus: {name}={value} must be positive and finite")
     problem = supervised(network, loss_fn, fast=fast, statistics=statistics)
     learner = adaptation(
         network,
@@ -134,7 +137,8 @@ def platipus(
 
     def init(key, example_inputs):
         mean = problem.init(key, example_inputs)
-        if jax.tree.structure(learner.init(key, example_inputs)) != jax.tree.structure(mean):
+        start = jax.eval_shape(learner.init, key, example_inputs)
+        if jax.tree.structure(start) != jax.tree.structure(mean):
             raise ValueError(
                 f"platipus: the meta-parameters of adaptation={adaptation} must be the network's; "
                 "turn off what else it learns"
@@ -145,41 +149,38 @@ def platipus(
             mean,
             optax.tree.full_like(anchor, math.log(prior_variance)),
             optax.tree.full_like(anchor, math.log(posterior_variance)),
-            jnp.asarray(prior_rate, dtype),
-            jnp.asarray(posterior_rate, dtype),
+            jnp.asarray(math.log(prior_rate), dtype),
+            jnp.asarray(math.log(posterior_rate), dtype),
         )
 
-    def step_from_mean(meta_params, rate, loss):
-        """`mu - rate grad loss(mu)`, the slow parameters held."""
-        anchor, slow = problem.split(meta_params.mean)
-        return optax.tree.add_scale(anchor, -rate, jax.grad(loss)(anchor, slow))
+    def stepped(mean, log_rate, log_variance, loss):
+        """`N(mu - rate grad loss(mu), variance)`, by the logarithms of rate and variance."""
+        anchor, slow = problem.split(mean)
+        step = jax.grad(loss)(anchor, slow)
+        return Gaussian(optax.tree.add_scale(anchor, -jnp.exp(log_rate), step), log_variance)
 
-    def prior_given(meta_params, support):
-        mean = step_from_mean(
-            meta_params,
-            meta_params.prior_rate,
-            lambda p, slow: problem.support_loss(p, slow, support),
-        )
-        return Gaussian(mean, meta_params.log_prior_variance)
+    def prior_given(params, support):
+        def loss(anchor, slow):
+            return problem.support_loss(anchor, slow, support)
 
-    def posterior_given(meta_params, task):
-        mean = step_from_mean(
-            meta_params,
-            meta_params.posterior_rate,
-            lambda p, slow: problem.query_loss(p, slow, task)[0],
-        )
-        return Gaussian(mean, meta_params.log_posterior_variance)
+        return stepped(params.mean, params.log_prior_rate, params.log_prior_variance, loss)
 
-    def draw(gaussian, meta_params, key, num):
+    def posterior_given(params, task):
+        def loss(anchor, slow):
+            return problem.query_loss(anchor, slow, task)[0]
+
+        return stepped(params.mean, params.log_posterior_rate, params.log_posterior_variance, loss)
+
+    def draw(gaussian, mean, key, num):
         """Initialisations `[num, ...]`, as the network's parameters."""
-        _, slow = problem.split(meta_params.mean)
+        _, slow = problem.split(mean)
         keys = jax.random.split(key, num)
         return jax.vmap(lambda key: combine(_sample(gaussian, key), slow))(keys)
 
     def adapt(meta_params, support, key):
         draw_key, key = jax.random.split(key)
         prior = prior_given(meta_params, support)
-        inits = draw(prior, meta_params, draw_key, eval_num_samples)
+        inits = draw(prior, meta_params.mean, draw_key, eval_num_samples)
         keys = jax.random.split(key, eval_num_samples)
         adapted, info = jax.vmap(learner.adapt, (0, None, 0))(inits, support, keys)
         return adapted, _over_samples(info)
@@ -194,7 +195,7 @@ def platipus(
         def inits_and_kl(meta_params):
             posterior = posterior_given(meta_params, task)
             kl = kl_divergence(posterior, prior_given(meta_params, task.support))
-            return draw(posterior, meta_params, draw_key, num_samples), kl
+            return draw(posterior, meta_params.mean, draw_key, num_samples), kl
 
         (inits, kl), pullback = jax.vjp(inits_and_kl, meta_params)
         keys = jax.random.split(key, num_samples)

@@ -15,7 +15,6 @@ from imaml_jax import (
     adaptive_gd,
     cross_entropy,
     custom_argmin,
-    fomaml,
     imaml,
     maml,
     mean_outputs,
@@ -24,7 +23,6 @@ from imaml_jax import (
     platipus,
     solve_cg_steihaug,
     solve_dense,
-    solve_woodbury,
 )
 from imaml_jax.learners.platipus import Gaussian, kl_divergence
 from imaml_jax.networks import conv4, mlp
@@ -45,7 +43,7 @@ settings = dict(inner=optax.sgd(RATE), num_steps=3, average=None, num_samples=SA
 settings |= dict(kl_weight=KL_WEIGHT, prior_rate=0.15, posterior_rate=0.1)
 settings |= dict(prior_variance=0.03, posterior_variance=0.02, eval_num_samples=4)
 degenerate = dict(prior_variance=1e-40, posterior_variance=1e-40, kl_weight=0.0)
-degenerate |= dict(prior_rate=0.0, posterior_rate=0.0)
+degenerate |= dict(prior_rate=1e-40, posterior_rate=1e-40)
 
 
 def is_head(path):
@@ -118,8 +116,8 @@ def draw(mean, log_variance, key, num):
 
 
 def training_loss(network, params, task, adaptation):
-    q_mean = stepped(network, params.mean, params.posterior_rate, task.query)
-    p_mean = stepped(network, params.mean, params.prior_rate, task.support)
+    q_mean = stepped(network, params.mean, jnp.exp(params.log_posterior_rate), task.query)
+    p_mean = stepped(network, params.mean, jnp.exp(params.log_prior_rate), task.support)
     m_q, m_p, v_q, v_p = (
         ravel_pytree(x)[0]
         for x in (q_mean, p_mean, params.log_posterior_variance, params.log_prior_variance)
@@ -139,19 +137,23 @@ VARIANTS = {"unrolled": ({}, unroll, 1e-10), "implicit": (converged, argmin, 1e-
 
 
 @pytest.mark.parametrize("variant", VARIANTS)
-def test_the_loss_written_out_and_finite_differences(problem, finite_differences, variant):
+def test_the_loss_written_out_and_finite_differences(problem, variant):
     network, params, task = problem
     own, adaptation, tolerance = VARIANTS[variant]
     learner = platipus(network, mean_squared_error, **(settings | own))
     grads, info = jit(learner.meta_grad)(params, task, KEY, 0)
 
-    def loss(params):
-        return training_loss(network, params, task, adaptation)
-
-    (_, (query_loss, kl)), expected = jit(jax.value_and_grad(loss, has_aux=True))(params)
-    np.testing.assert_allclose([info.query_loss, info.kl_divergence], [query_loss, kl], rtol=1e-9)
     flat, unravel = ravel_pytree(params)
-    slopes = unravel(jnp.asarray(finite_differences(lambda x: loss(unravel(x))[0], flat)))
+
+    def loss(x):
+        return training_loss(network, unravel(x), task, adaptation)
+
+    loss = jit(jax.value_and_grad(loss, has_aux=True))
+    (_, (query_loss, kl)), expected = loss(flat)
+    np.testing.assert_allclose([info.query_loss, info.kl_divergence], [query_loss, kl], rtol=1e-9)
+    steps = 1e-5 * np.eye(flat.size)
+    slopes = [(loss(flat + step)[0][0] - loss(flat - step)[0][0]) / 2e-5 for step in steps]
+    expected, slopes = unravel(expected), unravel(jnp.stack(slopes))
     for part in params._fields:
         assert relative_error(getattr(grads, part), getattr(expected, part)) < tolerance, part
         assert relative_error(getattr(grads, part), getattr(slopes, part)) < 1e-6, part
@@ -164,38 +166,31 @@ def test_the_loss_written_out_and_finite_differences(problem, finite_differences
 @pytest.mark.parametrize(
     "own, same",
     [
-        ({}, partial(maml, inner=optax.sgd(RATE), num_steps=3)),
-        (dict(adaptation=fomaml), partial(fomaml, inner=optax.sgd(RATE), num_steps=3)),
+        (dict(fast=is_head), partial(maml, inner=optax.sgd(RATE), num_steps=3, fast=is_head)),
         (converged, partial(converged["adaptation"], inner=adaptive_gd(0.1), num_steps=80)),
     ],
-    ids=["maml", "fomaml", "imaml"],
+    ids=["maml", "imaml"],
 )
 def test_without_variance_it_is_its_adaptation(problem, own, same):
     network, params, task = problem
-    learner = platipus(
-        network, mean_squared_error, **(settings | own | degenerate), fast=lambda path: True
-    )
-    mean = params.mean
-    params = jit(learner.init)(KEY, task.support.inputs)._replace(mean=mean)
+    learner = platipus(network, mean_squared_error, **(settings | own | degenerate))
+    params = jit(learner.init)(KEY, task.support.inputs)._replace(mean=params.mean)
     same = same(network, mean_squared_error)
-    (grads, info), (expected, same_info) = jit(
-        lambda params: (
-            learner.meta_grad(params, task, KEY, 0),
-            same.meta_grad(params.mean, task, KEY, 0),
-        )
-    )(params)
+
+    @jit
+    def outcome(params):
+        results = []
+        for each, p in ((learner, params), (same, params.mean)):
+            adapted, _ = each.adapt(p, task.support, KEY)
+            outputs = each.predict(adapted, task.query.inputs)
+            results.append((each.meta_grad(p, task, KEY, 0), outputs))
+        return results
+
+    ((grads, info), outputs), ((expected, same_info), same_outputs) = outcome(params)
     assert relative_error(grads.mean, expected) < 1e-12
     np.testing.assert_allclose(info.query_loss, same_info.query_loss, rtol=1e-12)
     np.testing.assert_allclose(info.support_loss, same_info.support_loss, rtol=1e-12)
-    for part in ("log_prior_variance", "log_posterior_variance"):
-        assert np.abs(ravel_pytree(getattr(grads, part))[0]).max() < 1e-15
-    assert grads.prior_rate == 0 and grads.posterior_rate != 0
-    outputs, same_outputs = jit(
-        lambda params: [
-            each.predict(each.adapt(p, task.support, KEY)[0], task.query.inputs)
-            for each, p in ((learner, params), (same, params.mean))
-        ]
-    )(params)
+    assert np.abs(ravel_pytree(grads[1:])[0]).max() < 1e-15
     for sample in outputs:
         np.testing.assert_allclose(sample, same_outputs, rtol=1e-12)
 
@@ -236,7 +231,7 @@ def test_test_time_is_a_loop_over_samples_of_the_prior(problem):
     def actual_and_expected(params):
         adapted, info = learner.adapt(params, task.support, KEY)
         outputs, mean = (each.predict(adapted, task.query.inputs) for each in (learner, averaging))
-        prior_mean = stepped(network, params.mean, params.prior_rate, task.support)
+        prior_mean = stepped(network, params.mean, jnp.exp(params.log_prior_rate), task.support)
         phis = jax.vmap(lambda theta: unroll(network, theta, task.support, num_steps=5))(
             draw(prior_mean, params.log_prior_variance, KEY, 4)
         )
@@ -264,11 +259,11 @@ def test_training_sees_the_posterior_and_testing_the_prior(problem):
         )
 
     trained, tested = outcome(params, KEY)
-    for name in ("log_posterior_variance", "posterior_rate"):
+    for name in ("log_posterior_variance", "log_posterior_rate"):
         after_training, after_testing = outcome(changed(**{name: 1}), KEY)
         assert abs(after_training - trained) > 1e-3
         np.testing.assert_array_equal(after_testing, tested)
-    for name in ("log_prior_variance", "prior_rate"):
+    for name in ("log_prior_variance", "log_prior_rate"):
         after_training, after_testing = outcome(changed(**{name: 1}), KEY)
         assert after_training == trained
         assert np.abs(after_testing - tested).min() > 1e-6
@@ -281,23 +276,15 @@ def test_only_fast_parameters_are_random(problem):
     learner = platipus(network, mean_squared_error, **settings, fast=is_head)
     params = jit(learner.init)(KEY, task.support.inputs)._replace(mean=params.mean)
     assert ravel_pytree(params.log_prior_variance)[0].size == 4
-    (adapted, _), (grads, _) = jit(
-        lambda params: (
-            learner.adapt(params, task.support, KEY),
-            learner.meta_grad(params, task, KEY, 0),
-        )
-    )(params)
+    adapted, _ = jit(learner.adapt)(params, task.support, KEY)
     for after, before in zip(
         *(jax.tree.leaves(x["Dense_0"]) for x in (adapted.params, params.mean)), strict=True
     ):
         np.testing.assert_array_equal(after, np.broadcast_to(before, after.shape))
     assert (np.std(adapted.params["head"]["kernel"], axis=0) > 0).all()
-    assert jax.tree.structure(grads) == jax.tree.structure(params)
-    assert all(jnp.abs(g).max() > 0 for g in jax.tree.leaves(grads))
 
 
-@pytest.mark.parametrize("statistics", ["batch", "support", "support_and_one"])
-def test_classifiers_with_batch_norm(x64_module, statistics):
+def test_classifiers_with_batch_norm(x64_module):
     network = conv4(2, filters=2, num_blocks=1)
     images, labels = jnp.ones((4, 4, 4, 1)), jnp.arange(4) % 2
     task = Task(Batch(images, labels), Batch(images, labels))
@@ -305,7 +292,7 @@ def test_classifiers_with_batch_norm(x64_module, statistics):
         network,
         cross_entropy,
         **(settings | dict(average=mixture_logits)),
-        statistics=statistics,
+        statistics="support",
     )
     params = jax.eval_shape(learner.init, KEY, images)
     grads, info = jax.eval_shape(learner.meta_grad, params, task, KEY, 0)
@@ -313,16 +300,6 @@ def test_classifiers_with_batch_norm(x64_module, statistics):
     assert info.query_accuracy.shape == ()
     adapted, _ = jax.eval_shape(learner.adapt, params, task.support, KEY)
     assert jax.eval_shape(learner.predict, adapted, images).shape == (4, 2)
-
-
-def test_gauss_newton_serves_the_implicit_variant(problem):
-    network, params, task = problem
-    implicit = partial(imaml, reg_strength=STRENGTH, curvature="gauss_newton", solve=solve_woodbury)
-    learner = platipus(
-        network, mean_squared_error, **(settings | converged | dict(adaptation=implicit))
-    )
-    _, info = jit(learner.meta_grad)(params, task, KEY, 0)
-    assert info.inner_residual < 1e-8 and info.solve_residual < 1e-8
 
 
 @pytest.mark.parametrize(
@@ -336,6 +313,7 @@ def test_gauss_newton_serves_the_implicit_variant(problem):
         (dict(kl_weight=float("nan")), "kl_weight=nan"),
         (dict(prior_rate=float("inf")), "prior_rate=inf"),
         (dict(posterior_rate=float("nan")), "posterior_rate=nan"),
+        (dict(prior_rate=-0.1), "prior_rate=-0.1"),
         (dict(prior_variance=0.0), "prior_variance=0.0"),
         (dict(posterior_variance=-1.0), "posterior_variance=-1.0"),
         (dict(statistics="running"), "statistics='running'"),
