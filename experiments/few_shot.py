@@ -9,9 +9,17 @@ import jax
 import jax.numpy as jnp
 
 from experiments import build, common
-from imaml_jax import protocols
+from imaml_jax import metrics, protocols
 from imaml_jax.data import episodes
-from imaml_jax.evaluation import Evaluation, ensemble, make_evaluate, stack_members
+from imaml_jax.evaluation import (
+    Evaluation,
+    Predictions,
+    ensemble,
+    make_evaluate,
+    make_predictions,
+    stack_members,
+)
+from imaml_jax.learners import cross_entropy
 from imaml_jax.protocols import Protocol
 from imaml_jax.training import TrainResult, init_meta_params
 from imaml_jax.types import MetaLearner
@@ -110,22 +118,18 @@ def run(
     on_test = (protocol, config, splits.test, protocol.test_tasks, common.TEST_KEY)
     started = time.perf_counter()
     result = meta_train(config, protocol, splits, dataset)
-    test = _make_scorer(learner, *on_test)(result.best_meta_params)
+    test = _predict(learner, *on_test)(result.best_meta_params)
     results = _recorded(config, protocol, dataset) | common.provenance()
     results |= common.outcome(result, started) | {
         "validation_accuracy": common.best_validation(result.history),
-        "test_accuracy": test.mean,
-        "test_ci95": test.ci95,
         "test_info": test.info,
+        **_scores(test),
     }
     if len(result.best) > 1:
         members = stack_members([each.meta_params for each in result.best])
-        averaged = _make_scorer(ensemble(learner), *on_test)(members)
-        results |= {
-            "ensemble_steps": [each.step for each in result.best],
-            "ensemble_accuracy": averaged.mean,
-            "ensemble_ci95": averaged.ci95,
-        }
+        averaged = _scores(_predict(ensemble(learner), *on_test)(members))
+        results["ensemble_steps"] = [each.step for each in result.best]
+        results |= {name.replace("test", "ensemble"): averaged[name] for name in averaged}
     common.write_results(config.workdir, results)
     common.say(report(results))
     return results
@@ -258,15 +262,26 @@ def _example(splits: episodes.Splits) -> jax.Array:
     return jnp.zeros((1, *splits.train.images.shape[1:]))
 
 
-def _make_scorer(
+def _make_scorer(learner: MetaLearner, *tasks: Any) -> Callable[[Any], Evaluation]:
+    """Accuracy on tasks, see `_over_tasks`."""
+    return _over_tasks(make_evaluate, learner, *tasks)
+
+
+def _predict(learner: MetaLearner, *tasks: Any) -> Callable[[Any], Predictions]:
+    """The outputs on tasks, see `_over_tasks`."""
+    return _over_tasks(make_predictions, learner, *tasks)
+
+
+def _over_tasks(
+    make: Callable[..., Any],
     learner: MetaLearner,
     protocol: Protocol,
     config: Config,
     dataset: episodes.Dataset,
     num_tasks: int,
     seed: tuple[int, int],
-) -> Callable[[Any], Evaluation]:
-    """Accuracy on `num_tasks` tasks that only the key and the data decide."""
+) -> Callable[[Any], Any]:
+    """A function of meta-parameters, on `num_tasks` tasks that only the seed and data decide."""
     tasks_a_call = min(num_tasks, _TASKS_A_CALL)
     shared = tasks_a_call % jax.process_count() == 0  # else each process scores all for itself
 
@@ -282,14 +297,30 @@ def _make_scorer(
             invert=protocol.invert,
         )
 
-    score = make_evaluate(
+    run = make(
         learner,
         sample,
         num_tasks=num_tasks,
         map_tasks=config.map_tasks,
         devices=common.task_devices(config.devices, tasks_a_call) if shared else None,
     )
-    return lambda meta_params: score(meta_params, common.fixed_key(seed))
+    return lambda meta_params: run(meta_params, common.fixed_key(seed))
+
+
+def _scores(predictions: Predictions) -> dict[str, float]:
+    """Accuracy over tasks, and how well its probabilities are calibrated over all examples."""
+    outputs, labels, _ = predictions
+    mean, ci95 = metrics.mean_ci95((outputs.argmax(-1) == labels).mean(-1))
+    confidences, correct = metrics.confidence_and_correct(outputs, labels)
+    calibration = metrics.calibration_error(confidences, correct)
+    return {
+        "test_accuracy": mean,
+        "test_ci95": ci95,
+        "test_nll": float(cross_entropy(outputs, labels)),
+        "test_brier": float(metrics.brier(outputs, labels)),
+        "test_ece": float(calibration.ece),
+        "test_mce": float(calibration.mce),
+    }
 
 
 def _check_settings(config: Config, protocol: Protocol) -> None:

@@ -35,10 +35,12 @@ class Predictions(NamedTuple):
       outputs: `[num_tasks, ...]`, of each task what `predict` returns: `[n, classes]` logits, or
         `[samples, n, ...]` of a learner that leaves its samples stacked.
       targets: `[num_tasks, n, ...]`.
+      info: as in `Evaluation`.
     """
 
     outputs: Any
     targets: Any
+    info: dict[str, float]
 
 
 def make_evaluate(
@@ -149,11 +151,21 @@ def make_predictions(
       The calibration error of a classifier::
 
           collect = make_predictions(learner, sample, num_tasks=600)
-          confidences, correct = metrics.confidence_and_correct(*collect(meta_params, key))
+          outputs, labels, _ = collect(meta_params, key)
+          confidences, correct = metrics.confidence_and_correct(outputs, labels)
           metrics.calibration_error(confidences, correct).ece
     """
-    predict_all = _over_test_tasks(learner, sample, num_tasks, Predictions, map_tasks, devices)
-    return lambda meta_params, key: predict_all(meta_params, key)[0]
+
+    def both(outputs: Any, targets: Any) -> tuple[Any, Any]:
+        return outputs, targets
+
+    predict_all = _over_test_tasks(learner, sample, num_tasks, both, map_tasks, devices)
+
+    def collect(meta_params: PyTree, key: Array) -> Predictions:
+        (outputs, targets), info = predict_all(meta_params, key)
+        return Predictions(outputs, targets, {name: float(info[name]) for name in info})
+
+    return collect
 
 
 def ensemble(learner: MetaLearner, *, average: Average = mean_outputs) -> MetaLearner:

@@ -115,7 +115,7 @@ def collect(learner, params, key, **settings):
 @pytest.mark.parametrize("num_tasks", [3, 6])
 def test_predictions_are_those_of_the_tasks_that_are_scored(key, num_tasks):
     params = {"w": jnp.float32(0.5)}
-    outputs, targets = collect(MEAN_LEARNER, params, key, num_tasks=num_tasks)
+    outputs, targets, _ = collect(MEAN_LEARNER, params, key, num_tasks=num_tasks)
     tasks = expected_tasks(key, 2)
     support, query = tasks.support.targets[:num_tasks], tasks.query.targets[:num_tasks]
     np.testing.assert_array_equal(targets, query)
@@ -131,7 +131,9 @@ def test_predictions_of_stacked_samples_keep_their_axes(key):
     learner = MEAN_LEARNER._replace(
         predict=lambda adapted, inputs: jnp.full((3, *inputs.shape), adapted)
     )
-    outputs, targets = collect(learner, {"w": jnp.float32(1)}, key, num_tasks=6, map_tasks="vmap")
+    outputs, targets, _ = collect(
+        learner, {"w": jnp.float32(1)}, key, num_tasks=6, map_tasks="vmap"
+    )
     assert outputs.shape == (6, 3, 5) and targets.shape == (6, 5)
     with pytest.raises(ValueError, match="num_tasks"):
         collect(learner, {"w": jnp.float32(1)}, key, num_tasks=0)

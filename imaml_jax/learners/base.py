@@ -16,6 +16,7 @@ from imaml_jax.types import Array, Batch, Params, PyTree, Task
 LossFn = Callable[[Any, Any], Array]
 FastPredicate = Callable[[str], bool]
 Average = Callable[[Array], Array]
+AverageOption = Average | Literal["auto"] | None
 Statistics = Literal["batch", "support", "joint", "support_and_one"]
 
 
@@ -129,6 +130,34 @@ def mixture_logits(logits: Array) -> Array:
     """
     log_probabilities = jax.nn.log_softmax(logits)
     return jax.nn.logsumexp(log_probabilities, axis=0) - jnp.log(logits.shape[0])
+
+
+def fitting_average(name: str, average: AverageOption, loss_fn: LossFn) -> Average:
+    """One prediction of several samples' outputs.
+
+    Args:
+      name: of the learner, for messages.
+      average: a function, or "auto" or None for the one that fits the loss.
+      loss_fn: `cross_entropy` for `mixture_logits`, `mean_squared_error` for `mean_outputs`.
+
+    Returns:
+      `[samples, n, ...] -> [n, ...]`.
+
+    Raises:
+      ValueError: another loss, or another word.
+    """
+    if callable(average):
+        return average
+    if average not in ("auto", None):
+        raise ValueError(f"{name}: average={average!r} must be a function, 'auto' or None")
+    if loss_fn is cross_entropy:
+        return mixture_logits
+    if loss_fn is mean_squared_error:
+        return mean_outputs
+    raise ValueError(
+        f"{name}: average={average!r} knows cross_entropy and mean_squared_error only; with "
+        "another loss give a function of outputs [M, n, ...], as learners.base.mixture_logits"
+    )
 
 
 def accuracy_of(outputs: Array, targets: Array) -> Array | None:

@@ -10,7 +10,7 @@ from jax import lax
 
 from imaml_jax.inner import minimize
 from imaml_jax.learners.base import (
-    Average,
+    AverageOption,
     FastPredicate,
     LossFn,
     Statistics,
@@ -41,7 +41,7 @@ def bmaml(
     posterior: Posterior | None = None,
     bandwidth: float | None = None,
     kernel: Kernel = "exact",
-    average: Average | Literal["auto"] | None = "auto",
+    average: AverageOption = "auto",
     fast: FastPredicate | None = None,
     statistics: Statistics = "batch",
     init_spread: float = 0.01,

@@ -1,24 +1,21 @@
 """What the learners share whose adapted parameters are several particles."""
 
 from collections.abc import Callable
-from typing import Any, Literal, NamedTuple
+from typing import Any, NamedTuple
 
 import jax
 import optax
 
 from imaml_jax.learners.base import (
     Adapted,
-    Average,
+    AverageOption,
     FastPredicate,
     LossFn,
     Statistics,
     accuracy_of,
     check_steps,
     combine,
-    cross_entropy,
-    mean_outputs,
-    mean_squared_error,
-    mixture_logits,
+    fitting_average,
     partition,
     supervised,
 )
@@ -58,7 +55,7 @@ def ensemble(
     *,
     num_particles: int,
     posterior: Posterior | None,
-    average: Average | Literal["auto"] | None,
+    average: AverageOption,
     fast: FastPredicate | None,
     statistics: Statistics,
     init_spread: float,
@@ -88,7 +85,7 @@ def ensemble(
     if not 0 <= init_spread < float("inf"):
         raise ValueError(f"{name}: init_spread={init_spread} must be at least 0 and finite")
     posterior = posterior or likelihood(loss_fn)
-    one_prediction = average if callable(average) else _fitting_average(name, average, loss_fn)
+    one_prediction = fitting_average(name, average, loss_fn)
     problem = supervised(posterior.wrap(network), loss_fn, fast=fast, statistics=statistics)
 
     def init(key, example_inputs):
@@ -136,17 +133,4 @@ def ensemble(
         lambda particles: partition(particles, posterior.compared)[0],
         problem.finish,
         predict,
-    )
-
-
-def _fitting_average(name: str, average: Any, loss_fn: LossFn) -> Average:
-    if average not in ("auto", None):
-        raise ValueError(f"{name}: average={average!r} must be a function, 'auto' or None")
-    if loss_fn is cross_entropy:
-        return mixture_logits
-    if loss_fn is mean_squared_error:
-        return mean_outputs
-    raise ValueError(
-        f"{name}: average={average!r} knows cross_entropy and mean_squared_error only; with "
-        "another loss give a function of outputs [M, n, ...], as learners.base.mixture_logits"
     )

@@ -2,7 +2,7 @@
 
 import math
 from functools import partial
-from typing import Any, Literal
+from typing import Any
 
 import jax
 import optax
@@ -10,7 +10,7 @@ import optax
 from imaml_jax.implicit import Solve, root_vjp
 from imaml_jax.inner import minimize
 from imaml_jax.learners.base import (
-    Average,
+    AverageOption,
     FastPredicate,
     LossFn,
     Statistics,
@@ -41,7 +41,7 @@ def implicit_bmaml(
     posterior: Posterior | None = None,
     bandwidth: float | None = None,
     kernel: Kernel = "exact",
-    average: Average | Literal["auto"] | None = "auto",
+    average: AverageOption = "auto",
     fast: FastPredicate | None = None,
     statistics: Statistics = "batch",
     init_spread: float = 0.01,

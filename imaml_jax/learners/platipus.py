@@ -9,13 +9,14 @@ import jax.numpy as jnp
 import optax
 
 from imaml_jax.learners.base import (
-    Average,
+    AverageOption,
     FastPredicate,
     LossFn,
     MetaInfo,
     Statistics,
     check_steps,
     combine,
+    fitting_average,
     supervised,
 )
 from imaml_jax.learners.maml import maml
@@ -53,7 +54,6 @@ def platipus(
     *,
     inner: optax.GradientTransformation,
     num_steps: int,
-    average: Average | None,
     eval_num_steps: int | None = None,
     num_samples: int = 2,
     eval_num_samples: int = 10,
@@ -62,6 +62,7 @@ def platipus(
     posterior_rate: float = 0.01,
     prior_variance: float = 1e-3,
     posterior_variance: float = 1e-3,
+    average: AverageOption = "auto",
     adaptation: Callable[..., MetaLearner] = maml,
     fast: FastPredicate | None = None,
     statistics: Statistics = "batch",
@@ -84,8 +85,6 @@ def platipus(
       loss_fn: `(outputs, targets) -> scalar`, a mean over examples.
       inner: Optax transform of the inner loop.
       num_steps: inner steps in training.
-      average: `[samples, n, ...] -> [n, ...]`, the predictive of `predict`: `mixture_logits` for a
-        classifier, `mean_outputs` for a regressor; None leaves the samples stacked.
       eval_num_steps: inner steps in `adapt`; default `num_steps`.
       num_samples: initialisations of a task in training.
       eval_num_samples: initialisations in `adapt`.
@@ -94,6 +93,9 @@ def platipus(
       posterior_rate: initial gamma_q, positive.
       prior_variance: initial sigma^2 of every parameter.
       posterior_variance: initial v_q of every parameter.
+      average: the one prediction, `outputs [samples, n, ...] -> [n, ...]`; "auto" for
+        `mixture_logits` with `cross_entropy` and `mean_outputs` with `mean_squared_error`. None
+        makes `predict` return all samples' outputs.
       adaptation: `U`, a factory with the signature of `maml`, whose meta-parameters are the
         network's: `fomaml`, or `partial(imaml, reg_strength=2.0)` for the implicit variant, where
         `U(theta) = argmin_phi L^support(phi) + lambda/2 ||phi - theta||^2`; watch what it reports.
@@ -124,6 +126,9 @@ def platipus(
     for name, value in positive.items():
         if not 0 < value < math.inf:
             raise ValueError(f"platipus: {name}={value} must be positive and finite")
+    one_prediction = lambda outputs: outputs  # noqa: E731
+    if average is not None:
+        one_prediction = fitting_average("platipus", average, loss_fn)
     problem = supervised(network, loss_fn, fast=fast, statistics=statistics)
     learner = adaptation(
         network,
@@ -187,7 +192,7 @@ def platipus(
 
     def predict(adapted, inputs):
         outputs = jax.vmap(learner.predict, (0, None))(adapted, inputs)
-        return outputs if average is None else average(outputs)
+        return one_prediction(outputs)
 
     def meta_grad(meta_params, task, key, step):
         draw_key, key = jax.random.split(key)
