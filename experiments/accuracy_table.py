@@ -23,6 +23,8 @@ NAMES: dict[few_shot.Algorithm, str] = {
     "mamlpp": "MAML++",
     "anil": "ANIL",
     "implicit_anil": "implicit ANIL",
+    "platipus": "PLATIPUS",
+    "bmaml": "BMAML",
 }
 _OWN_PROTOCOL: dict[few_shot.Algorithm, few_shot.ProtocolName] = {
     "maml": "finn",

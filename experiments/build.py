@@ -20,6 +20,7 @@ _INITIALIZERS = {
     "xavier_1.73": nn.initializers.variance_scaling(1.73**2, "fan_avg", "uniform"),
 }
 _GRANULARITIES = {None: False, "one": True, "leaf": "leaf", "parameter": "parameter"}
+_HEAD_ONLY = ("anil", "bmaml", "implicit_anil")
 _SOLVERS = {
     "cg": lambda steps: partial(imaml_jax.solve_cg, tol=0.0, max_steps=steps),
     "cg_steihaug": lambda steps: partial(imaml_jax.solve_cg_steihaug, tol=0.0, max_steps=steps),
@@ -66,13 +67,22 @@ def build_learner(protocol: Protocol, ways: int) -> MetaLearner:
             fast=norms_rest,
             statistics=protocol.statistics,
         )
-    shared = {
+    shared: dict[str, Any] = {
         "inner": _make_inner(protocol),
         "num_steps": protocol.num_steps,
         "eval_num_steps": protocol.eval_num_steps,
-        "fast": _is_head if protocol.algorithm.endswith("anil") else norms_rest,
+        "fast": _is_head if protocol.algorithm in _HEAD_ONLY else norms_rest,
         "statistics": protocol.statistics,
     }
+    if protocol.algorithm == "platipus":
+        return imaml_jax.platipus(network, loss_fn, **shared, num_samples=protocol.num_samples)
+    if protocol.algorithm == "bmaml":
+        return imaml_jax.bmaml(
+            network,
+            loss_fn,
+            **shared,
+            num_particles=protocol.num_samples,
+        )
     if protocol.algorithm in ("anil", "maml"):
         return imaml_jax.maml(network, loss_fn, **shared)
     if protocol.algorithm == "fomaml":

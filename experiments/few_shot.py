@@ -9,7 +9,7 @@ import jax
 import jax.numpy as jnp
 
 from experiments import build, common
-from imaml_jax import metrics, protocols
+from imaml_jax import metrics, plots, processes, protocols
 from imaml_jax.data import episodes
 from imaml_jax.evaluation import (
     Evaluation,
@@ -26,12 +26,14 @@ from imaml_jax.types import MetaLearner
 
 Algorithm = Literal[
     "anil",
+    "bmaml",
     "fomaml",
     "imaml",
     "imaml_hf",
     "implicit_anil",
     "maml",
     "mamlpp",
+    "platipus",
     "reptile",
     "reptile_transductive",
 ]
@@ -44,7 +46,8 @@ _OF_IMPLICIT = ("cg_steps", "curvature", "learn_reg_strength", "reg_strength", "
 _OF_MAMLPP = ("first_order_epochs", "learn_rates", "multi_step_epochs", "per_step_norm")
 _POSITIVE = (
     *("shots", "log_every", "validate_every", "validation_tasks", "meta_steps", "test_tasks"),
-    *("meta_batch", "num_steps", "eval_num_steps", "inner_rate", "outer_rate", "ensemble"),
+    *("meta_batch", "num_steps", "eval_num_steps", "inner_rate", "outer_rate"),
+    *("ensemble", "num_samples"),
 )
 
 
@@ -88,6 +91,8 @@ class Config(common.ProcessConfig, common.RunConfig):
     """Epochs of 500 meta-steps in which MAML++ has a loss after every inner step; 0 for none."""
     first_order_epochs: int | None = None
     """Epochs in which MAML++ takes first-order gradients before second-order ones."""
+    num_samples: int | None = None
+    """Samples of PLATIPUS in training, or particles of BMAML."""
     ensemble: int | None = None
     """Best validated checkpoints whose logits are averaged at test, beside the best alone."""
     learn_reg_strength: Literal["one", "leaf", "parameter"] | None = None
@@ -131,6 +136,8 @@ def run(
         results["ensemble_steps"] = [each.step for each in result.best]
         results |= {name.replace("test", "ensemble"): averaged[name] for name in averaged}
     common.write_results(config.workdir, results)
+    if config.workdir is not None and processes.is_first():
+        plots.reliability_diagram(_calibration(test), config.workdir / "reliability.png")
     common.say(report(results))
     return results
 
@@ -217,6 +224,8 @@ def describe(config: Config, protocol: Protocol, dataset: str) -> str:
             f"step in {protocol.multi_step_epochs} epochs, first order in "
             f"{protocol.first_order_epochs}"
         )
+    elif protocol.num_samples > 1:
+        own = f"; {protocol.num_samples} samples"
     return (
         f"{dataset} {config.ways}-way {config.shots}-shot, {config.algorithm}, protocol "
         f"{protocol.name} ({protocol.source}): split {protocol.split}, rotations "
@@ -311,8 +320,7 @@ def _scores(predictions: Predictions) -> dict[str, float]:
     """Accuracy over tasks, and how well its probabilities are calibrated over all examples."""
     outputs, labels, _ = predictions
     mean, ci95 = metrics.mean_ci95((outputs.argmax(-1) == labels).mean(-1))
-    confidences, correct = metrics.confidence_and_correct(outputs, labels)
-    calibration = metrics.calibration_error(confidences, correct)
+    calibration = _calibration(predictions)
     return {
         "test_accuracy": mean,
         "test_ci95": ci95,
@@ -331,6 +339,8 @@ def _check_settings(config: Config, protocol: Protocol) -> None:
         positive += ["cg_steps", "reg_strength"]
     else:
         _refuse(config, protocol, _OF_IMPLICIT, "choose " + " or ".join(protocols.IMPLICIT))
+    if protocol.algorithm not in ("bmaml", "platipus"):
+        _refuse(config, protocol, ("num_samples",), "choose bmaml or platipus")
     if protocol.algorithm != "mamlpp":
         _refuse(config, protocol, _OF_MAMLPP, "choose mamlpp")
     elif config.inner not in (None, "sgd"):
@@ -377,6 +387,11 @@ def _check_settings(config: Config, protocol: Protocol) -> None:
             "solve=woodbury needs the low rank of curvature=gauss_newton, not curvature=hessian; "
             "change either, for example to solve=cg_steihaug"
         )
+
+
+def _calibration(predictions: Predictions) -> metrics.Calibration:
+    confidences, correct = metrics.confidence_and_correct(predictions.outputs, predictions.targets)
+    return metrics.calibration_error(confidences, correct)
 
 
 def _refuse(config: Config, protocol: Protocol, names: tuple[str, ...], remedy: str) -> None:

@@ -35,6 +35,9 @@ PUBLISHED: accuracy_table.Published = {
     "mamlpp": {(5, 1): (52.15, 0.26), (5, 5): (68.32, 0.44)},
     "anil": {(5, 1): (46.7, 0.4), (5, 5): (61.5, 0.5)},
     "implicit_anil": {},
+    # Finn et al., NeurIPS 2018, and Yoon et al., NeurIPS 2018; a re-run of the latter gave 44.46.
+    "platipus": {(5, 1): (50.13, 1.86)},
+    "bmaml": {(5, 1): (53.80, None)},
 }
 
 

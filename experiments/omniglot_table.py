@@ -32,6 +32,8 @@ PUBLISHED: accuracy_table.Published = {
     "mamlpp": {(5, 1): (99.47, None), (20, 1): (97.65, 0.05), (20, 5): (99.33, 0.03)},
     "anil": {(20, 1): (96.2, 0.5), (20, 5): (98.0, 0.3)},
     "implicit_anil": {},
+    "platipus": {},
+    "bmaml": {},
 }
 
 

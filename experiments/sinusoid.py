@@ -1,59 +1,52 @@
-"""Regression of sinusoids from a few points: MAML's first experiment.
+"""Regression of sinusoids from a few points: MAML's first experiment, and BMAML's.
 
     python -m experiments.sinusoid --algorithm imaml
-    python -m experiments.sinusoid --algorithm maml
+    python -m experiments.sinusoid --algorithm bmaml --setting bmaml --shots 5
 
-Amplitudes in [0.1, 5], phases in [0, pi], points in [-5, 5]; a network of two hidden layers of 40
-units. MAML and first-order MAML have the settings of Finn et al., ICML 2017; those of Reptile and
-implicit MAML were chosen on validation tasks.
+Setting maml: amplitudes in [0.1, 5], phases in [0, pi], a network of two hidden layers of 40 units.
+Setting bmaml: phases in [0, 2 pi], frequencies in [0.5, 2], noise of a hundredth of the amplitude,
+three hidden layers, and only 1,000 tasks to train on. Points in [-5, 5] in both. MAML and
+first-order MAML have the settings of Finn et al., ICML 2017; those of the others were chosen on
+validation tasks.
+
+Every predictive is a mixture of Gaussians about the outputs of its samples, of one width that
+validation tasks choose; an algorithm without samples has one.
 """
 
 import dataclasses
 import time
+from collections.abc import Callable
 from functools import partial
-from typing import Any, Literal, NamedTuple
+from typing import Any, Literal
 
+import jax
 import jax.numpy as jnp
+import numpy as np
 import optax
 
 import imaml_jax
 from experiments import common
+from experiments.sinusoid_learners import SETTINGS, TASKS, Algorithm, Settings, Tasks, build_learner
+from imaml_jax import metrics, plots
 from imaml_jax.data import sinusoid
-from imaml_jax.evaluation import make_evaluate
-from imaml_jax.learners.base import MetaInfo
-from imaml_jax.networks import mlp
-from imaml_jax.types import MetaLearner
+from imaml_jax.evaluation import Predictions, make_evaluate, make_predictions
+from imaml_jax.learners.base import Adapted, MetaInfo
+from imaml_jax.types import MetaLearner, Task
 
-_META_BATCH, _TRAIN_QUERIES, _TEST_QUERIES = 25, 10, 100
-_NETWORK = mlp([40, 40, 1])
-
-
-class Settings(NamedTuple):
-    """What an algorithm brings along; a config may override it."""
-
-    inner: str
-    inner_rate: float
-    num_steps: int
-    eval_num_steps: int
-    outer_rate: float
-    meta_steps: int
-    reg_strength: float | None = None
-
-
-SETTINGS = {
-    "maml": Settings("sgd", 0.01, 1, 10, 1e-3, 70_000),
-    "fomaml": Settings("sgd", 0.01, 1, 10, 1e-3, 70_000),
-    "reptile": Settings("sgd", 0.02, 5, 32, 1.0, 15_000),
-    "imaml": Settings("adaptive_gd", 0.01, 8, 16, 3e-3, 5_000, reg_strength=2.0),
-}
+_TRAIN_QUERIES, _TEST_QUERIES = 10, 100
+_WIDTHS = np.geomspace(0.01, 3.0, 60)
+_WITH_STRENGTH = ("imaml", "implicit_anil", "implicit_bmaml", "implicit_platipus")
+_WITH_SAMPLES = ("bmaml", "implicit_bmaml", "implicit_platipus", "platipus")
 
 
 @dataclasses.dataclass(frozen=True)
 class Config(common.RunConfig):
     """Sinusoid regression; fields that are None take the algorithm's value."""
 
-    algorithm: Literal["fomaml", "imaml", "maml", "reptile"] = "imaml"
-    """Meta-learning algorithm."""
+    algorithm: Algorithm = "imaml"
+    """Meta-learning algorithm; implicit_anil is imaml of the head alone."""
+    setting: Literal["bmaml", "maml"] = "maml"
+    """Whose tasks and network."""
     shots: int = 10
     """Points of a task that the network is adapted to, at least 1."""
     log_every: int = 1000
@@ -62,6 +55,8 @@ class Config(common.RunConfig):
     """Test tasks."""
     inner: Literal["adaptive_gd", "newton_cg", "sgd"] | None = None
     """Inner optimiser."""
+    num_samples: int | None = None
+    """Particles of BMAML, or samples of PLATIPUS in training, which has 10 at test."""
 
 
 def main(config: Config) -> dict[str, Any]:
@@ -72,31 +67,25 @@ def main(config: Config) -> dict[str, Any]:
 
     Returns:
       What `results.json` in the workdir holds: settings, mean squared errors with 95% confidence
-      intervals over test tasks, seconds, versions.
+      intervals over test tasks, likelihood and coverage, seconds, versions.
 
     Raises:
       ValueError: a setting out of its range, before anything is compiled.
     """
     common.cache_compilations()
-    settings = resolve(config)
-    learner = build_learner(config.algorithm, settings)
+    settings, tasks = resolve(config), TASKS[config.setting]
+    make = partial(build_learner, config.algorithm, settings, tasks.network)
+    learner, stacked = make(), make(average=None)
     if config.algorithm == "reptile":
         outer = optax.sgd(optax.linear_schedule(settings.outer_rate, 0.0, settings.meta_steps))
     else:
         outer = optax.adam(settings.outer_rate)
 
-    def sample_train(key):
-        return sinusoid.sample_tasks(
-            key, num_tasks=_META_BATCH, shots=config.shots, queries=_TRAIN_QUERIES
-        )
-
     unadapted = learner._replace(
-        adapt=lambda meta_params, support, key: (meta_params, MetaInfo()), predict=_NETWORK.apply
+        adapt=lambda meta_params, support, key: (_before(meta_params), MetaInfo())
     )
-    scorer = partial(_make_scorer, shots=config.shots)
-    validate = scorer(learner, config.validation_tasks, common.VALIDATION_KEY)
-    on_test = scorer(learner, config.test_tasks, common.TEST_KEY)
-    before_on_test = scorer(unadapted, config.test_tasks, common.TEST_KEY)
+    scorer = partial(_on_tasks, config=config, make=_make_evaluate)
+    validate = scorer(learner, num_tasks=config.validation_tasks, seed=common.VALIDATION_KEY)
     recorded = {"dataset": "sinusoid"} | common.recorded(config) | {"settings": settings._asdict()}
     print(describe(config, settings), flush=True)
     started = time.perf_counter()
@@ -104,14 +93,21 @@ def main(config: Config) -> dict[str, Any]:
         config,
         learner,
         outer,
-        sample_train,
+        _training_tasks(config, tasks),
         num_steps=settings.meta_steps,
         example_inputs=jnp.zeros((1, 1)),
         validate=validate,
         map_tasks="vmap",
         config=recorded,
     )
-    test, before = on_test(result.best_meta_params), before_on_test(result.best_meta_params)
+    best = result.best_meta_params
+    test, before = (
+        scorer(each, num_tasks=config.test_tasks, seed=common.TEST_KEY)(best)
+        for each in (learner, unadapted)
+    )
+    predict = partial(_on_tasks, stacked, config=config, make=make_predictions)
+    chosen_on = predict(num_tasks=config.validation_tasks, seed=common.VALIDATION_KEY)(best)
+    predicted = predict(num_tasks=config.test_tasks, seed=common.TEST_KEY)(best)
     validation = common.best_validation(result.history)
     results = recorded | common.provenance()
     results |= common.outcome(result, started) | {
@@ -121,8 +117,11 @@ def main(config: Config) -> dict[str, Any]:
         "test_mse_before": -before.mean,
         "test_ci95_before": before.ci95,
         "test_info": test.info,
+        **_likelihood(chosen_on, predicted),
     }
     common.write_results(config.workdir, results)
+    if config.workdir is not None:
+        _draw(config, stacked, best)
     print(report(results), flush=True)
     return results
 
@@ -137,17 +136,21 @@ def resolve(config: Config) -> Settings:
     settings = SETTINGS[config.algorithm]._replace(
         **{name: value for name, value in overrides.items() if value is not None}
     )
-    if config.algorithm != "imaml" and settings.reg_strength is not None:
-        raise ValueError(
-            f"reg_strength={settings.reg_strength} is a setting of imaml; leave it out for "
-            f"algorithm={config.algorithm}"
-        )
+    for name, owners in (("reg_strength", _WITH_STRENGTH), ("num_samples", _WITH_SAMPLES)):
+        if config.algorithm not in owners and getattr(settings, name) is not None:
+            raise ValueError(
+                f"{name}={getattr(settings, name)} is a setting of {', '.join(owners)}; leave it "
+                f"out for algorithm={config.algorithm}"
+            )
     common.check_seed(config.seed)
-    if settings.inner == "newton_cg" and config.algorithm == "maml":
+    unrolled = ("anil", "bmaml", "maml", "platipus")
+    if settings.inner == "newton_cg" and config.algorithm in unrolled:
         raise ValueError(
-            "inner=newton_cg cannot be differentiated by unrolling, as algorithm=maml does; "
-            "choose another inner or algorithm=fomaml"
+            "inner=newton_cg cannot be differentiated by unrolling, as "
+            f"algorithm={config.algorithm} does; choose another inner or an implicit algorithm"
         )
+    if settings.inner != "sgd" and config.algorithm == "mamlpp":
+        raise ValueError(f"inner={settings.inner}: mamlpp has gradient descent; leave it out")
     values = dataclasses.asdict(config) | settings._asdict()
     positive = ("shots", "log_every", "validation_tasks", "test_tasks")
     for name in (*positive, *settings._fields, "max_seconds"):
@@ -161,44 +164,16 @@ def resolve(config: Config) -> Settings:
     return settings
 
 
-def build_learner(algorithm: str, settings: Settings) -> MetaLearner:
-    """The learner of an algorithm, on the network of two hidden layers."""
-    inner = {
-        "sgd": optax.sgd,
-        "adaptive_gd": imaml_jax.adaptive_gd,
-        "newton_cg": lambda rate: imaml_jax.newton_cg(max_cg_steps=10),
-    }[settings.inner](settings.inner_rate)
-    make, own = {
-        "maml": (imaml_jax.maml, {}),
-        "fomaml": (imaml_jax.fomaml, {}),
-        "reptile": (imaml_jax.reptile, {"statistics": "batch"}),
-        "imaml": (
-            imaml_jax.imaml,
-            {
-                "reg_strength": settings.reg_strength,
-                "curvature": "gauss_newton",
-                "solve": imaml_jax.solve_woodbury,
-            },
-        ),
-    }[algorithm]
-    return make(
-        _NETWORK,
-        imaml_jax.mean_squared_error,
-        inner=inner,
-        num_steps=settings.num_steps,
-        eval_num_steps=settings.eval_num_steps,
-        **own,
-    )
-
-
 def describe(config: Config, settings: Settings) -> str:
     """The protocol in words, printed beside every number."""
-    proximal = f", lambda {settings.reg_strength:g}" if settings.reg_strength else ""
+    tasks = TASKS[config.setting]
+    own = f", lambda {settings.reg_strength:g}" if settings.reg_strength else ""
+    own += f", {settings.num_samples} samples" if settings.num_samples else ""
     return (
-        f"sinusoid {config.shots}-shot, {config.algorithm}: amplitude in [0.1, 5], phase in "
-        f"[0, pi], points in [-5, 5], {_TEST_QUERIES} query points at test, inner "
-        f"{settings.inner} rate {settings.inner_rate:g}{proximal}, {settings.num_steps} steps in "
-        f"training and {settings.eval_num_steps} at test, {_META_BATCH} tasks a meta-step"
+        f"sinusoid {config.shots}-shot, {config.algorithm}: amplitude in [0.1, 5], {tasks.said}, "
+        f"points in [-5, 5], {_TEST_QUERIES} query points at test, inner "
+        f"{settings.inner} rate {settings.inner_rate:g}{own}, {settings.num_steps} steps in "
+        f"training and {settings.eval_num_steps} at test, {tasks.meta_batch} tasks a meta-step"
     )
 
 
@@ -207,26 +182,108 @@ def report(results: dict[str, Any]) -> str:
     return (
         f"test mean squared error {results['test_mse']:.4f} ± {results['test_ci95']:.4f} after "
         f"{results['settings']['eval_num_steps']} inner steps, {results['test_mse_before']:.3f} ± "
-        f"{results['test_ci95_before']:.3f} before (95% CI over {results['test_tasks']} tasks; "
-        f"best checkpoint, step {results['best_step']} of {results['trained_meta_steps']}; "
-        f"{results['seconds']:.0f} s)"
+        f"{results['test_ci95_before']:.3f} before; NLL {results['test_nll']:.3f} ± "
+        f"{results['test_nll_ci95']:.3f}, {100 * results['coverage']:.0f}% of targets in the 90% "
+        f"band (95% CI over {results['test_tasks']} tasks; best checkpoint, step "
+        f"{results['best_step']} of {results['trained_meta_steps']}; {results['seconds']:.0f} s)"
     )
 
 
-def _make_scorer(learner: MetaLearner, num_tasks: int, seed: tuple[int, int], *, shots: int):
-    """Negative squared error, for higher is better, on tasks that only the key decides."""
+def _before(meta_params: Any) -> Any:
+    """What `adapt` would return if it did nothing."""
+    if isinstance(meta_params, imaml_jax.PlatipusParams):
+        return jax.tree.map(lambda x: x[None], Adapted(meta_params.mean, None))
+    return Adapted(getattr(meta_params, "params", meta_params), None)
+
+
+def _training_tasks(config: Config, tasks: Tasks) -> Callable[[jax.Array], Task]:
+    """`key -> Task`, a meta-batch of new tasks or of those that there are."""
+    draw: Callable[..., Task] = partial(
+        sinusoid.sample_tasks, shots=config.shots, queries=_TRAIN_QUERIES, **tasks.ranges
+    )
+    if tasks.train_tasks is None:
+        return lambda key: draw(key, num_tasks=tasks.meta_batch)
+    pool = draw(jax.random.key(config.seed), num_tasks=tasks.train_tasks)
 
     def sample(key):
-        return sinusoid.sample_tasks(key, num_tasks=100, shots=shots, queries=_TEST_QUERIES)
+        chosen = jax.random.choice(key, tasks.train_tasks, (tasks.meta_batch,), replace=False)
+        return jax.tree.map(lambda x: x[chosen], pool)
 
-    score = make_evaluate(
-        learner,
-        sample,
-        num_tasks=num_tasks,
-        score_fn=lambda outputs, targets: -imaml_jax.mean_squared_error(outputs, targets),
-        map_tasks="vmap",
-    )
-    return lambda meta_params: score(meta_params, common.fixed_key(seed))
+    return sample
+
+
+def _on_tasks(
+    learner: MetaLearner,
+    *,
+    config: Config,
+    make: Callable[..., Any],
+    num_tasks: int,
+    seed: tuple[int, int],
+) -> Callable[[Any], Any]:
+    """A function of meta-parameters, on tasks that only the seed decides."""
+
+    def sample(key):
+        return sinusoid.sample_tasks(
+            key,
+            num_tasks=100,
+            shots=config.shots,
+            queries=_TEST_QUERIES,
+            **TASKS[config.setting].ranges,
+        )
+
+    run = make(learner, sample, num_tasks=num_tasks, map_tasks="vmap")
+    return lambda meta_params: run(meta_params, common.fixed_key(seed))
+
+
+_make_evaluate = partial(
+    make_evaluate,
+    # Negative, for higher is better.
+    score_fn=lambda outputs, targets: -imaml_jax.mean_squared_error(outputs, targets),
+)
+
+
+def _samples(predictions: Predictions) -> np.ndarray:
+    """`[tasks, samples, n, 1]`."""
+    outputs, targets, _ = predictions
+    return outputs if outputs.ndim > targets.ndim else outputs[:, None]
+
+
+def _likelihood(chosen_on: Predictions, test: Predictions) -> dict[str, float]:
+    """NLL over tasks, coverage over points, and the error of a single sample."""
+
+    def nll(predictions, std):
+        return jax.vmap(partial(metrics.gaussian_mixture_nll, noise_std=std))(
+            _samples(predictions), predictions.targets
+        )
+
+    on_validation = jax.lax.map(lambda std: nll(chosen_on, std).mean(), jnp.asarray(_WIDTHS))
+    std = float(_WIDTHS[np.argmin(on_validation)])
+    mean, ci95 = metrics.mean_ci95(nll(test, std))
+    samples, targets = _samples(test), test.targets
+    inside = jax.vmap(lambda s, t: metrics.coverage(s, t, std, level=0.9))(samples, targets)
+    return {
+        "noise_std": std,
+        "test_nll": mean,
+        "test_nll_ci95": ci95,
+        "coverage": float(inside.mean()),
+        "test_mse_of_samples": float(np.square(samples - targets[:, None]).mean()),
+    }
+
+
+def _draw(config: Config, learner: MetaLearner, meta_params: Any) -> None:
+    """What the samples predict in one test task, in the workdir."""
+    ranges: dict[str, Any] = TASKS[config.setting].ranges | {"relative_noise": 0.0}
+    key = common.fixed_key(common.TEST_KEY)
+    drawn = sinusoid.sample_tasks(key, num_tasks=1, shots=config.shots, queries=200, **ranges)
+    support, query = jax.tree.map(lambda x: x[0], drawn)
+    order = query.inputs[:, 0].argsort()
+    inputs, truth = (x[order] for x in query)
+    adapted, _ = learner.adapt(meta_params, support, key)
+    outputs = learner.predict(adapted, inputs)
+    samples = outputs if outputs.ndim > truth.ndim else outputs[None]
+    assert config.workdir is not None
+    path = config.workdir / "bands.png"
+    plots.prediction_bands(inputs[:, 0], samples[..., 0], truth[:, 0], support, path)
 
 
 if __name__ == "__main__":

@@ -45,6 +45,8 @@ TRIALS: dict[few_shot.Algorithm, tuple[dict[str, Any], ...]] = {
     ),
     "anil": (*_MAML[:2], {"inner_rate": 0.4}, {"inner_rate": 1.0}),
     "mamlpp": _MAML,
+    "platipus": _MAML,
+    "bmaml": ({"inner_rate": 0.03}, {"inner_rate": 0.1}, {"inner_rate": 0.3}, {"inner_rate": 0.01}),
     "imaml_hf": (
         {"reg_strength": 0.1, "num_steps": 3, "eval_num_steps": 3, "cg_steps": 8},
         {"reg_strength": 0.1, **_FEWER},

@@ -9,8 +9,8 @@ from typing import Any, Literal, NamedTuple
 
 DATASETS = ("mini_imagenet", "omniglot")
 ALGORITHMS = (
-    *("anil", "fomaml", "imaml", "imaml_hf", "implicit_anil", "maml", "mamlpp"),
-    *("reptile", "reptile_transductive"),
+    *("anil", "bmaml", "fomaml", "imaml", "imaml_hf", "implicit_anil", "maml", "mamlpp"),
+    *("platipus", "reptile", "reptile_transductive"),
 )
 IMPLICIT = ("imaml", "imaml_hf", "implicit_anil")
 
@@ -29,8 +29,9 @@ class Protocol(NamedTuple):
       network: settings of `imaml_jax.networks.conv4`.
       activation: of the network, a function of `jax.nn`.
       statistics: batch-norm mode of the query examples, see `imaml_jax.learners.base.supervised`.
-      adapts_norm: whether the norm's scale and offset are adapted in the inner loop; those of anil
-        and implicit_anil never are, nor those of mamlpp that have a value for each step.
+      adapts_norm: whether the norm's scale and offset are adapted in the inner loop; those of anil,
+        implicit_anil and bmaml, which adapt the head, never are, nor those of mamlpp that have a
+        value for each step.
       meta_batch: tasks a meta-step.
       train_shots: support examples a class in training.
       train_queries: query examples a class in training.
@@ -52,6 +53,7 @@ class Protocol(NamedTuple):
       learn_rates: of MAML++: whether inner rates are learned, for each array and step.
       per_step_norm: of MAML++: whether the norms have a scale and offset for each step.
       multi_step_epochs: of MAML++: epochs of 500 meta-steps with a loss after every inner step.
+      num_samples: of PLATIPUS: samples of the initialisation in training; of BMAML: particles.
       ensemble: of MAML++: how many of the best validated meta-parameters have their logits averaged
         at test, beside the best alone.
       first_order_epochs: of MAML++: epochs with first-order gradients, before second-order ones.
@@ -97,6 +99,7 @@ class Protocol(NamedTuple):
     per_step_norm: bool = False
     multi_step_epochs: int = 0
     first_order_epochs: int = 0
+    num_samples: int = 1
     ensemble: int = 1
     batch_size: int | None = None
     eval_batch_size: int | None = None
@@ -131,6 +134,11 @@ def get(name: str, *, algorithm: str, ways: int, shots: int, dataset: str = "omn
         ("algorithm", algorithm, ALGORITHMS),
         ("dataset", dataset, DATASETS),
     ):
+        if value == "leo":
+            raise ValueError(
+                "algorithm='leo' learns from features, not images: python -m experiments.features "
+                "makes them, python -m experiments.leo trains on them"
+            )
         if value not in allowed:
             near = difflib.get_close_matches(str(value), allowed, 1)
             hint = f"; did you mean {near[0]!r}?" if near else ""
@@ -450,10 +458,14 @@ def _common(algorithm: str, ways: int, shots: int, photographs: bool) -> Protoco
     if algorithm in ("maml", "fomaml"):
         return base._replace(inner_rate=0.03)
     if algorithm == "anil":
-        return base._replace(inner_rate=0.1)
+        return base._replace(inner_rate=0.1, outer_rate=1e-3)
+    if algorithm == "platipus":
+        return base._replace(inner_rate=0.03, num_samples=2)
+    if algorithm == "bmaml":
+        return base._replace(inner_rate=0.03, num_samples=5)
     if algorithm == "mamlpp":
         return base._replace(
-            inner_rate=0.03, learn_rates=True, per_step_norm=True, multi_step_epochs=10
+            inner_rate=0.1, learn_rates=True, per_step_norm=True, multi_step_epochs=10
         )
     return base._replace(
         statistics="batch" if algorithm == "reptile_transductive" else "support_and_one",

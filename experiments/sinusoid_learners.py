@@ -1,0 +1,136 @@
+"""The tasks of the sinusoid experiment, and the learners with their settings."""
+
+import math
+from collections.abc import Callable
+from functools import partial
+from typing import Any, Literal, NamedTuple
+
+import optax
+
+import imaml_jax
+from imaml_jax.networks import Network, mlp
+from imaml_jax.types import MetaLearner
+
+Algorithm = Literal[
+    "anil",
+    "bmaml",
+    "fomaml",
+    "imaml",
+    "implicit_anil",
+    "implicit_bmaml",
+    "implicit_platipus",
+    "maml",
+    "mamlpp",
+    "platipus",
+    "reptile",
+]
+_EVAL_SAMPLES = 10
+
+
+class Tasks(NamedTuple):
+    """A distribution of tasks and what is trained on it.
+
+    Attributes:
+      ranges: arguments of `imaml_jax.data.sinusoid.sample_tasks`.
+      network: the regressor.
+      meta_batch: tasks a meta-step.
+      train_tasks: how many tasks there are to train on, None for no end.
+      said: in words.
+    """
+
+    ranges: dict[str, Any]
+    network: Network
+    meta_batch: int
+    train_tasks: int | None
+    said: str
+
+
+TASKS = {
+    "maml": Tasks({}, mlp([40, 40, 1]), 25, None, "phase in [0, pi]"),
+    "bmaml": Tasks(
+        {"phase": (0.0, 2 * math.pi), "frequency": (0.5, 2.0), "relative_noise": 0.01},
+        mlp([40, 40, 40, 1]),
+        10,
+        1000,
+        "phase in [0, 2 pi], frequency in [0.5, 2], noise 0.01 of the amplitude, 1000 tasks",
+    ),
+}
+
+
+class Settings(NamedTuple):
+    """What an algorithm brings along; a config may override it."""
+
+    inner: str
+    inner_rate: float
+    num_steps: int
+    eval_num_steps: int
+    outer_rate: float
+    meta_steps: int
+    reg_strength: float | None = None
+    num_samples: int | None = None
+
+
+SETTINGS: dict[Algorithm, Settings] = {
+    "maml": Settings("sgd", 0.01, 1, 10, 1e-3, 70_000),
+    "fomaml": Settings("sgd", 0.01, 1, 10, 1e-3, 70_000),
+    "reptile": Settings("sgd", 0.02, 5, 32, 1.0, 15_000),
+    "imaml": Settings("adaptive_gd", 0.01, 8, 16, 3e-3, 5_000, reg_strength=2.0),
+    "mamlpp": Settings("sgd", 0.01, 5, 5, 1e-3, 20_000),
+    "anil": Settings("sgd", 0.01, 5, 5, 1e-3, 20_000),
+    "implicit_anil": Settings("newton_cg", 1.0, 2, 2, 1e-3, 20_000, reg_strength=0.1),
+    "platipus": Settings("sgd", 0.01, 5, 5, 1e-3, 20_000, num_samples=2),
+    "implicit_platipus": Settings(
+        "adaptive_gd", 0.01, 8, 16, 3e-3, 5_000, reg_strength=2.0, num_samples=2
+    ),
+    "bmaml": Settings("sgd", 0.001, 5, 5, 1e-3, 10_000, num_samples=5),
+    "implicit_bmaml": Settings(
+        "adaptive_gd", 0.001, 10, 20, 1e-3, 5_000, reg_strength=20.0, num_samples=5
+    ),
+}
+
+
+def build_learner(
+    algorithm: Algorithm,
+    settings: Settings,
+    network: Network = TASKS["maml"].network,
+    average: Literal["auto"] | None = "auto",
+) -> MetaLearner:
+    """The learner of an algorithm; `average=None` makes samples predict one by one."""
+    loss_fn = imaml_jax.mean_squared_error
+    steps = {"num_steps": settings.num_steps, "eval_num_steps": settings.eval_num_steps}
+    if algorithm == "mamlpp":
+        return imaml_jax.mamlpp(network, loss_fn, inner_rate=settings.inner_rate, **steps)
+    inner = {
+        "sgd": optax.sgd,
+        "adaptive_gd": imaml_jax.adaptive_gd,
+        "newton_cg": lambda rate: imaml_jax.newton_cg(max_cg_steps=20),
+    }[settings.inner](settings.inner_rate)
+    implicit = partial(
+        imaml_jax.imaml,
+        reg_strength=settings.reg_strength,
+        curvature="gauss_newton",
+        solve=imaml_jax.solve_woodbury,
+    )
+    samples = {"num_samples": settings.num_samples, "eval_num_samples": _EVAL_SAMPLES}
+    particles = {"num_particles": settings.num_samples, "average": average}
+    factories: dict[str, Callable[..., MetaLearner]] = {
+        "maml": imaml_jax.maml,
+        "fomaml": imaml_jax.fomaml,
+        "reptile": partial(imaml_jax.reptile, statistics="batch"),
+        "imaml": implicit,
+        "anil": partial(imaml_jax.maml, fast=_is_head),
+        "implicit_anil": partial(implicit, fast=_is_head),
+        "platipus": partial(imaml_jax.platipus, average=average, **samples),
+        "implicit_platipus": partial(
+            imaml_jax.platipus, average=average, adaptation=implicit, **samples
+        ),
+        "bmaml": partial(imaml_jax.bmaml, **particles),
+        "implicit_bmaml": partial(
+            imaml_jax.implicit_bmaml, reg_strength=settings.reg_strength, **particles
+        ),
+    }
+    return factories[algorithm](network, loss_fn, inner=inner, **steps)
+
+
+def _is_head(path: str) -> bool:
+    return path.startswith("head/")
