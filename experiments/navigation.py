@@ -50,6 +50,7 @@ class Settings(NamedTuple):
     outer: str
     outer_rate: float
     num_steps: int
+    inner: str = "sgd"
     inner_rate: float = 0.5
     eval_num_steps: int = 3
     meta_steps: int = 100
@@ -60,7 +61,7 @@ SETTINGS = {
     "maml": Settings("trpo", 1e-2, 1),
     "fomaml": Settings("trpo", 1e-2, 1),
     "reptile": Settings("adam", 1e-2, 3),
-    "imaml": Settings("trpo", 1e-2, 10, inner_rate=0.1, reg_strength=2.0),
+    "imaml": Settings("trpo", 1e-2, 10, "adaptive_gd", 0.1, reg_strength=2.0),
 }
 
 
@@ -152,7 +153,7 @@ def resolve(config: Config) -> Settings:
     Raises:
       ValueError: a setting out of its range.
     """
-    overrides = {name: getattr(config, name) for name in Settings._fields}
+    overrides = {name: getattr(config, name, None) for name in Settings._fields}
     settings = SETTINGS[config.algorithm]._replace(
         **{name: value for name, value in overrides.items() if value is not None}
     )
@@ -173,6 +174,8 @@ def resolve(config: Config) -> Settings:
     )
     common.check_least(settings, num_steps=1, eval_num_steps=1, meta_steps=1)
     common.check_positive(settings, "inner_rate", "outer_rate")
+    if config.max_seconds is not None and not config.max_seconds > 0:
+        raise ValueError(f"max_seconds={config.max_seconds} must be positive")
     if settings.meta_steps % config.log_every:
         raise ValueError(
             f"meta_steps={settings.meta_steps} must be a multiple of log_every={config.log_every}; "
@@ -194,7 +197,7 @@ def build_problem(config: Config, settings: Settings, shrink: float = 1.0) -> Po
         navigation.navigation(horizon=config.horizon),
         algorithm=config.algorithm,
         estimator=config.estimator,
-        inner=imaml_jax.adaptive_gd(rate) if implicit else optax.sgd(rate),
+        inner={"adaptive_gd": imaml_jax.adaptive_gd, "sgd": optax.sgd}[settings.inner](rate),
         num_steps=settings.num_steps,
         eval_num_steps=settings.num_steps if implicit else 1,
         num_trajectories=_TRAJECTORIES,
@@ -243,9 +246,9 @@ def describe(config: Config, settings: Settings) -> str:
     return (
         f"2D navigation, {config.algorithm} ({config.estimator} surrogate), outer {outer}: goals "
         f"in [-0.5, 0.5]^2, horizon {config.horizon}, {config.meta_batch} tasks a meta-step, "
-        f"{_TRAJECTORIES} trajectories and {settings.num_steps} inner steps of rate "
-        f"{settings.inner_rate:g}{proximal} in training; at test {_TEST_TRAJECTORIES} trajectories "
-        "an update, the rate halved after the first"
+        f"{_TRAJECTORIES} trajectories and {settings.num_steps} inner steps of "
+        f"{settings.inner} at rate {settings.inner_rate:g}{proximal} in training; at test "
+        f"{_TEST_TRAJECTORIES} trajectories an update, the rate halved after the first"
     )
 
 
