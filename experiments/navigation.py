@@ -61,7 +61,7 @@ SETTINGS = {
     "maml": Settings("trpo", 1e-2, 1),
     "fomaml": Settings("trpo", 1e-2, 1),
     "reptile": Settings("adam", 1e-2, 3),
-    "imaml": Settings("trpo", 1e-2, 10, "adaptive_gd", 0.1, reg_strength=2.0),
+    "imaml": Settings("adam", 1e-2, 10, "adaptive_gd", 0.1, reg_strength=2.0),
 }
 
 
