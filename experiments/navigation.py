@@ -50,17 +50,19 @@ class Settings(NamedTuple):
     outer: str
     outer_rate: float
     num_steps: int
+    inner: str = "sgd"
     inner_rate: float = 0.5
     eval_num_steps: int = 3
     meta_steps: int = 100
     reg_strength: float | None = None
+    temperature: float | None = None
 
 
 SETTINGS = {
     "maml": Settings("trpo", 1e-2, 1),
     "fomaml": Settings("trpo", 1e-2, 1),
     "reptile": Settings("adam", 1e-2, 3),
-    "imaml": Settings("trpo", 1e-2, 10, inner_rate=0.1, reg_strength=2.0),
+    "imaml": Settings("adam", 1e-2, 10, "adaptive_gd", 0.1, reg_strength=1.0, temperature=0.3),
 }
 
 
@@ -74,6 +76,8 @@ class Config(common.RunConfig):
     """Outer optimiser; TRPO has no outer rate, and does not serve Reptile."""
     estimator: Literal["emaml", "loaded_dice", "lvc", "naive"] = "naive"
     """Surrogate of MAML's inner step; naive is the published one, emaml is not for TRPO."""
+    temperature: float | None = None
+    """Of the weights in iMAML's inner problem; the lower, the more its best actions count."""
     meta_batch: int = 20
     """Tasks a meta-step; 40 in the paper."""
     horizon: int = 100
@@ -152,16 +156,19 @@ def resolve(config: Config) -> Settings:
     Raises:
       ValueError: a setting out of its range.
     """
-    overrides = {name: getattr(config, name) for name in Settings._fields}
+    overrides = {name: getattr(config, name, None) for name in Settings._fields}
     settings = SETTINGS[config.algorithm]._replace(
         **{name: value for name, value in overrides.items() if value is not None}
     )
     common.check_seed(config.seed)
-    if config.algorithm != "imaml" and settings.reg_strength is not None:
-        raise ValueError(
-            f"reg_strength={settings.reg_strength} is a setting of imaml; leave it out for "
-            f"algorithm={config.algorithm}"
-        )
+    if config.algorithm == "imaml":
+        common.check_positive(settings, "reg_strength", "temperature")
+    for name in ("reg_strength", "temperature"):
+        if config.algorithm != "imaml" and getattr(settings, name) is not None:
+            raise ValueError(
+                f"{name}={getattr(settings, name)} is a setting of imaml; leave it out for "
+                f"algorithm={config.algorithm}"
+            )
     if settings.outer == "trpo" and config.non_finite == "skip":
         raise ValueError(
             "non_finite=skip does not serve outer=trpo, whose step is that of all tasks"
@@ -173,6 +180,8 @@ def resolve(config: Config) -> Settings:
     )
     common.check_least(settings, num_steps=1, eval_num_steps=1, meta_steps=1)
     common.check_positive(settings, "inner_rate", "outer_rate")
+    if config.max_seconds is not None and not config.max_seconds > 0:
+        raise ValueError(f"max_seconds={config.max_seconds} must be positive")
     if settings.meta_steps % config.log_every:
         raise ValueError(
             f"meta_steps={settings.meta_steps} must be a multiple of log_every={config.log_every}; "
@@ -194,12 +203,13 @@ def build_problem(config: Config, settings: Settings, shrink: float = 1.0) -> Po
         navigation.navigation(horizon=config.horizon),
         algorithm=config.algorithm,
         estimator=config.estimator,
-        inner=imaml_jax.adaptive_gd(rate) if implicit else optax.sgd(rate),
+        inner={"adaptive_gd": imaml_jax.adaptive_gd, "sgd": optax.sgd}[settings.inner](rate),
         num_steps=settings.num_steps,
         eval_num_steps=settings.num_steps if implicit else 1,
         num_trajectories=_TRAJECTORIES,
         eval_num_trajectories=_TEST_TRAJECTORIES,
         reg_strength=(settings.reg_strength or 1.0) / shrink,
+        temperature=settings.temperature or 1.0,
     )
 
 
@@ -239,13 +249,15 @@ def describe(config: Config, settings: Settings) -> str:
     outer = (
         "TRPO with mean KL 0.01" if settings.outer == "trpo" else f"Adam {settings.outer_rate:g}"
     )
-    proximal = f", lambda {settings.reg_strength:g}" if settings.reg_strength else ""
+    proximal = ""
+    if config.algorithm == "imaml":
+        proximal = f", lambda {settings.reg_strength:g}, temperature {settings.temperature:g}"
     return (
         f"2D navigation, {config.algorithm} ({config.estimator} surrogate), outer {outer}: goals "
         f"in [-0.5, 0.5]^2, horizon {config.horizon}, {config.meta_batch} tasks a meta-step, "
-        f"{_TRAJECTORIES} trajectories and {settings.num_steps} inner steps of rate "
-        f"{settings.inner_rate:g}{proximal} in training; at test {_TEST_TRAJECTORIES} trajectories "
-        "an update, the rate halved after the first"
+        f"{_TRAJECTORIES} trajectories and {settings.num_steps} inner steps of "
+        f"{settings.inner} at rate {settings.inner_rate:g}{proximal} in training; at test "
+        f"{_TEST_TRAJECTORIES} trajectories an update, the rate halved after the first"
     )
 
 
@@ -259,7 +271,7 @@ def report(results: dict[str, Any]) -> str:
     for name, cells in rows.items():
         lines.append(f"{name:34}" + "".join(f"{cell:>14}" for cell in cells[: len(columns)]))
     lines.append(
-        f"published oracle {_ORACLE}; 95% CI over {results['test_tasks']} goals; best checkpoint "
+        f"published oracle {_ORACLE}; 95% CI over {results['test_tasks']} tasks; best checkpoint "
         f"by validation goals, step {results['best_step']} of {results['trained_meta_steps']}; "
         f"{results['seconds']:.0f} s"
     )

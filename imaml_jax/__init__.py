@@ -56,11 +56,7 @@ from imaml_jax.linear_solve import (
     solve_gmres,
     solve_neumann,
 )
-from imaml_jax.low_rank import (
-    nystrom_preconditioner,
-    solve_nystrom,
-    solve_woodbury,
-)
+from imaml_jax.low_rank import nystrom_preconditioner, solve_nystrom, solve_woodbury
 from imaml_jax.minres import solve_minres
 from imaml_jax.policies import categorical_policy, gaussian_policy
 from imaml_jax.svgd import median_bandwidth, svgd_direction, svgd_objective

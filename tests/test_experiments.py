@@ -38,6 +38,7 @@ REPORTS += (
     "feature_weights",
     "hyper_cleaning",
     "market",
+    "navigation",
 )
 COMMANDS = (*TRAINING, *REPORTS)
 RECORDED = {"algorithm", "command", "cores", "date", "device", "machine", "seed", "versions"}
@@ -135,6 +136,18 @@ def test_sinusoid(run, tmp_path, algorithm):
     results = check_results(tmp_path, done, algorithm)
     assert results["test_mse"] > 0 and results["test_mse_before"] > 0
     assert results["test_ci95_before"] > 0 and results["validation_mse"] > 0
+
+
+@pytest.mark.parametrize("algorithm, outer", [("maml", "trpo"), ("reptile", "adam")])
+def test_navigation(run, tmp_path, algorithm, outer):
+    line = "--meta-steps 2 --log-every 1 --meta-batch 2 --horizon 4 --validation-tasks 2"
+    line += f" --test-tasks 3 --eval-num-steps 2 --algorithm {algorithm} --outer {outer}"
+    done = run("navigation", *line.split(), "--workdir", tmp_path)
+    results = check_results(tmp_path, done, algorithm)
+    assert len(results["test_return"]) == len(results["test_ci95"]) == 3
+    assert all(value < 0 for value in results["test_return"])
+    assert "-11.7" in done.stdout  # the published return stands beside ours
+    assert (tmp_path / "trajectories.png").stat().st_size > 0
 
 
 def test_a_run_goes_on_finishes_at_once_and_refuses_another_config(run, tmp_path):
@@ -276,6 +289,16 @@ REFUSED_REPORTS = {
     "meta_gradient_accuracy --condition 1": ("condition=1.0", "above 1"),
     "meta_gradient_accuracy --num-steps 0": ("num_steps=(0,)", "at least 1"),
     "meta_gradient_accuracy --output .": ("output=.", "must name a file"),
+    "navigation --meta-steps 7": ("meta_steps=7", "multiple of log_every=5"),
+    "navigation --algorithm reptile --outer trpo": ("algorithm='reptile'", "Optax"),
+    "navigation --algorithm fomaml --estimator lvc": ("estimator='lvc'", "leave it out"),
+    "navigation --estimator emaml": ("estimator='emaml'", "Optax"),
+    "navigation --reg-strength 1": ("reg_strength=1.0", "leave it out"),
+    "navigation --outer-rate 1": ("outer_rate=1.0", "outer=adam"),
+    "navigation --non-finite skip": ("non_finite=skip", "outer=trpo"),
+    "navigation --inner-rate nan": ("inner_rate=nan", "positive"),
+    "navigation --meta-batch 0": ("meta_batch=0", "at least 1"),
+    "navigation --max-seconds -1": ("max_seconds=-1", "positive"),
     "compare --output .": ("runs", "at least one"),
     "omniglot_table --budget 0": ("budget=0", "above 0"),
     "omniglot_table --log-every 0": ("log_every=0", "at least 1"),
