@@ -78,8 +78,8 @@ def bmaml(
       fast: which parameters are adapted and have particles, by path; default all. Published for
         classification is the head alone.
       statistics: batch-norm mode of the query examples, see `learners.base.supervised`.
-      init_spread: standard deviation of noise on the initial particles, for those parameters that
-        `network.init` makes equal (biases, a head of zeros), and which would remain so.
+      init_spread: standard deviation of noise on two or more initial particles, for parameters
+        that `network.init` makes equal (biases, a head of zeros): equal particles remain equal.
       remat: recompute each inner step in the backward pass instead of storing its activations.
 
     Returns:
