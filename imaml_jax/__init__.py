@@ -19,8 +19,10 @@ from imaml_jax.learners import (
     fomaml,
     imaml,
     imaml_dev,
+    leo,
     maml,
     mean_squared_error,
+    nearest_centroid,
     reptile,
 )
 from imaml_jax.linear_solve import (
@@ -66,9 +68,11 @@ __all__ = [
     "implicit_gradient_bound",
     "implicit_gradient_error",
     "jacobi_preconditioner",
+    "leo",
     "maml",
     "mean_squared_error",
     "minimize",
+    "nearest_centroid",
     "newton_cg",
     "nystrom_preconditioner",
     "proximal_objective",

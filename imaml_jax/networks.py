@@ -17,6 +17,7 @@ from imaml_jax.types import Array, Params
 Initializer = Any
 _SMALL_NORMAL = nn.initializers.truncated_normal(0.01)
 _XAVIER = nn.initializers.xavier_uniform()
+_HE_NORMAL = nn.initializers.he_normal()
 
 
 class Network(NamedTuple):
@@ -69,7 +70,7 @@ def mlp(
 
 
 def conv4(
-    ways: int,
+    ways: int | None,
     *,
     filters: int = 64,
     num_blocks: int = 4,
@@ -91,7 +92,8 @@ def conv4(
     `block_0/offset`, ..., `head/kernel`, `head/bias`.
 
     Args:
-      ways: classes, the width of the head.
+      ways: classes, the width of the head; None for no head, where the outputs are the features
+        that it would see. The parameters of a network with a head serve the one without.
       filters: channels of each block.
       num_blocks: number of blocks.
       downsample: "stride" or "max_pool".
@@ -107,12 +109,13 @@ def conv4(
         (Ye and Chao, UNICORN-MAML, 2022).
 
     Returns:
-      A `Network`; inputs `[n, height, width, channels]`, outputs `[n, ways]`.
+      A `Network`; inputs `[n, height, width, channels]`, outputs `[n, ways]` or the features.
 
     Raises:
       ValueError: a setting out of its range.
     """
-    for name, size in (("ways", ways), ("filters", filters), ("num_blocks", num_blocks)):
+    _check_ways("conv4", ways)
+    for name, size in (("filters", filters), ("num_blocks", num_blocks)):
         _check_size("conv4", name, size)
     _check_choice("downsample", downsample, ("stride", "max_pool"))
     _check_choice("readout", readout, ("flatten", "mean"))
@@ -121,40 +124,111 @@ def conv4(
         raise ValueError(f"conv4: epsilon={epsilon} must be positive")
     stride = 2 if downsample == "stride" else 1
     pools = downsample == "max_pool"
-
-    class Block(nn.Module):
-        @nn.compact
-        def __call__(self, x, statistics_weights):
-            shape = (3, 3, x.shape[-1], filters)
-            x = convolution(x, self.param("kernel", kernel_init, shape, x.dtype), stride)
-            if conv_bias:
-                x = x + _per_channel(self.param("bias", nn.initializers.zeros, (filters,), x.dtype))
-            scale = self.param("scale", nn.initializers.ones, (filters,), x.dtype)
-            offset = self.param("offset", nn.initializers.zeros, (filters,), x.dtype)
-            x = activation(batch_norm(x, scale, offset, epsilon, statistics_weights))
-            return max_pool2x2(x, pool_padding) if pools else x
+    settings = filters, 3, stride, conv_bias, epsilon, convolution, kernel_init
 
     class Conv4(nn.Module):
         @nn.compact
         def __call__(self, x, statistics_weights=None):
-            _check_inputs("conv4", x, 4, "[n, height, width, channels]")
-            height, width = x.shape[1:3]
-            if pools and min(height, width) < 2**num_blocks:
-                raise ValueError(
-                    f"conv4: num_blocks={num_blocks} poolings leave nothing of {height}x{width} "
-                    "images"
-                )
+            _check_images("conv4", x, num_blocks if pools else 0)
             for i in range(num_blocks):
-                x = Block(name=f"block_{i}")(x, statistics_weights)
+                block = _ConvNorm(*settings, name=f"block_{i}")
+                x = activation(block(x, statistics_weights))
+                x = max_pool2x2(x, pool_padding) if pools else x
             x = x.mean((1, 2)) if readout == "mean" else x.reshape(x.shape[0], -1)
-            return _dense(x, ways, head_init, name="head")
+            return x if ways is None else _dense(x, ways, head_init, name="head")
 
-    module = Conv4()
+    return _with_statistics(Conv4())
 
-    def apply(params: Params, inputs: Array, statistics_weights: Array | None = None) -> Any:
-        return _apply(module, params, inputs, statistics_weights)
 
-    return Network(_init_of(module), apply)
+def resnet12(
+    ways: int | None,
+    *,
+    widths: Sequence[int] = (64, 160, 320, 640),
+    epsilon: float = 1e-5,
+    convolution: Callable[[Array, Array, int], Array] = convolve,
+    kernel_init: Initializer = _HE_NORMAL,
+    head_init: Initializer = nn.initializers.zeros,
+) -> Network:
+    """The residual network of few-shot classification, with the mean over positions as features.
+
+    Each block is three 3x3 convolutions with batch norm, a shortcut by a 1x1 convolution with batch
+    norm, leaky ReLU of slope 0.1 after the first two and after the sum, and 2x2 max-pooling. Batch
+    norm has the statistics of the batch at hand; no dropout. Parameters are named
+    `block_0/conv_0/kernel`, ..., `block_0/shortcut/kernel`, ..., `head/kernel`, `head/bias`.
+
+    Args:
+      ways: classes, the width of the head; None for no head, as in `conv4`.
+      widths: channels of each block.
+      epsilon: added to the variance.
+      convolution: `(x, kernel, stride) -> y`, see `imaml_jax.convolution`.
+      kernel_init: of the convolutions.
+      head_init: of the head's kernel.
+
+    Returns:
+      A `Network`; inputs `[n, height, width, channels]`, outputs `[n, ways]` or `[n, widths[-1]]`.
+
+    Raises:
+      ValueError: a setting out of its range.
+
+    References:
+      Oreshkin, Rodriguez, Lacoste, "TADAM", NeurIPS 2018; the widths are those of Lee et al.,
+      "Meta-Learning with Differentiable Convex Optimization", CVPR 2019, without DropBlock.
+    """
+    _check_ways("resnet12", ways)
+    if not widths:
+        raise ValueError("resnet12: widths=[] must hold the channels of at least one block")
+    for width in widths:
+        _check_size("resnet12", "widths", width)
+    if not epsilon > 0:
+        raise ValueError(f"resnet12: epsilon={epsilon} must be positive")
+
+    class Block(nn.Module):
+        width: int
+
+        @nn.compact
+        def __call__(self, x, statistics_weights):
+            def conv_norm(x, size, name):
+                settings = self.width, size, 1, False, epsilon, convolution, kernel_init
+                return _ConvNorm(*settings, name=name)(x, statistics_weights)
+
+            shortcut = conv_norm(x, 1, "shortcut")
+            for i in range(2):
+                x = nn.leaky_relu(conv_norm(x, 3, f"conv_{i}"), 0.1)
+            return max_pool2x2(nn.leaky_relu(conv_norm(x, 3, "conv_2") + shortcut, 0.1))
+
+    class ResNet12(nn.Module):
+        @nn.compact
+        def __call__(self, x, statistics_weights=None):
+            _check_images("resnet12", x, len(widths))
+            for i, width in enumerate(widths):
+                x = Block(width, name=f"block_{i}")(x, statistics_weights)
+            x = x.mean((1, 2))
+            return x if ways is None else _dense(x, ways, head_init, name="head")
+
+    return _with_statistics(ResNet12())
+
+
+class _ConvNorm(nn.Module):
+    """A convolution and batch norm with the statistics of the batch at hand."""
+
+    filters: int
+    size: int
+    stride: int
+    bias: bool
+    epsilon: float
+    convolution: Callable[[Array, Array, int], Array]
+    kernel_init: Initializer
+
+    @nn.compact
+    def __call__(self, x, statistics_weights):
+        shape = (self.size, self.size, x.shape[-1], self.filters)
+        x = self.convolution(x, self.param("kernel", self.kernel_init, shape, x.dtype), self.stride)
+        width, zeros = (self.filters,), nn.initializers.zeros
+        if self.bias:
+            x = x + _per_channel(self.param("bias", zeros, width, x.dtype))
+        scale = self.param("scale", nn.initializers.ones, width, x.dtype)
+        offset = self.param("offset", zeros, width, x.dtype)
+        return batch_norm(x, scale, offset, self.epsilon, statistics_weights)
 
 
 def max_pool2x2(x: Array, padding: Literal["valid", "same"] = "valid") -> Array:
@@ -213,6 +287,13 @@ def _dense(x: Array, width: int, kernel_init: Initializer, name: str | None = No
     )(x)
 
 
+def _with_statistics(module: nn.Module) -> Network:
+    def apply(params: Params, inputs: Array, statistics_weights: Array | None = None) -> Any:
+        return _apply(module, params, inputs, statistics_weights)
+
+    return Network(_init_of(module), apply)
+
+
 def _init_of(module: nn.Module) -> Callable[[Array, Array], Params]:
     return lambda key, inputs: module.init(key, inputs)["params"]
 
@@ -227,6 +308,20 @@ def _check_inputs(name: str, x: Array, rank: int, shape: str) -> None:
             f"{name}: inputs are {x.dtype}{list(x.shape)}, must be floating {shape}; scale uint8 "
             "images to [0, 1] and keep the axis of examples"
         )
+
+
+def _check_images(name: str, x: Array, num_poolings: int) -> None:
+    _check_inputs(name, x, 4, "[n, height, width, channels]")
+    height, width = x.shape[1:3]
+    if min(height, width) < 2**num_poolings:
+        raise ValueError(
+            f"{name}: num_blocks={num_poolings} poolings leave nothing of {height}x{width} images"
+        )
+
+
+def _check_ways(network: str, ways: int | None) -> None:
+    if ways is not None:
+        _check_size(network, "ways", ways)
 
 
 def _check_size(network: str, name: str, size: int) -> None:
