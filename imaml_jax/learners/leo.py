@@ -1,6 +1,7 @@
 """LEO: adaptation in a learned latent space of classifier weights."""
 
-from typing import Any
+from functools import partial
+from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
@@ -9,10 +10,26 @@ from jax import lax
 
 from imaml_jax.inner import minimize
 from imaml_jax.learners.base import check_steps, cross_entropy, inner_report
-from imaml_jax.types import Array, Batch, MetaLearner
+from imaml_jax.types import Array, MetaLearner
 
 _MIN_DEVIATION = 1e-10
 _GLOROT = jax.nn.initializers.glorot_uniform()
+
+
+class Noise(NamedTuple):
+    """What training draws for a task of `n` support examples; None where it takes means or all.
+
+    Attributes:
+      codes: `[N, K, latents]`, standard normal.
+      weights: `[num_steps + 1, N, K, D]`, standard normal, for each decoding.
+      dropped_support: booleans `[uses, n, D]`: by the encoder, then by each step.
+      dropped_query: booleans `[queries, D]`.
+    """
+
+    codes: Array | None = None
+    weights: Array | None = None
+    dropped_support: Array | None = None
+    dropped_query: Array | None = None
 
 
 def leo(
@@ -117,50 +134,51 @@ def leo(
             "finetuning_rate": jnp.full((1, 1, width), finetuning_rate, dtype),
         }
 
-    def noise_key(key):
-        return key if stochastic else None
+    def draw(key, support, query):
+        """What training draws for a task, at once: it is most of what there is to compile."""
+        keys, (examples, width) = jax.random.split(key, 4), support.shape
+        normal = partial(jax.random.normal, dtype=support.dtype)
+        codes = weights = dropped_support = dropped_query = None
+        if stochastic:
+            shots = examples // ways
+            codes = normal(keys[0], (ways, shots, num_latents))
+            weights = normal(keys[1], (num_steps + 1, ways, shots, width))
+        if dropout:
+            uses = 1 + num_steps + num_finetuning_steps
+            dropped_support = jax.random.bernoulli(keys[2], dropout, (uses, examples, width))
+            dropped_query = jax.random.bernoulli(keys[3], dropout, query.shape)
+        return Noise(codes, weights, dropped_support, dropped_query)
 
-    def drop(inputs, key):
-        if key is None or dropout == 0:
-            return inputs
-        kept = jax.random.bernoulli(key, 1 - dropout, inputs.shape)
-        return jnp.where(kept, inputs / (1 - dropout), 0)
+    def drop(inputs, dropped):
+        return inputs if dropped is None else jnp.where(dropped, 0, inputs / (1 - dropout))
 
-    def encode(params, support, key):
-        """The codes `[N, K, latents]` and their KL; without a key the means."""
-        drop_key, sample_key = _split(key)
-        inputs = drop(_by_class(support, ways), drop_key)
-        shots = inputs.shape[1]
+    def encode(params, support, noise):
+        """The codes `[N, K, latents]` and their KL."""
+        inputs = drop(support.inputs, _part(noise.dropped_support, 0))
+        inputs = _by_class(inputs, support.targets, ways)
         codes = relate(params, _matmul(inputs, params["encoder"]))
-        return _sample(jnp.repeat(codes[:, None], shots, 1), 0.0, noise_key(sample_key))
+        return _sample(jnp.repeat(codes[:, None], inputs.shape[1], 1), 0.0, noise.codes)
 
-    def decode(params, codes, key):
+    def decode(params, codes, noise):
         """Classifier weights `[N, K, D]`."""
         weights = _matmul(codes, params["decoder"])
         offset = (2 / (weights.shape[-1] // 2 + ways)) ** 0.5
-        return _sample(weights, offset, noise_key(key))[0]
+        return _sample(weights, offset, noise)[0]
 
-    def logits_of(weights, inputs, key):
-        return _matmul(drop(inputs, key), weights.mean(1).T)
+    def logits_of(weights, inputs, dropped):
+        return _matmul(drop(inputs, dropped), weights.mean(1).T)
 
-    def support_loss(weights, support, key):
-        logits = logits_of(weights, _flat(support.inputs), key)
+    def support_loss(weights, support, dropped=None):
+        logits = logits_of(weights, support.inputs, dropped)
         return support.targets.shape[0] * cross_entropy(logits, support.targets)
 
-    def latent_loss(codes, params, support, key=None):
-        sample_key, drop_key = _split(key)
-        return support_loss(decode(params, codes, sample_key), support, drop_key)
+    def latent_loss(codes, params, support, drawn):
+        noise, dropped = drawn
+        return support_loss(decode(params, codes, noise), support, dropped)
 
-    def finetuning_loss(weights, support, key=None):
-        return support_loss(weights, support, key)
-
-    def adapt_weights(params, support, codes, key):
+    def adapt_weights(params, support, codes, noise):
         """The adapted weights `[N, K, D]` and codes, and the report of the fine-tuning."""
-        latent_keys = decode_key = finetuning_keys = None
-        if key is not None:
-            latent_key, decode_key, finetuning_key = jax.random.split(key, 3)
-            latent_keys = jax.random.split(latent_key, num_steps)
-            finetuning_keys = jax.random.split(finetuning_key, num_finetuning_steps)
+        of_steps = _part(noise.dropped_support, slice(1, num_steps + 1))
         codes, _ = minimize(
             latent_loss,
             codes,
@@ -168,27 +186,28 @@ def leo(
             support,
             tx=descent(params["latent_rate"]),
             num_steps=num_steps,
-            batches=latent_keys,
+            batches=(_part(noise.weights, slice(num_steps)), of_steps),
             remat=False,
         )
         weights, info = minimize(
-            finetuning_loss,
-            decode(params, codes, decode_key),
+            support_loss,
+            decode(params, codes, _part(noise.weights, num_steps)),
             support,
             tx=descent(params["finetuning_rate"]),
             num_steps=num_finetuning_steps,
-            batches=finetuning_keys,
+            batches=_part(noise.dropped_support, slice(num_steps + 1, None)),
             remat=False,
         )
         return weights, codes, info
 
     def training_loss(params, task, key):
-        encode_key, adapt_key, drop_key = jax.random.split(key, 3)
-        codes, kl = encode(params, task.support, encode_key)
-        weights, adapted, info = adapt_weights(params, task.support, codes, adapt_key)
-        logits = logits_of(weights, _flat(task.query.inputs), drop_key)
-        loss = cross_entropy(logits, task.query.targets)
-        accuracy = jnp.mean(jnp.argmax(logits, -1) == task.query.targets)
+        support, query = (batch._replace(inputs=_flat(batch.inputs)) for batch in task)
+        noise = draw(key, support.inputs, query.inputs)
+        codes, kl = encode(params, support, noise)
+        weights, adapted, info = adapt_weights(params, support, codes, noise)
+        logits = logits_of(weights, query.inputs, noise.dropped_query)
+        loss = cross_entropy(logits, query.targets)
+        accuracy = jnp.mean(jnp.argmax(logits, -1) == query.targets)
         penalty = (
             kl_weight * kl
             + encoder_penalty * jnp.mean(jnp.square(lax.stop_gradient(adapted) - codes))
@@ -204,8 +223,9 @@ def leo(
 
     def adapt(meta_params, support, key):
         del key
-        codes, _ = encode(meta_params, support, None)
-        weights, _, info = adapt_weights(meta_params, support, codes, None)
+        support = support._replace(inputs=_flat(support.inputs))
+        codes, _ = encode(meta_params, support, Noise())
+        weights, _, info = adapt_weights(meta_params, support, codes, Noise())
         return weights, inner_report(info)
 
     def predict(adapted, inputs):
@@ -246,33 +266,30 @@ def correlation(decoder: Array) -> Array:
     return jnp.mean(jnp.square(cosines - jnp.eye(len(rows), dtype=rows.dtype)))
 
 
-def _sample(codes: Array, offset: float, key: Array | None) -> tuple[Array, Any]:
-    """Draws from a Gaussian of the means and spreads `codes [..., 2 n]`: `([..., n], KL)`."""
+def _sample(codes: Array, offset: float, noise: Array | None) -> tuple[Array, Any]:
+    """A draw from the Gaussian of the means and spreads `codes [..., 2 n]`: `([..., n], KL)`."""
     mean, spread = jnp.split(codes, 2, axis=-1)
-    if key is None:
+    if noise is None:
         return mean, 0.0
     deviation = jnp.maximum(jnp.expm1(spread) + offset, _MIN_DEVIATION)
-    noise = jax.random.normal(key, mean.shape, mean.dtype)
     sample = mean + deviation * noise
     # log q by the noise: from the sample, at the least deviation, no digit of it would be left.
     kl = jnp.mean((jnp.square(sample) - jnp.square(noise)) / 2 - jnp.log(deviation))
     return sample, kl
 
 
-def _split(key: Array | None) -> Any:
-    return (None, None) if key is None else jax.random.split(key)
+def _part(drawn: Array | None, index: Any) -> Array | None:
+    return None if drawn is None else drawn[index]
 
 
-def _by_class(support: Batch, ways: int) -> Array:
-    """The support features as `[N, K, D]`."""
-    inputs = _flat(support.inputs)
+def _by_class(inputs: Array, targets: Array, ways: int) -> Array:
+    """The support features `[n, D]` as `[N, K, D]`."""
     if inputs.shape[0] % ways:
         raise ValueError(
             f"leo: ways={ways} must divide the support examples, {inputs.shape[0]}: every class "
             "needs the same number of them"
         )
-    order = jnp.argsort(support.targets, stable=True)
-    return inputs[order].reshape(ways, -1, inputs.shape[1])
+    return inputs[jnp.argsort(targets, stable=True)].reshape(ways, -1, inputs.shape[1])
 
 
 def _without_rates(params: dict[str, Array]) -> dict[str, Array]:
