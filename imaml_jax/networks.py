@@ -232,13 +232,23 @@ class _ConvNorm(nn.Module):
 
 
 def max_pool2x2(x: Array, padding: Literal["valid", "same"] = "valid") -> Array:
-    """2x2 max-pooling with stride 2; an odd last row or column is dropped, or pooled alone."""
+    """2x2 max-pooling with stride 2; an odd last row or column is dropped, or pooled alone.
+
+    The derivative goes to one entry, the first of equal ones. It does so by comparing entries, not
+    by finding the maximum among them again, as `jnp.max` has it: where a compiler computes `x`
+    twice with another rounding, none is equal to the maximum, and 0/0 is the derivative.
+    """
     n, height, width, channels = x.shape
     if padding == "same":
         x = jnp.pad(x, ((0, 0), (0, height % 2), (0, width % 2), (0, 0)), mode="edge")
     rows, columns = x.shape[1] // 2, x.shape[2] // 2
-    x = x[:, : 2 * rows, : 2 * columns]
-    return x.reshape(n, rows, 2, columns, 2, channels).max((2, 4))
+    x = x[:, : 2 * rows, : 2 * columns].reshape(n, rows, 2, columns, 2, channels)
+    x = _larger(x[:, :, 0], x[:, :, 1])
+    return _larger(x[:, :, :, 0], x[:, :, :, 1])
+
+
+def _larger(a: Array, b: Array) -> Array:
+    return jnp.where(b > a, b, a)
 
 
 def batch_norm(

@@ -139,6 +139,42 @@ def test_sinusoid(run, tmp_path, algorithm):
     assert results["test_ci95_before"] > 0 and results["validation_mse"] > 0
 
 
+def test_features_and_leo(run, tmp_path):
+    """From images, mostly of a pattern a class, to features, and from these to LEO."""
+    rng, arrays = np.random.default_rng(0), {}
+    for split, classes in (("train", range(6)), ("val", range(6, 11)), ("test", range(11, 16))):
+        patterns = rng.integers(0, 200, (len(classes), 1, 16, 16, 3))
+        images = patterns + rng.integers(0, 56, (len(classes), 20, 16, 16, 3))
+        arrays[f"{split}_images"] = images.reshape(-1, 16, 16, 3).astype(np.uint8)
+        arrays[f"{split}_labels"] = np.repeat(np.array(classes), 20)
+    np.savez(tmp_path / "images.npz", **arrays)
+    made = tmp_path / "made"
+    dataset = ("--dataset", f"arrays:{tmp_path / 'images.npz'}", "--output", made)
+    sizes = "--width 3 --epochs 2 --batch-size 40 --test-tasks 20".split()
+    done = run("features", *dataset, *sizes)
+    assert done.returncode == 0, done.stderr
+    assert "95% CI over 20 test tasks" in done.stdout
+    results = json.loads((made / "results.json").read_text(encoding="utf-8"))
+    assert (results["train_classes"], results["trained_meta_steps"]) == (6, 6)
+    for scores in results["nearest_centroid"].values():
+        assert scores.keys() == {"5-way 1-shot", "5-way 5-shot"}
+        assert all(mean > 0.25 and ci95 > 0 for mean, ci95 in scores.values())
+
+    tiny = "--meta-steps 2 --log-every 1 --meta-batch 2 --num-latents 2 --num-steps 2".split()
+    tiny += "--inner-rate 0.1 --validation-tasks 4 --test-tasks 4 --test-queries 3".split()
+    done = run("leo", "--features", made, "--workdir", tmp_path / "runs", *tiny)
+    assert done.returncode == 0, done.stderr
+    assert "95% CI over 4 tasks of unseen classes, the same for all" in done.stdout
+    results = json.loads((tmp_path / "runs" / "results.json").read_text(encoding="utf-8"))
+    assert results["settings"]["kl_weight"] == 0.756143
+    assert list(results["rows"]) == ["nearest_centroid", "leo", "deterministic"]
+    for name, row in results["rows"].items():
+        assert 0 <= row["test_accuracy"] <= 1 and row["validation_accuracy"] is not None
+        if name != "nearest_centroid":
+            assert row["trained_meta_steps"] == 2
+            assert (tmp_path / "runs" / name / "learning_curve.png").exists()
+
+
 def test_a_run_goes_on_finishes_at_once_and_refuses_another_config(run, tmp_path):
     arguments = ("--algorithm", "maml", *TINY_SINUSOID, "--workdir", tmp_path)
     first = check_results(tmp_path, run("sinusoid", *arguments), "maml")

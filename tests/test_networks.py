@@ -65,6 +65,24 @@ def test_max_pool_equals_that_of_lax(shape):
     np.testing.assert_array_equal(max_pool2x2(x), expected)
 
 
+@pytest.mark.parametrize("level", [0, 3])
+def test_the_derivative_of_max_pooling_survives_another_rounding(level):
+    """Unoptimised code computes the norm twice, and not to the same bits."""
+    x, scale, offset = (
+        normal(i, *s, dtype=np.float32) for i, s in enumerate([(9, 4, 4, 3), (3,), (3,)])
+    )
+
+    def pooled(x, scale, offset):
+        return jnp.sum(jnp.cos(max_pool2x2(batch_norm(x, scale, offset, 1e-3))))
+
+    gradient = jax.grad(pooled, argnums=(0, 1, 2))
+    compiled = jax.jit(gradient, compiler_options={"xla_backend_optimization_level": level})
+    with jax.disable_jit():
+        expected = gradient(x, scale, offset)
+    for found, wanted in zip(compiled(x, scale, offset), expected, strict=True):
+        np.testing.assert_allclose(found, wanted, atol=1e-5)
+
+
 def test_conv4_has_the_published_parameters_on_omniglot():
     named, count = describe(conv4(5), jnp.zeros((2, 28, 28, 1)))
     expected = {"head/kernel": (256, 5), "head/bias": (5,)}
