@@ -124,7 +124,6 @@ def main(config: Config) -> dict[str, Any]:
     splits = features.load(config.features, centred=config.centred)
     _check_data(config, splits)
     common.say(describe(config, constants, splits))
-    started = time.perf_counter()
     results = common.recorded(config) | {
         "features": str(config.features),
         "settings": constants._asdict(),
@@ -140,6 +139,7 @@ def main(config: Config) -> dict[str, Any]:
         }
     }
     for name, learner in learners.items():
+        started = time.perf_counter()
         workdir = None if config.workdir is None else config.workdir / name
         validate = None
         if splits.val is not None:

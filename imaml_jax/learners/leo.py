@@ -49,7 +49,7 @@ def leo(
 ) -> MetaLearner:
     """Latent embedding optimization: gradient steps on the code from which weights are decoded.
 
-    For the `K` support features `x` of each of `N` classes, all maps linear and without bias:
+    For the `K` support features `x` of each of `N` classes, no layer with a bias:
 
         (m, u)_c = mean over the class's x and over all x' of relation(encoder x, encoder x')
         z        ~ N(m, s(u, 0)),     K codes a class,   s(u, o) = max(exp(u) - 1 + o, 1e-10)
@@ -95,8 +95,8 @@ def leo(
         does not divide.
 
     References:
-      Rusu et al., "Meta-Learning with Latent Embedding Optimization", ICLR 2019, Algorithm 1 and
-      equations 3 to 7; where they are silent, https://github.com/google-deepmind/leo.
+      Rusu et al., "Meta-Learning with Latent Embedding Optimization", ICLR 2019; where it is
+      silent, as https://github.com/google-deepmind/leo (model.py).
     """
     check_steps(
         "leo",
