@@ -201,12 +201,13 @@ def _training_tasks(config: Config, tasks: Tasks) -> Callable[[jax.Array], Task]
     draw: Callable[..., Task] = partial(
         sinusoid.sample_tasks, shots=config.shots, queries=_TRAIN_QUERIES, **tasks.ranges
     )
-    if tasks.train_tasks is None:
+    number = tasks.train_tasks
+    if number is None:
         return lambda key: draw(key, num_tasks=tasks.meta_batch)
-    pool = draw(jax.random.key(config.seed), num_tasks=tasks.train_tasks)
+    pool = draw(jax.random.key(config.seed), num_tasks=number)
 
     def sample(key):
-        chosen = jax.random.choice(key, tasks.train_tasks, (tasks.meta_batch,), replace=False)
+        chosen = jax.random.choice(key, number, (tasks.meta_batch,), replace=False)
         return jax.tree.map(lambda x: x[chosen], pool)
 
     return sample
@@ -242,10 +243,10 @@ _make_evaluate = partial(
 )
 
 
-def _samples(predictions: Predictions) -> np.ndarray:
+def _samples(predictions: Predictions) -> jax.Array:
     """`[tasks, samples, n, 1]`."""
     outputs, targets, _ = predictions
-    return outputs if outputs.ndim > targets.ndim else outputs[:, None]
+    return jnp.asarray(outputs if outputs.ndim > targets.ndim else outputs[:, None])
 
 
 def _likelihood(chosen_on: Predictions, test: Predictions) -> dict[str, float]:
@@ -260,13 +261,13 @@ def _likelihood(chosen_on: Predictions, test: Predictions) -> dict[str, float]:
     std = float(_WIDTHS[np.argmin(on_validation)])
     mean, ci95 = metrics.mean_ci95(nll(test, std))
     samples, targets = _samples(test), test.targets
-    inside = jax.vmap(lambda s, t: metrics.coverage(s, t, std, level=0.9))(samples, targets)
+    inside = jax.vmap(partial(metrics.coverage, noise_std=std, level=0.9))(samples, targets)
     return {
         "noise_std": std,
         "test_nll": mean,
         "test_nll_ci95": ci95,
         "coverage": float(inside.mean()),
-        "test_mse_of_samples": float(np.square(samples - targets[:, None]).mean()),
+        "test_mse_of_samples": float(jnp.square(samples - targets[:, None]).mean()),
     }
 
 

@@ -97,7 +97,10 @@ def build_learner(
 ) -> MetaLearner:
     """The learner of an algorithm; `average=None` makes samples predict one by one."""
     loss_fn = imaml_jax.mean_squared_error
-    steps = {"num_steps": settings.num_steps, "eval_num_steps": settings.eval_num_steps}
+    steps: dict[str, Any] = {
+        "num_steps": settings.num_steps,
+        "eval_num_steps": settings.eval_num_steps,
+    }
     if algorithm == "mamlpp":
         return imaml_jax.mamlpp(network, loss_fn, inner_rate=settings.inner_rate, **steps)
     inner = {

@@ -17,6 +17,7 @@ from imaml_jax.types import Array, Params
 Initializer = Any
 _SMALL_NORMAL = nn.initializers.truncated_normal(0.01)
 _XAVIER = nn.initializers.xavier_uniform()
+_HE_NORMAL = nn.initializers.he_normal()
 
 
 class Network(NamedTuple):
@@ -27,14 +28,14 @@ class Network(NamedTuple):
       apply: `(params, inputs [n, ...]) -> outputs [n, ...]`. Networks with batch norm also take
         `statistics_weights [n]`: the weight of each example in the batch statistics; default equal.
       features: `(params, inputs) -> features [n, ...]`, what the last layer sees; None where it has
-        no name.
+        no name. With batch norm it takes `statistics_weights` too.
       head: `(params, features) -> outputs`, by the parameters below `head/` alone, so that `apply`
         is `head` after `features`.
     """
 
     init: Callable[[Array, Array], Params]
     apply: Callable[..., Array]
-    features: Callable[[Params, Array], Array] | None = None
+    features: Callable[..., Array] | None = None
     head: Callable[[Params, Array], Array] | None = None
 
 
@@ -71,8 +72,7 @@ def mlp(
                     x = activation(_dense(x, width, kernel_init))
             return x if part == "features" else _dense(x, features[-1], kernel_init, name="head")
 
-    module = MLP()
-    return _network(module, lambda params, inputs: _apply(module, params, inputs))
+    return _network(MLP(), takes_weights=False)
 
 
 def conv4(
@@ -119,7 +119,8 @@ def conv4(
     Raises:
       ValueError: a setting out of its range.
     """
-    for name, size in (("ways", ways), ("filters", filters), ("num_blocks", num_blocks)):
+    _check_size("conv4", "ways", ways)
+    for name, size in (("filters", filters), ("num_blocks", num_blocks)):
         _check_size("conv4", name, size)
     _check_choice("downsample", downsample, ("stride", "max_pool"))
     _check_choice("readout", readout, ("flatten", "mean"))
@@ -128,54 +129,133 @@ def conv4(
         raise ValueError(f"conv4: epsilon={epsilon} must be positive")
     stride = 2 if downsample == "stride" else 1
     pools = downsample == "max_pool"
-
-    class Block(nn.Module):
-        @nn.compact
-        def __call__(self, x, statistics_weights):
-            shape = (3, 3, x.shape[-1], filters)
-            x = convolution(x, self.param("kernel", kernel_init, shape, x.dtype), stride)
-            if conv_bias:
-                x = x + _per_channel(self.param("bias", nn.initializers.zeros, (filters,), x.dtype))
-            scale = self.param("scale", nn.initializers.ones, (filters,), x.dtype)
-            offset = self.param("offset", nn.initializers.zeros, (filters,), x.dtype)
-            x = activation(batch_norm(x, scale, offset, epsilon, statistics_weights))
-            return max_pool2x2(x, pool_padding) if pools else x
+    settings = filters, 3, stride, conv_bias, epsilon, convolution, kernel_init
 
     class Conv4(nn.Module):
         @nn.compact
         def __call__(self, x, statistics_weights=None, part="all"):
             if part != "head":
-                x = self.features(x, statistics_weights)
+                _check_images("conv4", x, num_blocks if pools else 0)
+                for i in range(num_blocks):
+                    block = _ConvNorm(*settings, name=f"block_{i}")
+                    x = activation(block(x, statistics_weights))
+                    x = max_pool2x2(x, pool_padding) if pools else x
+                x = x.mean((1, 2)) if readout == "mean" else x.reshape(x.shape[0], -1)
             return x if part == "features" else _dense(x, ways, head_init, name="head")
 
-        def features(self, x, statistics_weights):
-            _check_inputs("conv4", x, 4, "[n, height, width, channels]")
-            height, width = x.shape[1:3]
-            if pools and min(height, width) < 2**num_blocks:
-                raise ValueError(
-                    f"conv4: num_blocks={num_blocks} poolings leave nothing of {height}x{width} "
-                    "images"
-                )
-            for i in range(num_blocks):
-                x = Block(name=f"block_{i}")(x, statistics_weights)
-            return x.mean((1, 2)) if readout == "mean" else x.reshape(x.shape[0], -1)
+    return _network(Conv4())
 
-    module = Conv4()
 
-    def apply(params: Params, inputs: Array, statistics_weights: Array | None = None) -> Any:
-        return _apply(module, params, inputs, statistics_weights)
+def resnet12(
+    ways: int,
+    *,
+    widths: Sequence[int] = (64, 160, 320, 640),
+    epsilon: float = 1e-5,
+    convolution: Callable[[Array, Array, int], Array] = convolve,
+    kernel_init: Initializer = _HE_NORMAL,
+    head_init: Initializer = nn.initializers.zeros,
+) -> Network:
+    """The residual network of few-shot classification, with the mean over positions as features.
 
-    return _network(module, apply)
+    Each block is three 3x3 convolutions with batch norm, a shortcut by a 1x1 convolution with batch
+    norm, leaky ReLU of slope 0.1 after the first two and after the sum, and 2x2 max-pooling. Batch
+    norm has the statistics of the batch at hand; no dropout. Parameters are named
+    `block_0/conv_0/kernel`, ..., `block_0/shortcut/kernel`, ..., `head/kernel`, `head/bias`.
+
+    Args:
+      ways: classes, the width of the head.
+      widths: channels of each block.
+      epsilon: added to the variance.
+      convolution: `(x, kernel, stride) -> y`, see `imaml_jax.convolution`.
+      kernel_init: of the convolutions.
+      head_init: of the head's kernel.
+
+    Returns:
+      A `Network`; inputs `[n, height, width, channels]`, outputs `[n, ways]`.
+
+    Raises:
+      ValueError: a setting out of its range.
+
+    References:
+      Oreshkin, Rodriguez, Lacoste, "TADAM", NeurIPS 2018; the widths are those of Lee et al.,
+      "Meta-Learning with Differentiable Convex Optimization", CVPR 2019, without DropBlock.
+    """
+    _check_size("resnet12", "ways", ways)
+    if not widths:
+        raise ValueError("resnet12: widths=[] must hold the channels of at least one block")
+    for width in widths:
+        _check_size("resnet12", "widths", width)
+    if not epsilon > 0:
+        raise ValueError(f"resnet12: epsilon={epsilon} must be positive")
+
+    class Block(nn.Module):
+        width: int
+
+        @nn.compact
+        def __call__(self, x, statistics_weights):
+            def conv_norm(x, size, name):
+                settings = self.width, size, 1, False, epsilon, convolution, kernel_init
+                return _ConvNorm(*settings, name=name)(x, statistics_weights)
+
+            shortcut = conv_norm(x, 1, "shortcut")
+            for i in range(2):
+                x = nn.leaky_relu(conv_norm(x, 3, f"conv_{i}"), 0.1)
+            return max_pool2x2(nn.leaky_relu(conv_norm(x, 3, "conv_2") + shortcut, 0.1))
+
+    class ResNet12(nn.Module):
+        @nn.compact
+        def __call__(self, x, statistics_weights=None, part="all"):
+            if part != "head":
+                _check_images("resnet12", x, len(widths))
+                for i, width in enumerate(widths):
+                    x = Block(width, name=f"block_{i}")(x, statistics_weights)
+                x = x.mean((1, 2))
+            return x if part == "features" else _dense(x, ways, head_init, name="head")
+
+    return _network(ResNet12())
+
+
+class _ConvNorm(nn.Module):
+    """A convolution and batch norm with the statistics of the batch at hand."""
+
+    filters: int
+    size: int
+    stride: int
+    bias: bool
+    epsilon: float
+    convolution: Callable[[Array, Array, int], Array]
+    kernel_init: Initializer
+
+    @nn.compact
+    def __call__(self, x, statistics_weights):
+        shape = (self.size, self.size, x.shape[-1], self.filters)
+        x = self.convolution(x, self.param("kernel", self.kernel_init, shape, x.dtype), self.stride)
+        width, zeros = (self.filters,), nn.initializers.zeros
+        if self.bias:
+            x = x + _per_channel(self.param("bias", zeros, width, x.dtype))
+        scale = self.param("scale", nn.initializers.ones, width, x.dtype)
+        offset = self.param("offset", zeros, width, x.dtype)
+        return batch_norm(x, scale, offset, self.epsilon, statistics_weights)
 
 
 def max_pool2x2(x: Array, padding: Literal["valid", "same"] = "valid") -> Array:
-    """2x2 max-pooling with stride 2; an odd last row or column is dropped, or pooled alone."""
+    """2x2 max-pooling with stride 2; an odd last row or column is dropped, or pooled alone.
+
+    The derivative goes to one entry, the first of equal ones. It does so by comparing entries, not
+    by finding the maximum among them again, as `jnp.max` has it: where a compiler computes `x`
+    twice with another rounding, none is equal to the maximum, and 0/0 is the derivative.
+    """
     n, height, width, channels = x.shape
     if padding == "same":
         x = jnp.pad(x, ((0, 0), (0, height % 2), (0, width % 2), (0, 0)), mode="edge")
     rows, columns = x.shape[1] // 2, x.shape[2] // 2
-    x = x[:, : 2 * rows, : 2 * columns]
-    return x.reshape(n, rows, 2, columns, 2, channels).max((2, 4))
+    x = x[:, : 2 * rows, : 2 * columns].reshape(n, rows, 2, columns, 2, channels)
+    x = _larger(x[:, :, 0], x[:, :, 1])
+    return _larger(x[:, :, :, 0], x[:, :, :, 1])
+
+
+def _larger(a: Array, b: Array) -> Array:
+    return jnp.where(b > a, b, a)
 
 
 def batch_norm(
@@ -224,18 +304,24 @@ def _dense(x: Array, width: int, kernel_init: Initializer, name: str | None = No
     )(x)
 
 
-def _network(module: nn.Module, apply: Callable[..., Array]) -> Network:
+def _network(module: nn.Module, takes_weights: bool = True) -> Network:
     """Of a module whose call takes `part`: "all", "features" or "head"."""
-    return Network(
-        lambda key, inputs: module.init(key, inputs)["params"],
-        apply,
-        lambda params, inputs: _apply(module, params, inputs, part="features"),
-        lambda params, features: _apply(module, params, features, part="head"),
-    )
 
+    def apply_part(part: str) -> Callable[..., Any]:
+        def apply(params: Params, inputs: Array) -> Any:
+            return module.apply({"params": params}, inputs, part=part)
 
-def _apply(module: nn.Module, params: Params, *inputs: Array | None, **settings: Any) -> Any:
-    return module.apply({"params": params}, *inputs, **settings)
+        def apply_weighted(
+            params: Params, inputs: Array, statistics_weights: Array | None = None
+        ) -> Any:
+            return module.apply({"params": params}, inputs, statistics_weights, part=part)
+
+        return apply_weighted if takes_weights and part != "head" else apply
+
+    def init(key: Array, inputs: Array) -> Params:
+        return module.init(key, inputs)["params"]
+
+    return Network(init, *map(apply_part, ("all", "features", "head")))
 
 
 def _check_inputs(name: str, x: Array, rank: int, shape: str) -> None:
@@ -243,6 +329,15 @@ def _check_inputs(name: str, x: Array, rank: int, shape: str) -> None:
         raise ValueError(
             f"{name}: inputs are {x.dtype}{list(x.shape)}, must be floating {shape}; scale uint8 "
             "images to [0, 1] and keep the axis of examples"
+        )
+
+
+def _check_images(name: str, x: Array, num_poolings: int) -> None:
+    _check_inputs(name, x, 4, "[n, height, width, channels]")
+    height, width = x.shape[1:3]
+    if min(height, width) < 2**num_poolings:
+        raise ValueError(
+            f"{name}: num_blocks={num_poolings} poolings leave nothing of {height}x{width} images"
         )
 
 

@@ -36,7 +36,9 @@ REPORTS += (
     "equilibrium",
     "error_estimate",
     "feature_weights",
+    "features",
     "hyper_cleaning",
+    "leo",
     "market",
     "navigation",
 )
@@ -148,6 +150,42 @@ def test_navigation(run, tmp_path, algorithm, outer):
     assert all(value < 0 for value in results["test_return"])
     assert "-11.7" in done.stdout  # the published return stands beside ours
     assert (tmp_path / "trajectories.png").stat().st_size > 0
+
+
+def test_features_and_leo(run, tmp_path):
+    """From images, mostly of a pattern a class, to features, and from these to LEO."""
+    rng, arrays = np.random.default_rng(0), {}
+    for split, classes in (("train", range(6)), ("val", range(6, 11)), ("test", range(11, 16))):
+        patterns = rng.integers(0, 200, (len(classes), 1, 16, 16, 3))
+        images = patterns + rng.integers(0, 56, (len(classes), 20, 16, 16, 3))
+        arrays[f"{split}_images"] = images.reshape(-1, 16, 16, 3).astype(np.uint8)
+        arrays[f"{split}_labels"] = np.repeat(np.array(classes), 20)
+    np.savez(tmp_path / "images.npz", **arrays)
+    made = tmp_path / "made"
+    dataset = ("--dataset", f"arrays:{tmp_path / 'images.npz'}", "--output", made)
+    sizes = "--width 3 --epochs 2 --batch-size 40 --test-tasks 20".split()
+    done = run("features", *dataset, *sizes)
+    assert done.returncode == 0, done.stderr
+    assert "95% CI over 20 test tasks" in done.stdout
+    results = json.loads((made / "results.json").read_text(encoding="utf-8"))
+    assert (results["train_classes"], results["trained_meta_steps"]) == (6, 6)
+    for scores in results["nearest_centroid"].values():
+        assert scores.keys() == {"5-way 1-shot", "5-way 5-shot"}
+        assert all(0 <= mean <= 1 and ci95 > 0 for mean, ci95 in scores.values())
+
+    tiny = "--meta-steps 2 --log-every 1 --meta-batch 2 --num-latents 2 --num-steps 2".split()
+    tiny += "--inner-rate 0.1 --validation-tasks 4 --test-tasks 4 --test-queries 3".split()
+    done = run("leo", "--features", made, "--workdir", tmp_path / "runs", *tiny)
+    assert done.returncode == 0, done.stderr
+    assert "95% CI over 4 tasks of unseen classes, the same for all" in done.stdout
+    results = json.loads((tmp_path / "runs" / "results.json").read_text(encoding="utf-8"))
+    assert results["settings"]["kl_weight"] == 0.756143
+    assert list(results["rows"]) == ["nearest_centroid", "leo", "deterministic"]
+    for name, row in results["rows"].items():
+        assert 0 <= row["test_accuracy"] <= 1 and row["validation_accuracy"] is not None
+        if name != "nearest_centroid":
+            assert row["trained_meta_steps"] == 2
+            assert (tmp_path / "runs" / name / "learning_curve.png").exists()
 
 
 def test_a_run_goes_on_finishes_at_once_and_refuses_another_config(run, tmp_path):
@@ -274,6 +312,10 @@ REFUSED_REPORTS = {
     "feature_weights --splits 0": ("splits=0", "at least 1"),
     "feature_weights --outer-rate inf": ("outer_rate=inf", "positive"),
     "feature_weights --output .": ("output=.", "must name a file"),
+    "features --output x --epochs 0": ("epochs=0", "at least 1"),
+    "features --output x --rate nan": ("rate=nan", "positive"),
+    "features --output x --weight-decay -1": ("weight_decay=-1.0", "at least 0"),
+    "features --output x --dataset nothing": ("dataset=nothing", "folder:PATH"),
     "gradient_combinations --meta-steps 100": ("meta_steps=100", "multiple of eval_every=250"),
     "gradient_combinations --dataset glyphs --data-dir x": ("data_dir=x", "leave it out"),
     "gradient_combinations --output .": ("output=.", "must name a file"),
@@ -282,6 +324,15 @@ REFUSED_REPORTS = {
     "hyper_cleaning --train-examples 0": ("train_examples=0", "at least 1"),
     "hyper_cleaning --reg-strength 0": ("reg_strength=0.0", "positive"),
     "hyper_cleaning --output .": ("output=.", "must name a file"),
+    "leo --ways 1": ("ways=1", "at least 2"),
+    "leo --shots 0": ("shots=0", "at least 1"),
+    "leo --dropout 1": ("dropout=1.0", "less than 1"),
+    "leo --kl-weight -1": ("kl_weight=-1.0", "at least 0"),
+    "leo --meta-steps 1500": ("meta_steps=1500", "multiple of log_every=1000"),
+    "leo --eval-num-steps 3": ("eval_num_steps=3", "no effect on LEO"),
+    "leo --outer-rate 0": ("outer_rate=0.0", "positive"),
+    "leo --variants": ("variants=()", "leo, deterministic"),
+    "leo --features nowhere": ("nowhere", "python -m experiments.features", "embeddings.zip"),
     "market --elasticity 1": ("elasticity=1.0", "above 1"),
     "market --goods 1": ("goods=1", "at least 2"),
     "market --firms 0": ("firms=0", "at least 1"),

@@ -9,7 +9,7 @@ import pytest
 from jax import lax
 
 from imaml_jax.convolution import lax_convolve
-from imaml_jax.networks import batch_norm, conv4, max_pool2x2, mlp
+from imaml_jax.networks import batch_norm, conv4, max_pool2x2, mlp, resnet12
 
 pytestmark = pytest.mark.usefixtures("x64")
 
@@ -63,6 +63,24 @@ def test_max_pool_equals_that_of_lax(shape):
     x = normal(0, 2, *shape, 3)
     expected = lax.reduce_window(x, -np.inf, lax.max, (1, 2, 2, 1), (1, 2, 2, 1), "VALID")
     np.testing.assert_array_equal(max_pool2x2(x), expected)
+
+
+@pytest.mark.parametrize("level", [0, 3])
+def test_the_derivative_of_max_pooling_survives_another_rounding(level):
+    """Unoptimised code computes the norm twice, and not to the same bits."""
+    x, scale, offset = (
+        normal(i, *s, dtype=np.float32) for i, s in enumerate([(9, 4, 4, 3), (3,), (3,)])
+    )
+
+    def pooled(x, scale, offset):
+        return jnp.sum(jnp.cos(max_pool2x2(batch_norm(x, scale, offset, 1e-3))))
+
+    gradient = jax.grad(pooled, argnums=(0, 1, 2))
+    compiled = jax.jit(gradient, compiler_options={"xla_backend_optimization_level": level})
+    with jax.disable_jit():
+        expected = gradient(x, scale, offset)
+    for found, wanted in zip(compiled(x, scale, offset), expected, strict=True):
+        np.testing.assert_allclose(found, wanted, atol=1e-5)
 
 
 def test_conv4_has_the_published_parameters_on_omniglot():
@@ -190,6 +208,59 @@ def test_mlp_equals_its_definition():
     np.testing.assert_allclose(network.apply(params, x), expected, atol=1e-14)
 
 
+def test_resnet12_has_the_parameters_of_its_field():
+    """12.4 million without the head, as Lee et al. have it."""
+    named, count = describe(resnet12(5), jnp.zeros((2, 84, 84, 3)))
+    assert count == 12_424_320 + 640 * 5 + 5
+    assert named["block_0/conv_0/kernel"] == (3, 3, 3, 64)
+    assert named["block_3/conv_2/kernel"] == (3, 3, 640, 640)
+    assert named["block_3/shortcut/kernel"] == (1, 1, 320, 640)
+    assert named["head/kernel"] == (640, 5)
+    assert len(named) == 4 * 4 * 3 + 2
+
+
+def test_resnet12_equals_its_definition():
+    network = resnet12(3, widths=(2, 4))
+    x = normal(0, 3, 9, 8, 2)
+    params = random_params(network, x)
+
+    def conv_norm(x, layer, size):
+        padded = np.pad(x, ((0, 0), (size // 2,) * 2, (size // 2,) * 2, (0, 0)))
+        windows = np.lib.stride_tricks.sliding_window_view(padded, (size, size), (1, 2))
+        x = np.einsum("nhwcij,ijco->nhwo", windows, np.asarray(layer["kernel"]))
+        x = (x - x.mean((0, 1, 2))) / np.sqrt(x.var((0, 1, 2)) + 1e-5)
+        return x * np.asarray(layer["scale"]) + np.asarray(layer["offset"])
+
+    def leaky(x):
+        return np.where(x > 0, x, 0.1 * x)
+
+    expected = np.asarray(x)
+    for block in (params["block_0"], params["block_1"]):
+        y = leaky(conv_norm(expected, block["conv_0"], 3))
+        y = conv_norm(leaky(conv_norm(y, block["conv_1"], 3)), block["conv_2"], 3)
+        y = leaky(y + conv_norm(expected, block["shortcut"], 1))
+        expected = np.asarray(max_pool2x2(jnp.asarray(y)))
+    features = expected.mean((1, 2))
+    np.testing.assert_allclose(jax.jit(network.features)(params, x), features, atol=1e-10)
+    expected = features @ np.asarray(params["head"]["kernel"]) + np.asarray(params["head"]["bias"])
+    np.testing.assert_allclose(jax.jit(network.apply)(params, x), expected, atol=1e-10)
+
+
+@pytest.mark.parametrize(
+    "make", [partial(conv4, filters=2, num_blocks=2), partial(resnet12, widths=(2, 3))]
+)
+def test_the_head_after_the_features_is_the_network(make):
+    x, weights = normal(0, 4, 8, 8, 1), jnp.array([1.0, 1, 1, 0])
+    network = make(3)
+    params = random_params(network, x)
+    features = network.features(params, x, statistics_weights=weights)
+    outputs = network.apply(params, x, statistics_weights=weights)
+    np.testing.assert_allclose(network.head(params, features), outputs, atol=1e-12)
+    np.testing.assert_allclose(network.head({"head": params["head"]}, features), outputs)
+    del params["head"]
+    np.testing.assert_allclose(network.features(params, x, statistics_weights=weights), features)
+
+
 def test_initial_parameters_are_as_documented():
     """A zero head, unit scales, and an MLP drawn from a narrow normal; the key decides the rest."""
     init, images = (
@@ -217,6 +288,10 @@ def test_initial_parameters_are_as_documented():
         (lambda: conv4(5, epsilon=0.0), "epsilon=0.0"),
         (lambda: conv4(5, downsample="pool"), "downsample='pool'"),
         (lambda: conv4(5, readout="max"), "readout='max'"),
+        (lambda: resnet12(0), "resnet12: ways=0"),
+        (lambda: resnet12(5, widths=()), r"resnet12: widths=\[\]"),
+        (lambda: resnet12(5, widths=(4, 0)), "resnet12: widths=0"),
+        (lambda: resnet12(5, epsilon=-1.0), "resnet12: epsilon=-1.0"),
     ],
 )
 def test_settings_out_of_range_are_named(make, value):
@@ -228,8 +303,9 @@ def test_settings_out_of_range_are_named(make, value):
 def test_images_too_small_for_the_blocks_are_refused(readout):
     """Four poolings of 8x8 leave nothing: the outputs would be a constant, or NaN."""
     network = conv4(5, filters=2, downsample="max_pool", readout=readout)
-    with pytest.raises(ValueError, match="8x8"):
-        jax.eval_shape(network.init, jax.random.key(0), jnp.zeros((1, 8, 8, 1)))
+    for refusing in (network, resnet12(5)):
+        with pytest.raises(ValueError, match="8x8"):
+            jax.eval_shape(refusing.init, jax.random.key(0), jnp.zeros((1, 8, 8, 1)))
 
 
 @pytest.mark.parametrize(

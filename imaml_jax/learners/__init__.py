@@ -10,8 +10,10 @@ from imaml_jax.learners.bmaml import bmaml
 from imaml_jax.learners.imaml import imaml
 from imaml_jax.learners.imaml_dev import imaml_dev
 from imaml_jax.learners.implicit_bmaml import implicit_bmaml
+from imaml_jax.learners.leo import leo
 from imaml_jax.learners.maml import fomaml, maml
 from imaml_jax.learners.mamlpp import mamlpp
+from imaml_jax.learners.nearest_centroid import nearest_centroid
 from imaml_jax.learners.platipus import PlatipusParams, platipus
 from imaml_jax.learners.policy_gradient import policy_gradient
 from imaml_jax.learners.policy_problem import policy_problem
@@ -27,12 +29,14 @@ __all__ = [
     "imaml_dev",
     "implicit_bmaml",
     "learned_precisions",
+    "leo",
     "likelihood",
     "maml",
     "mamlpp",
     "mean_outputs",
     "mean_squared_error",
     "mixture_logits",
+    "nearest_centroid",
     "platipus",
     "policy_gradient",
     "policy_problem",

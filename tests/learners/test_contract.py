@@ -25,6 +25,7 @@ from imaml_jax import (
     imaml,
     imaml_dev,
     implicit_bmaml,
+    leo,
     maml,
     mamlpp,
     mean_squared_error,
@@ -42,11 +43,18 @@ sgd = optax.sgd(0.1)
 gauss_newton_cg = dict(solve=partial(solve_cg_steihaug, max_steps=5), curvature="gauss_newton")
 woodbury = dict(solve=solve_woodbury, curvature="gauss_newton")
 INIT_KEY = jax.random.key(3)
-both, only_mlp = ("mlp", "conv"), ("mlp",)
+both, only_mlp, only_features = ("mlp", "conv"), ("mlp",), ("features",)
 
 
 def is_head(path):
     return path.startswith("head")
+
+
+def leo_on_features(network, loss_fn, **settings):
+    """LEO brings its own network and loss."""
+    del network, loss_fn
+    sizes = dict(num_latents=4, num_steps=2, num_finetuning_steps=2)
+    return leo(ways=3, latent_rate=0.1, **sizes, **settings)
 
 
 class Row(NamedTuple):
@@ -139,6 +147,7 @@ LEARNERS = [
         False,
     ),
     Row("imaml_dev", imaml_dev, dict(inner_rate=0.1, num_steps=8), only_mlp, False),
+    Row("leo", leo_on_features, dict(dropout=0.2), only_features),
     Row(
         "imaml_tree_strength",
         imaml,
@@ -197,6 +206,18 @@ def classification() -> Setting:
     labels = np.tile(np.arange(3, dtype=np.int32), (3, 4))
     params = jit(network.init)(INIT_KEY, images[0])
     return Setting(network, cross_entropy, params, split(Batch(images, labels)))
+
+
+def features() -> Setting:
+    network = mlp([3])
+    rng = np.random.default_rng(1)
+    centres = rng.normal(size=(3, 1, 3, 6))
+    inputs = centres + rng.normal(size=(3, 4, 3, 6)) / 4
+    inputs = inputs.reshape(3, 12, 6).astype(np.float32)
+    inputs /= np.linalg.norm(inputs, axis=-1, keepdims=True)
+    labels = np.tile(np.arange(3, dtype=np.int32), (3, 4))
+    params = jit(network.init)(INIT_KEY, inputs[0])
+    return Setting(network, cross_entropy, params, split(Batch(inputs, labels)))
 
 
 PARTS = (slice(6), slice(6, None))
@@ -261,12 +282,12 @@ class Outcome(NamedTuple):
 
 @pytest.fixture(scope="module")
 def settings():
-    return {"mlp": regression(), "conv": classification()}
+    return {"mlp": regression(), "conv": classification(), "features": features()}
 
 
 CASES = [pytest.param((r, p), id=f"{r.name}-{p}") for r in LEARNERS for p in r.problems]
-MLP_CASES = [pytest.param((r, "mlp"), id=f"{r.name}-mlp") for r in LEARNERS if "mlp" in r.problems]
-PLAIN_CASES = [case for case in MLP_CASES if case.values[0][0].without_jit]
+SMALL_CASES = [case for case in CASES if case.values[0][1] != "conv"]
+PLAIN_CASES = [case for case in SMALL_CASES if case.values[0][0].without_jit]
 SLOW_CASES = [
     pytest.param((r, p), id=f"{r.name}-{p}")
     for r in LEARNERS
@@ -353,7 +374,7 @@ def test_jit_and_vmap_change_nothing_and_the_arguments_stay(case):
         np.testing.assert_array_equal(a, b)
 
 
-@pytest.mark.parametrize("case", MLP_CASES, indirect=True)
+@pytest.mark.parametrize("case", SMALL_CASES, indirect=True)
 def test_a_task_has_the_same_result_wherever_it_stands(case):
     """With the test above, vmap over tasks is a loop."""
 
@@ -364,7 +385,7 @@ def test_a_task_has_the_same_result_wherever_it_stands(case):
     assert_close(case.meta_grads(case.params, roll(case.tasks), roll(case.keys)), roll(mapped))
 
 
-@pytest.mark.parametrize("case", MLP_CASES, indirect=True)
+@pytest.mark.parametrize("case", SMALL_CASES, indirect=True)
 def test_nothing_leaks_from_a_trace(case):
     with jax.checking_leaks():
         jax.make_jaxpr(case.learner.meta_grad)(case.params, case.task, case.keys[0], 0)
