@@ -2,27 +2,18 @@
 
 import dataclasses
 import time
-from collections.abc import Callable
 from typing import Any, Literal
 
 import jax
 import jax.numpy as jnp
 
-from experiments import build, common
-from imaml_jax import metrics, plots, processes, protocols
+from experiments import build, common, scores
+from imaml_jax import plots, processes, protocols
 from imaml_jax.data import episodes
-from imaml_jax.evaluation import (
-    Evaluation,
-    Predictions,
-    ensemble,
-    make_evaluate,
-    make_predictions,
-    stack_members,
-)
-from imaml_jax.learners import cross_entropy
+from imaml_jax.evaluation import Evaluation, ensemble, stack_members
 from imaml_jax.protocols import Protocol
-from imaml_jax.training import TrainResult, init_meta_params
-from imaml_jax.types import MetaLearner
+from imaml_jax.train_step import init_meta_params
+from imaml_jax.training import TrainResult
 
 Algorithm = Literal[
     "anil",
@@ -41,7 +32,6 @@ ProtocolName = Literal[
     "common", "finn", "imaml_dev", "imaml_paper", "mamlpp_code", "mamlpp_paper", "reptile"
 ]
 _WITHOUT_VALIDATION = ("lake", "reptile")
-_TASKS_A_CALL = 40  # whatever the number of devices, so that all runs meet the same tasks
 _OF_IMPLICIT = ("cg_steps", "curvature", "learn_reg_strength", "reg_strength", "solve")
 _OF_MAMLPP = ("first_order_epochs", "learn_rates", "multi_step_epochs", "per_step_norm")
 _POSITIVE = (
@@ -123,21 +113,21 @@ def run(
     on_test = (protocol, config, splits.test, protocol.test_tasks, common.TEST_KEY)
     started = time.perf_counter()
     result = meta_train(config, protocol, splits, dataset)
-    test = _predict(learner, *on_test)(result.best_meta_params)
+    test = scores.predictions_on(learner, *on_test)(result.best_meta_params)
     results = _recorded(config, protocol, dataset) | common.provenance()
     results |= common.outcome(result, started) | {
         "validation_accuracy": common.best_validation(result.history),
         "test_info": test.info,
-        **_scores(test),
+        **scores.scores(test),
     }
     if len(result.best) > 1:
         members = stack_members([each.meta_params for each in result.best])
-        averaged = _scores(_predict(ensemble(learner), *on_test)(members))
+        averaged = scores.scores(scores.predictions_on(ensemble(learner), *on_test)(members))
         results["ensemble_steps"] = [each.step for each in result.best]
         results |= {name.replace("test", "ensemble"): averaged[name] for name in averaged}
     common.write_results(config.workdir, results)
     if config.workdir is not None and processes.is_first():
-        plots.reliability_diagram(_calibration(test), config.workdir / "reliability.png")
+        plots.reliability_diagram(scores.calibration(test), config.workdir / "reliability.png")
     common.say(report(results))
     return results
 
@@ -164,7 +154,7 @@ def meta_train(
 
     learner, validate = build.build_learner(protocol, config.ways), None
     if splits.val is not None:
-        validate = _make_scorer(
+        validate = scores.accuracy_on(
             learner, protocol, config, splits.val, config.validation_tasks, common.VALIDATION_KEY
         )
     common.say(describe(config, protocol, dataset))
@@ -261,7 +251,7 @@ def untrained(config: Config, protocol: Protocol, splits: episodes.Splits) -> Ev
     common.cache_compilations()
     learner = build.build_learner(protocol, config.ways)
     meta_params = init_meta_params(learner, jax.random.key(config.seed), _example(splits))
-    score = _make_scorer(
+    score = scores.accuracy_on(
         learner, protocol, config, splits.test, protocol.test_tasks, common.TEST_KEY
     )
     return score(meta_params)
@@ -269,66 +259,6 @@ def untrained(config: Config, protocol: Protocol, splits: episodes.Splits) -> Ev
 
 def _example(splits: episodes.Splits) -> jax.Array:
     return jnp.zeros((1, *splits.train.images.shape[1:]))
-
-
-def _make_scorer(learner: MetaLearner, *tasks: Any) -> Callable[[Any], Evaluation]:
-    """Accuracy on tasks, see `_over_tasks`."""
-    return _over_tasks(make_evaluate, learner, *tasks)
-
-
-def _predict(learner: MetaLearner, *tasks: Any) -> Callable[[Any], Predictions]:
-    """The outputs on tasks, see `_over_tasks`."""
-    return _over_tasks(make_predictions, learner, *tasks)
-
-
-def _over_tasks(
-    make: Callable[..., Any],
-    learner: MetaLearner,
-    protocol: Protocol,
-    config: Config,
-    dataset: episodes.Dataset,
-    num_tasks: int,
-    seed: tuple[int, int],
-) -> Callable[[Any], Any]:
-    """A function of meta-parameters, on `num_tasks` tasks that only the seed and data decide."""
-    tasks_a_call = min(num_tasks, _TASKS_A_CALL)
-    shared = tasks_a_call % jax.process_count() == 0  # else each process scores all for itself
-
-    def sample(key):
-        return episodes.sample_tasks(
-            key,
-            dataset,
-            num_tasks=tasks_a_call,
-            ways=config.ways,
-            shots=config.shots,
-            queries=protocol.test_queries,
-            rotations=protocol.test_rotations,
-            invert=protocol.invert,
-        )
-
-    run = make(
-        learner,
-        sample,
-        num_tasks=num_tasks,
-        map_tasks=config.map_tasks,
-        devices=common.task_devices(config.devices, tasks_a_call) if shared else None,
-    )
-    return lambda meta_params: run(meta_params, common.fixed_key(seed))
-
-
-def _scores(predictions: Predictions) -> dict[str, float]:
-    """Accuracy over tasks, and how well its probabilities are calibrated over all examples."""
-    outputs, labels, _ = predictions
-    mean, ci95 = metrics.mean_ci95((outputs.argmax(-1) == labels).mean(-1))
-    calibration = _calibration(predictions)
-    return {
-        "test_accuracy": mean,
-        "test_ci95": ci95,
-        "test_nll": float(cross_entropy(outputs, labels)),
-        "test_brier": float(metrics.brier(outputs, labels)),
-        "test_ece": float(calibration.ece),
-        "test_mce": float(calibration.mce),
-    }
 
 
 def _check_settings(config: Config, protocol: Protocol) -> None:
@@ -387,11 +317,6 @@ def _check_settings(config: Config, protocol: Protocol) -> None:
             "solve=woodbury needs the low rank of curvature=gauss_newton, not curvature=hessian; "
             "change either, for example to solve=cg_steihaug"
         )
-
-
-def _calibration(predictions: Predictions) -> metrics.Calibration:
-    confidences, correct = metrics.confidence_and_correct(predictions.outputs, predictions.targets)
-    return metrics.calibration_error(confidences, correct)
 
 
 def _refuse(config: Config, protocol: Protocol, names: tuple[str, ...], remedy: str) -> None:

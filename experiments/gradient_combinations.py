@@ -42,7 +42,8 @@ from imaml_jax.data import episodes, glyphs, omniglot
 from imaml_jax.evaluation import make_evaluate
 from imaml_jax.networks import conv4
 from imaml_jax.plots import new_figure
-from imaml_jax.training import init_meta_params, train
+from imaml_jax.train_step import init_meta_params
+from imaml_jax.training import train
 
 # Weights of g1, g2, ...; as many inner steps are made.
 COMBINATIONS = {

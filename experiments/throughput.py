@@ -25,7 +25,8 @@ from experiments import build, common, few_shot, glyphs
 from imaml_jax import mapping
 from imaml_jax.data import episodes
 from imaml_jax.data import glyphs as glyph_data
-from imaml_jax.training import init_meta_params, train
+from imaml_jax.train_step import init_meta_params
+from imaml_jax.training import train
 from imaml_jax.types import MetaLearner
 
 

@@ -13,7 +13,7 @@ from imaml_jax.curvature import damped, gauss_newton
 from imaml_jax.learners.policy_problem import PolicyProblem, last_step
 from imaml_jax.linear_solve import solve_cg_steihaug
 from imaml_jax.policy_losses import distributions
-from imaml_jax.training import TrainState, TrainStep, Update, latched
+from imaml_jax.train_step import TrainState, TrainStep, Update, latched
 from imaml_jax.trajectories import masked_mean, mean_return
 from imaml_jax.types import Array, Params, PyTree
 

@@ -40,8 +40,8 @@ FLOORS = (
     ("json_lines", "metrics"),
     ("checkpoint", "evaluation"),
     ("non_finite",),
-    ("training",),
-    ("trpo",),
+    ("train_step",),
+    ("training", "trpo"),
 )
 FLOOR = {name: floor for floor, names in enumerate(FLOORS) for name in names}
 HEAVY = {"flax", "matplotlib", "orbax", "tensorflow", "tensorflow_datasets"}

@@ -13,7 +13,7 @@ import pytest
 from hypothesis import strategies as st
 
 import imaml_jax
-from imaml_jax import training
+from imaml_jax import train_step
 from imaml_jax.data import episodes
 from imaml_jax.networks import conv4, mlp
 
@@ -125,7 +125,7 @@ def one_step(name, parts):
     learner = getattr(imaml_jax, name)(network, imaml_jax.cross_entropy, fast=fast, **chosen)
     sample = partial(episodes.sample_tasks, dataset=dataset(), **parts["task"])
     tx = optax.sgd(0.01)
-    step = training.make_train_step(learner, tx, sample, **parts["step"])
+    step = train_step.make_train_step(learner, tx, sample, **parts["step"])
     key = jax.random.key(0)
     example = jnp.zeros((1, 8, 8, 1))
     if chosen.get("solve") is imaml_jax.solve_dense:
@@ -136,8 +136,8 @@ def one_step(name, parts):
                 lambda x: x.reshape(*x.shape[:2], -1) if x.ndim > 2 else x, sample_images(key)
             )
 
-        step = training.make_train_step(learner, tx, sample_flat, **parts["step"])
-    state = training.init_state(tx, training.init_meta_params(learner, key, example))
+        step = train_step.make_train_step(learner, tx, sample_flat, **parts["step"])
+    state = train_step.init_state(tx, train_step.init_meta_params(learner, key, example))
     # Little is computed; but at level 0 XLA gives NaN for the gradient of max-pooling on the CPU.
     level = 1 if parts["network"]["downsample"] == "max_pool" else 0
     jit = partial(jax.jit, compiler_options={"xla_backend_optimization_level": level})

@@ -19,7 +19,16 @@ import numpy as np
 import optax
 import pytest
 
-from imaml_jax import checkpoint, evaluation, json_lines, mapping, metrics, training, workdir
+from imaml_jax import (
+    checkpoint,
+    evaluation,
+    json_lines,
+    mapping,
+    metrics,
+    train_step,
+    training,
+    workdir,
+)
 from imaml_jax.non_finite import NonFiniteError, replay
 from imaml_jax.types import Batch, MetaLearner, Task
 from imaml_jax.workdir import InterruptedRunError
@@ -90,13 +99,13 @@ def run(**changes):
 @pytest.fixture(autouse=True, scope="module")
 def compile_once():
     """Runs that differ in nothing else share their program; the subprocesses compile their own."""
-    make_step = functools.cache(training.make_train_step)
+    make_step = functools.cache(train_step.make_train_step)
 
     def make_train_step(*args, devices=None, **kwargs):
         make = make_step if devices is None else uncached
         return make(*args, devices=devices, **kwargs)
 
-    uncached = training.make_train_step
+    uncached = train_step.make_train_step
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(training, "make_train_step", make_train_step)
         patch.setattr(training, "_make_chunk", functools.cache(training._make_chunk))
@@ -130,9 +139,9 @@ def diverging_at(step):
 
 
 def test_a_step_is_the_mean_over_tasks_fed_to_optax(key):
-    step = jax.jit(training.make_train_step(LEARNER, TX, sample))
+    step = jax.jit(train_step.make_train_step(LEARNER, TX, sample))
     params = init(key, jnp.zeros((1, 4)))
-    state, scalars = step(training.init_state(TX, params), key)
+    state, scalars = step(train_step.init_state(TX, params), key)
     tasks, keys = mapping.draw_tasks(sample, key, 0)
     grads, infos = jax.vmap(meta_grad, (None, 0, 0, None))(params, tasks, keys, 0)
     grads = jax.tree.map(lambda g: g.mean(axis=0), grads)
@@ -153,8 +162,8 @@ def bad_info(params, task, key, step):
 
 @pytest.mark.parametrize("learner", [diverging_at(2), LEARNER._replace(meta_grad=bad_info)])
 def test_a_non_finite_step_freezes_the_state(key, learner):
-    step = jax.jit(training.make_train_step(learner, TX, sample))
-    state = training.init_state(TX, init(key, jnp.zeros((1, 4))))
+    step = jax.jit(train_step.make_train_step(learner, TX, sample))
+    state = train_step.init_state(TX, init(key, jnp.zeros((1, 4))))
     states = [state := step(state, key)[0] for _ in range(5)]
     assert [int(s.failed_step) for s in states] == [-1, -1, 2, 2, 2]
     assert [int(s.step) for s in states] == [1, 2, 2, 2, 2]
@@ -163,15 +172,15 @@ def test_a_non_finite_step_freezes_the_state(key, learner):
 
 def test_parameters_that_the_optimiser_spoils_freeze_the_state(key):
     spoil = optax.stateless(lambda updates, params: jax.tree.map(lambda u: u * jnp.nan, updates))
-    state = training.init_state(spoil, init(key, sample(key).support.inputs[0]))
-    new, _ = training.make_train_step(LEARNER, spoil, sample)(state, key)
+    state = train_step.init_state(spoil, init(key, sample(key).support.inputs[0]))
+    new, _ = train_step.make_train_step(LEARNER, spoil, sample)(state, key)
     assert (int(new.step), int(new.failed_step)) == (0, 0)
     assert_same_bits(new.meta_params, state.meta_params)
 
 
 def test_bad_arguments_of_a_step():
     with pytest.raises(ValueError, match=r"map_tasks.*'tasks'"):
-        training.make_train_step(LEARNER, TX, sample, map_tasks="tasks")
+        train_step.make_train_step(LEARNER, TX, sample, map_tasks="tasks")
 
 
 # The loop
@@ -305,8 +314,8 @@ def test_an_update_that_is_not_finite_blames_no_task(tmp_path):
 
 
 def test_skipping_leaves_the_mean_of_the_other_tasks(key):
-    skip = partial(training.make_train_step, tx=TX, sample=sample, non_finite="skip")
-    state = training.init_state(TX, LEARNER.init(key, jnp.zeros((1, 4))))._replace(step=13)
+    skip = partial(train_step.make_train_step, tx=TX, sample=sample, non_finite="skip")
+    state = train_step.init_state(TX, LEARNER.init(key, jnp.zeros((1, 4))))._replace(step=13)
     tasks, keys = mapping.draw_tasks(sample, jax.random.key(0), 13)
     good = jnp.array([0, 1, 3])
     grads, _ = jax.vmap(meta_grad, (None, 0, 0, None))(
@@ -630,10 +639,10 @@ def compare_devices():
     ]
     same = same and np.allclose(score[0].per_task, score[1].per_task)
     try:
-        step = training.make_train_step(
+        step = train_step.make_train_step(
             LEARNER, TX, lambda key: jax.tree.map(lambda x: x[:3], sample(key)), devices=devices
         )
-        step(training.init_state(TX, one.meta_params), jax.random.key(0))
+        step(train_step.init_state(TX, one.meta_params), jax.random.key(0))
         refused = False
     except ValueError as error:
         refused = "2 devices and 3 tasks" in str(error)

@@ -16,7 +16,8 @@ from imaml_jax.data.navigation import navigation, sample_tasks
 from imaml_jax.networks import mlp
 from imaml_jax.non_finite import NonFiniteError
 from imaml_jax.policy_losses import distributions, log_probs
-from imaml_jax.training import init_state, train
+from imaml_jax.train_step import init_state
+from imaml_jax.training import train
 from imaml_jax.trajectories import masked_mean
 from imaml_jax.trpo import make_trpo_train_step, trpo_step
 
