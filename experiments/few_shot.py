@@ -189,6 +189,8 @@ def resolve(config: Config, dataset: str = "omniglot") -> Protocol:
         if getattr(config, name, None) is not None and name != "name"
     }
     protocol = protocol._replace(**overrides)
+    if config.algorithm == "mamlpp" and config.eval_num_steps is None:
+        protocol = protocol._replace(eval_num_steps=protocol.num_steps)
     _check_settings(config, protocol)
     return protocol
 
@@ -275,6 +277,11 @@ def _check_settings(config: Config, protocol: Protocol) -> None:
         _refuse(config, protocol, _OF_MAMLPP, "choose mamlpp")
     elif config.inner not in (None, "sgd"):
         raise ValueError(f"inner={config.inner}: mamlpp has gradient descent; leave it out")
+    elif protocol.eval_num_steps != protocol.num_steps:
+        raise ValueError(
+            f"eval_num_steps={protocol.eval_num_steps} must be num_steps={protocol.num_steps}: "
+            "mamlpp learns rates and norms for these steps alone"
+        )
     common.check_seed(config.seed)
     if protocol.cg_damping is not None:
         for name in ("curvature", "inner", "learn_reg_strength", "solve"):

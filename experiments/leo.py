@@ -34,6 +34,7 @@ from imaml_jax.data import episodes, features
 from imaml_jax.evaluation import Evaluation, make_evaluate
 from imaml_jax.types import MetaLearner
 
+META_STEPS = 100_000
 _QUERIES, _CLIP, _TASKS_A_CALL = 15, 0.1, 100
 
 
@@ -149,7 +150,7 @@ def main(config: Config) -> dict[str, Any]:
             learner,
             outer(constants.outer_rate),
             sampler(config, splits.train, config.meta_batch, _QUERIES),
-            num_steps=config.meta_steps or 100_000,
+            num_steps=config.meta_steps or META_STEPS,
             example_inputs=jnp.zeros((1, *splits.train.images.shape[1:])),
             validate=validate,
             map_tasks="vmap",

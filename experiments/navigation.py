@@ -44,6 +44,9 @@ PUBLISHED = {
 _ORACLE = -2.3
 
 
+Algorithm = Literal["fomaml", "imaml", "maml", "reptile"]
+
+
 class Settings(NamedTuple):
     """What an algorithm brings along; a config may override it."""
 
@@ -58,7 +61,7 @@ class Settings(NamedTuple):
     temperature: float | None = None
 
 
-SETTINGS = {
+SETTINGS: dict[Algorithm, Settings] = {
     "maml": Settings("trpo", 1e-2, 1),
     "fomaml": Settings("trpo", 1e-2, 1),
     "reptile": Settings("adam", 1e-2, 3),
@@ -70,7 +73,7 @@ SETTINGS = {
 class Config(common.RunConfig):
     """2D navigation; fields that are None take the algorithm's value."""
 
-    algorithm: Literal["fomaml", "imaml", "maml", "reptile"] = "maml"
+    algorithm: Algorithm = "maml"
     """Meta-learning algorithm."""
     outer: Literal["adam", "trpo"] | None = None
     """Outer optimiser; TRPO has no outer rate, and does not serve Reptile."""

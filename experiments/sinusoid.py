@@ -33,7 +33,7 @@ from imaml_jax.evaluation import Predictions, make_evaluate, make_predictions
 from imaml_jax.learners.base import Adapted, MetaInfo
 from imaml_jax.types import MetaLearner, Task
 
-_TRAIN_QUERIES, _TEST_QUERIES = 10, 100
+TRAIN_QUERIES, _TEST_QUERIES = 10, 100
 _WIDTHS = np.geomspace(0.01, 3.0, 60)
 _WITH_STRENGTH = ("imaml", "implicit_anil", "implicit_bmaml", "implicit_platipus")
 _WITH_SAMPLES = ("bmaml", "implicit_bmaml", "implicit_platipus", "platipus")
@@ -136,6 +136,8 @@ def resolve(config: Config) -> Settings:
     settings = SETTINGS[config.algorithm]._replace(
         **{name: value for name, value in overrides.items() if value is not None}
     )
+    if config.algorithm == "mamlpp" and config.eval_num_steps is None:
+        settings = settings._replace(eval_num_steps=settings.num_steps)
     for name, owners in (("reg_strength", _WITH_STRENGTH), ("num_samples", _WITH_SAMPLES)):
         if config.algorithm not in owners and getattr(settings, name) is not None:
             raise ValueError(
@@ -199,7 +201,7 @@ def _before(meta_params: Any) -> Any:
 def _training_tasks(config: Config, tasks: Tasks) -> Callable[[jax.Array], Task]:
     """`key -> Task`, a meta-batch of new tasks or of those that there are."""
     draw: Callable[..., Task] = partial(
-        sinusoid.sample_tasks, shots=config.shots, queries=_TRAIN_QUERIES, **tasks.ranges
+        sinusoid.sample_tasks, shots=config.shots, queries=TRAIN_QUERIES, **tasks.ranges
     )
     number = tasks.train_tasks
     if number is None:

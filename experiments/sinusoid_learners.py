@@ -78,11 +78,11 @@ SETTINGS: dict[Algorithm, Settings] = {
     "mamlpp": Settings("sgd", 0.01, 5, 5, 1e-3, 20_000),
     "anil": Settings("sgd", 0.01, 5, 5, 1e-3, 20_000),
     "implicit_anil": Settings("newton_cg", 1.0, 2, 2, 1e-3, 20_000, reg_strength=0.1),
-    "platipus": Settings("sgd", 0.01, 5, 5, 1e-3, 20_000, num_samples=2),
+    "platipus": Settings("sgd", 0.01, 5, 10, 3e-3, 20_000, num_samples=2),
     "implicit_platipus": Settings(
         "adaptive_gd", 0.01, 8, 16, 3e-3, 5_000, reg_strength=2.0, num_samples=2
     ),
-    "bmaml": Settings("sgd", 0.001, 5, 5, 1e-3, 10_000, num_samples=5),
+    "bmaml": Settings("sgd", 0.01, 5, 5, 1e-3, 10_000, num_samples=10),
     "implicit_bmaml": Settings(
         "adaptive_gd", 0.001, 10, 20, 1e-3, 5_000, reg_strength=20.0, num_samples=5
     ),
@@ -125,9 +125,9 @@ def build_learner(
         "implicit_anil": partial(implicit, fast=_is_head),
         "platipus": partial(imaml_jax.platipus, average=average, **samples),
         "implicit_platipus": partial(
-            imaml_jax.platipus, average=average, adaptation=implicit, **samples
+            imaml_jax.platipus, average=average, adaptation=implicit, kl_weight=0.03, **samples
         ),
-        "bmaml": partial(imaml_jax.bmaml, **particles),
+        "bmaml": partial(imaml_jax.bmaml, leader_steps=5, remat=False, **particles),
         "implicit_bmaml": partial(
             imaml_jax.implicit_bmaml, reg_strength=settings.reg_strength, **particles
         ),

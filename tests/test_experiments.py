@@ -35,6 +35,7 @@ REPORTS += (
     "distillation",
     "equilibrium",
     "error_estimate",
+    "family",
     "feature_weights",
     "features",
     "hyper_cleaning",
@@ -122,22 +123,52 @@ def check_results(workdir, done, algorithm):
     return results
 
 
-@pytest.mark.parametrize("algorithm", protocols.ALGORITHMS)
+OFTEN = ("imaml", "mamlpp", "platipus", "reptile")
+
+
+@pytest.mark.parametrize(
+    "algorithm",
+    [pytest.param(a, marks=() if a in OFTEN else pytest.mark.slow) for a in protocols.ALGORITHMS],
+)
 def test_glyphs(run, tmp_path, algorithm):
-    done = run("glyphs", "--algorithm", algorithm, *TINY, "--workdir", tmp_path)
+    tiny = TINY[:-6] + TINY[-4:] if algorithm == "mamlpp" else TINY  # it has one number of steps
+    done = run("glyphs", "--algorithm", algorithm, *tiny, "--workdir", tmp_path)
     results = check_results(tmp_path, done, algorithm)
     assert results["dataset"] == "glyphs" and results["trained_meta_steps"] == 2
     assert 0 <= results["test_accuracy"] <= 1 and results["validation_accuracy"] is not None
     assert results["settings"]["test_rotations"] is None
     assert "split glyphs" in done.stdout and "batch norm by" in done.stdout
+    assert results["test_nll"] > 0 and 0 <= results["test_ece"] <= results["test_mce"] <= 1
+    assert (tmp_path / "reliability.png").stat().st_size > 0
 
 
-@pytest.mark.parametrize("algorithm", ["imaml", "reptile"])  # maml below; fomaml differs in a word
+def test_an_ensemble_of_checkpoints(run, tmp_path):
+    tiny = "--meta-steps 3 --log-every 1 --validate-every 1 --num-steps 1 --meta-batch 2".split()
+    tiny += "--validation-tasks 2 --test-tasks 2 --ensemble 2 --workdir".split()
+    done = run("glyphs", "--algorithm", "mamlpp", *tiny, tmp_path)
+    results = check_results(tmp_path, done, "mamlpp")
+    assert len(results["ensemble_steps"]) == 2 and 0 <= results["ensemble_accuracy"] <= 1
+    assert "ensemble of the best 2 checkpoints" in done.stdout
+
+
+def test_family(run, tmp_path):
+    arguments = "--tasks sinusoid --algorithms maml --budget 1e-9 --workdir".split()
+    done = run("family", *arguments, tmp_path / "runs", "--output", tmp_path / "table")
+    assert done.returncode == 0, done.stderr
+    (row,) = json.loads((tmp_path / "table.json").read_text(encoding="utf-8"))
+    assert row["trained_meta_steps"] == 100 and row["full_meta_steps"] == 70_000
+    assert row["score"] > 0 and row["nll"] > 0 and row["memory_mib"] > 0
+    assert "| maml |" in (tmp_path / "table.md").read_text(encoding="utf-8")
+
+
+@pytest.mark.parametrize("algorithm", ["imaml", "implicit_platipus", "reptile"])
 def test_sinusoid(run, tmp_path, algorithm):
     done = run("sinusoid", "--algorithm", algorithm, *TINY_SINUSOID, "--workdir", tmp_path)
     results = check_results(tmp_path, done, algorithm)
     assert results["test_mse"] > 0 and results["test_mse_before"] > 0
     assert results["test_ci95_before"] > 0 and results["validation_mse"] > 0
+    assert 0 <= results["coverage"] <= 1 and results["test_mse_of_samples"] > 0
+    assert (tmp_path / "bands.png").stat().st_size > 0
 
 
 @pytest.mark.parametrize("algorithm, outer", [("maml", "trpo"), ("reptile", "adam")])
@@ -257,9 +288,15 @@ REFUSED_SETTINGS = {
     "--solve woodbury --cg-steps 3": ("cg_steps=3", "no effect on woodbury"),
     "--seed -1": ("seed=-1", "between 0 and"),
     "--seed 99999999999999999999": ("seed=99999999999999999999", "between 0 and"),
-    "--protocol finn": ("protocol='finn'", "maml and fomaml", "algorithm='imaml'"),
+    "--protocol finn": ("protocol='finn'", "anil and fomaml and maml", "algorithm='imaml'"),
     "--protocol reptile --algorithm maml": ("protocol='reptile'", "algorithm='maml'"),
     "--protocol imaml_paper --algorithm fomaml": ("protocol='imaml_paper'", "algorithm='fomaml'"),
+    "--learn-rates": ("learn_rates=True", "no effect on imaml", "choose mamlpp"),
+    "--num-samples 3": ("num_samples=3", "no effect on imaml", "choose bmaml or platipus"),
+    "--algorithm anil --reg-strength 1": ("reg_strength=1.0", "or implicit_anil"),
+    "--algorithm mamlpp --inner adam": ("inner=adam", "gradient descent"),
+    "--algorithm mamlpp --eval-num-steps 7": ("eval_num_steps=7", "must be num_steps=5"),
+    "--algorithm mamlpp --ensemble 3 --protocol mamlpp_code --ensemble 0": ("ensemble=0",),
     "--protocol imaml_dev --solve cg": ("solve=cg has no effect on protocol=imaml_dev",),
 }
 REFUSED_WITH_DATA = {
@@ -278,6 +315,9 @@ REFUSED_SINUSOID = {
     "--inner newton_cg --algorithm maml": ("inner=newton_cg", "unrolling"),
     "--max-seconds -1": ("max_seconds=-1", "positive"),
     "--test-tasks 0": ("test_tasks=0", "positive"),
+    "--num-samples 2 --algorithm maml": ("num_samples=2", "platipus", "leave it out"),
+    "--inner newton_cg --algorithm bmaml": ("inner=newton_cg", "unrolling"),
+    "--inner adaptive_gd --algorithm mamlpp": ("inner=adaptive_gd", "gradient descent"),
 }
 
 
@@ -312,6 +352,10 @@ REFUSED_REPORTS = {
     "feature_weights --splits 0": ("splits=0", "at least 1"),
     "feature_weights --outer-rate inf": ("outer_rate=inf", "positive"),
     "feature_weights --output .": ("output=.", "must name a file"),
+    "family --budget 0": ("budget=0.0", "above 0"),
+    "family --algorithms mamal": ("algorithms='mamal'", "reptile"),
+    "family --tasks": ("nothing to run",),
+    "family --output .": ("output=.", "must name a file"),
     "features --output x --epochs 0": ("epochs=0", "at least 1"),
     "features --output x --rate nan": ("rate=nan", "positive"),
     "features --output x --weight-decay -1": ("weight_decay=-1.0", "at least 0"),
