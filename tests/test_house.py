@@ -115,6 +115,20 @@ def house_faults(source, module, is_package=False):
     return faults
 
 
+SHARED = {"base", "ensemble", "policy_problem", "posterior"}  # by several algorithms, or with TRPO
+
+
+def test_an_algorithm_knows_no_other():
+    """So that any file can be deleted with its row, but MAML, which PLATIPUS adapts by."""
+    found = set()
+    for path in (PACKAGE / "learners").glob("[a-z]*.py"):
+        for name, *_ in read_imports(path.read_text(encoding="utf-8"), dotted_name(path)):
+            other = re.fullmatch(r"imaml_jax\.learners\.(\w+)\.\w+", name)
+            if path.stem not in SHARED and other and other[1] not in SHARED | {path.stem}:
+                found.add((path.stem, other[1]))
+    assert found == {("platipus", "maml")}
+
+
 @pytest.mark.parametrize("path", SOURCES, ids=dotted_name)
 def test_imports_only_go_down(path):
     faults = house_faults(

@@ -50,7 +50,8 @@ def test_a_protocol_makes_a_learner_or_says_what_it_covers(dataset, name, algori
     shape = (1, 28, 28, 1) if dataset == "omniglot" else (1, 84, 84, 3)
     images = jax.ShapeDtypeStruct(shape, np.float32)
     params = jax.eval_shape(learner.init, jax.random.key(0), images)
-    assert params["head"]["bias"].shape == (ways,)
+    params = getattr(params, "params", getattr(params, "mean", params))  # MAML++, PLATIPUS
+    assert params["head"]["bias"].shape[-1] == ways
     build.make_outer(protocol, protocol.meta_steps).init({"w": np.zeros(1)})
     assert protocol.source in few_shot.describe(config, protocol, "Omniglot")
 
@@ -68,7 +69,8 @@ def test_overrides_take_the_place_of_the_protocols():
     [
         ({"name": "cbfinn"}, "protocol='cbfinn' must be one of"),
         ({"name": "imaml_papr"}, "did you mean 'imaml_paper'"),
-        ({"algorithm": "anil"}, "algorithm='anil' must be one of"),
+        ({"algorithm": "protonet"}, "algorithm='protonet' must be one of"),
+        ({"algorithm": "leo"}, "algorithm='leo' learns from features.* experiments.leo"),
         ({"dataset": "omnigolt"}, "dataset='omnigolt' .* did you mean 'omniglot'"),
     ],
 )
