@@ -123,7 +123,7 @@ def check_results(workdir, done, algorithm):
     return results
 
 
-OFTEN = ("imaml", "mamlpp", "platipus", "reptile")
+OFTEN = ("imaml", "mamlpp", "reptile")
 
 
 @pytest.mark.parametrize(
@@ -161,7 +161,10 @@ def test_family(run, tmp_path):
     assert "| maml |" in (tmp_path / "table.md").read_text(encoding="utf-8")
 
 
-@pytest.mark.parametrize("algorithm", ["imaml", "implicit_platipus", "reptile"])
+@pytest.mark.parametrize(
+    "algorithm",
+    ["imaml", *(pytest.param(a, marks=pytest.mark.slow) for a in ("implicit_platipus", "reptile"))],
+)
 def test_sinusoid(run, tmp_path, algorithm):
     done = run("sinusoid", "--algorithm", algorithm, *TINY_SINUSOID, "--workdir", tmp_path)
     results = check_results(tmp_path, done, algorithm)

@@ -19,6 +19,7 @@ from imaml_jax.data import archives, cache, episodes, omniglot, omniglot_splits
 from imaml_jax.data.archives import DataError
 
 SIZES = {
+    "mamlpp": (1150, 50, 423),
     "finn": (1100, 100, 423),
     "vinyals": (1028, 172, 423),
     "lake": (964, None, 659),

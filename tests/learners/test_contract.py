@@ -147,7 +147,7 @@ LEARNERS = [
         False,
     ),
     Row("imaml_dev", imaml_dev, dict(inner_rate=0.1, num_steps=8), only_mlp, False),
-    Row("leo", leo_on_features, dict(dropout=0.2), only_features),
+    Row("leo", leo_on_features, dict(dropout=0.2), only_features, False),
     Row(
         "imaml_tree_strength",
         imaml,
