@@ -4,8 +4,8 @@
     python -m experiments.family --tasks omniglot --data-dir DIR --max-seconds 900
     python -m experiments.family --tasks leo --features features
 
-One run for each row, in a folder of its own: runs resume, and finished ones are skipped. The table
-is printed after each, and written to OUTPUT.json and OUTPUT.md.
+One run for each row, in a folder of its own: runs resume, and finished ones are only tested again.
+The table is written to OUTPUT.json and OUTPUT.md after each, and printed at the end.
 """
 
 import dataclasses
@@ -13,7 +13,7 @@ import json
 import math
 from collections.abc import Callable, Iterator
 from pathlib import Path
-from typing import Any, Literal, NamedTuple, get_args
+from typing import Any, Literal, NamedTuple
 
 import jax
 import jax.numpy as jnp
@@ -31,6 +31,7 @@ from experiments import (
     sinusoid,
     sinusoid_learners,
 )
+from imaml_jax.non_finite import NonFiniteError
 from imaml_jax.protocols import Protocol
 from imaml_jax.types import Batch, MetaLearner, Task
 
@@ -103,7 +104,8 @@ def main(config: Config) -> list[dict[str, Any]]:
     """
     if not 0 < config.budget < math.inf:
         raise ValueError(f"budget={config.budget} must be above 0 and finite")
-    every = {run.algorithm for task in get_args(TaskName) for run in _RUNS[task](config)}
+    every = {"leo", "nearest_centroid", *accuracy_table.NAMES}
+    every |= {*navigation.SETTINGS, *sinusoid_learners.SETTINGS}
     for name in config.algorithms:
         if name not in every:
             raise ValueError(f"algorithms={name!r} must be of {', '.join(sorted(every))}")
@@ -115,6 +117,10 @@ def main(config: Config) -> list[dict[str, Any]]:
     ]
     if not runs:
         raise ValueError("nothing to run: tasks and algorithms need values that go together")
+    if "leo" in config.tasks and config.features is None:
+        raise ValueError(
+            "features=None: tasks=leo needs the folder that python -m experiments.features writes"
+        )
     common.check_output(config.output)
     rows = []
     for run in runs:
@@ -132,6 +138,10 @@ def markdown(rows: list[dict[str, Any]]) -> str:
     header = ["task", "algorithm", "score", "NLL", "published", "meta-steps", "seconds", "MiB"]
     lines = [header, ["---"] * len(header)]
     for row in rows:
+        if "diverged_at" in row:
+            said = f"diverged at step {row['diverged_at']}"
+            lines.append([row["task"], row["algorithm"], said, "", row["published"], "", "", ""])
+            continue
         mean, half, nll = row["score"], row["ci95"], row["nll"]
         steps = f"{row.get('trained_meta_steps', 0)} of {row['full_meta_steps']}"
         lines.append(
@@ -157,17 +167,17 @@ def markdown(rows: list[dict[str, Any]]) -> str:
 
 def _row(run: Run) -> dict[str, Any]:
     finished = run.workdir / "results.json"
-    if not finished.exists():
-        run.main()
+    named = {"task": run.task, "algorithm": run.algorithm, "workdir": str(run.workdir)}
+    try:
+        run.main()  # goes on where it was, refuses another config, and trains no finished run again
+    except NonFiniteError as error:
+        return named | {"published": run.published, "diverged_at": error.step}
     results = json.loads(finished.read_text(encoding="utf-8"))
     results |= results.get("rows", {}).get(run.algorithm, {})  # several algorithms, one run
     mean, ci95, nll = run.score(results)
     memory = run.memory()
     names = ("trained_meta_steps", "seconds", "command", "date", "device", "versions", "settings")
-    return {
-        "task": run.task,
-        "algorithm": run.algorithm,
-        "workdir": str(run.workdir),
+    return named | {
         "score": mean,
         "ci95": ci95,
         "nll": nll,

@@ -292,7 +292,9 @@ def _crop(key: jax.Array, images: jax.Array) -> jax.Array:
 
 def _recorded(config: Config) -> dict[str, Any]:
     return {
-        name: str(x) if isinstance(x, Path) else x for name, x in common.recorded(config).items()
+        name: str(x) if isinstance(x, Path) else x
+        for name, x in common.recorded(config).items()
+        if name != "output"  # as the workdir of the other experiments, it may move
     }
 
 

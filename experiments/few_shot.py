@@ -271,6 +271,9 @@ def _check_settings(config: Config, protocol: Protocol) -> None:
         positive += ["cg_steps", "reg_strength"]
     else:
         _refuse(config, protocol, _OF_IMPLICIT, "choose " + " or ".join(protocols.IMPLICIT))
+    common.check_least(protocol, multi_step_epochs=0, first_order_epochs=0)
+    if protocol.algorithm == "bmaml":
+        common.check_least(protocol, num_samples=2)  # the kernel takes its width from distances
     if protocol.algorithm not in ("bmaml", "platipus"):
         _refuse(config, protocol, ("num_samples",), "choose bmaml or platipus")
     if protocol.algorithm != "mamlpp":

@@ -18,6 +18,7 @@ tiered-ImageNet; 61.48, 76.53, 66.18 and 82.06% deterministic.
 """
 
 import dataclasses
+import os
 import time
 from collections.abc import Callable
 from functools import partial
@@ -126,7 +127,7 @@ def main(config: Config) -> dict[str, Any]:
     _check_data(config, splits)
     common.say(describe(config, constants, splits))
     results = common.recorded(config) | {
-        "features": str(config.features),
+        "features": _folder(config),
         "settings": constants._asdict(),
         "width": splits.train.images.shape[-1],
     }
@@ -183,13 +184,17 @@ def resolve(config: Config) -> Constants:
     for name in ("meta_steps", "max_seconds", "inner_rate", "outer_rate", "num_steps"):
         if getattr(config, name) is not None:
             common.check_positive(config, name)
-    if (config.meta_steps or 0) % config.log_every:
+    meta_steps = config.meta_steps or META_STEPS
+    if meta_steps % config.log_every:
         raise ValueError(
-            f"meta_steps={config.meta_steps} must be a multiple of log_every={config.log_every}; "
+            f"meta_steps={meta_steps} must be a multiple of log_every={config.log_every}; "
             "change either"
         )
     if not config.variants:
         raise ValueError(f"variants=() must name at least one of {', '.join(VARIANTS)}")
+    for name in ("dropout", "kl_weight", "encoder_penalty"):
+        if getattr(config, name) is not None and name != "dropout" and "leo" not in config.variants:
+            raise ValueError(f"{name}={getattr(config, name)} has no effect without variants=leo")
     published = CONSTANTS[config.constants, 1 if config.shots == 1 else 5]
     overrides = {name: getattr(config, name) for name in Constants._fields}
     return published._replace(**{n: value for n, value in overrides.items() if value is not None})
@@ -253,7 +258,7 @@ def describe(config: Config, constants: Constants, splits: episodes.Splits) -> s
     counts = [0 if part is None else episodes.num_classes(part) for part in splits]
     return (
         f"LEO {config.ways}-way {config.shots}-shot on features of width "
-        f"{splits.train.images.shape[-1]} in {config.features}, "
+        f"{splits.train.images.shape[-1]} in {_folder(config)}, "
         f"{'centred and ' if config.centred else ''}scaled to norm 1; "
         f"{'/'.join(map(str, counts))} classes; {config.num_latents} latents, {named}; "
         f"{config.meta_batch} tasks a meta-step, {_QUERIES} queries a class in training and "
@@ -276,6 +281,10 @@ def report(results: dict[str, Any]) -> str:
             f"({chosen}{step})"
         )
     return "\n".join(lines)
+
+
+def _folder(config: Config) -> str:
+    return str(config.features or os.environ.get("IMAML_DATA_DIR"))
 
 
 def _tested(

@@ -260,7 +260,9 @@ def describe(config: Config, settings: Settings) -> str:
         f"in [-0.5, 0.5]^2, horizon {config.horizon}, {config.meta_batch} tasks a meta-step, "
         f"{_TRAJECTORIES} trajectories and {settings.num_steps} inner steps of "
         f"{settings.inner} at rate {settings.inner_rate:g}{proximal} in training; at test "
-        f"{_TEST_TRAJECTORIES} trajectories an update, the rate halved after the first"
+        f"{_TEST_TRAJECTORIES} trajectories an update, the "
+        + ("lambda doubled" if config.algorithm == "imaml" else "rate halved")
+        + " after the first"
     )
 
 

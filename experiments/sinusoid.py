@@ -145,6 +145,13 @@ def resolve(config: Config) -> Settings:
                 f"out for algorithm={config.algorithm}"
             )
     common.check_seed(config.seed)
+    if settings.inner == "newton_cg" and config.inner_rate is not None:
+        raise ValueError(f"inner_rate={config.inner_rate} has no effect on newton_cg; leave it out")
+    if settings.inner == "newton_cg" and config.algorithm == "implicit_bmaml":
+        raise ValueError(
+            "inner=newton_cg needs an objective, which the particles of implicit_bmaml have not; "
+            "choose sgd or adaptive_gd"
+        )
     unrolled = ("anil", "bmaml", "maml", "platipus")
     if settings.inner == "newton_cg" and config.algorithm in unrolled:
         raise ValueError(
@@ -169,12 +176,13 @@ def resolve(config: Config) -> Settings:
 def describe(config: Config, settings: Settings) -> str:
     """The protocol in words, printed beside every number."""
     tasks = TASKS[config.setting]
+    rate = "" if settings.inner == "newton_cg" else f" rate {settings.inner_rate:g}"
     own = f", lambda {settings.reg_strength:g}" if settings.reg_strength else ""
     own += f", {settings.num_samples} samples" if settings.num_samples else ""
     return (
         f"sinusoid {config.shots}-shot, {config.algorithm}: amplitude in [0.1, 5], {tasks.said}, "
         f"points in [-5, 5], {_TEST_QUERIES} query points at test, inner "
-        f"{settings.inner} rate {settings.inner_rate:g}{own}, {settings.num_steps} steps in "
+        f"{settings.inner}{rate}{own}, {settings.num_steps} steps in "
         f"training and {settings.eval_num_steps} at test, {tasks.meta_batch} tasks a meta-step"
     )
 

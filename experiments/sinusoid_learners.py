@@ -75,7 +75,7 @@ SETTINGS: dict[Algorithm, Settings] = {
     "fomaml": Settings("sgd", 0.01, 1, 10, 1e-3, 70_000),
     "reptile": Settings("sgd", 0.02, 5, 32, 1.0, 15_000),
     "imaml": Settings("adaptive_gd", 0.01, 8, 16, 3e-3, 5_000, reg_strength=2.0),
-    "mamlpp": Settings("sgd", 0.01, 5, 5, 1e-3, 20_000),
+    "mamlpp": Settings("sgd", 0.005, 5, 5, 3e-4, 20_000),
     "anil": Settings("sgd", 0.01, 5, 5, 1e-3, 20_000),
     "implicit_anil": Settings("newton_cg", 1.0, 2, 2, 1e-3, 20_000, reg_strength=0.1),
     "platipus": Settings("sgd", 0.01, 5, 10, 3e-3, 20_000, num_samples=2),

@@ -70,12 +70,15 @@ def make_evaluate(
       `(meta_params, key) -> Evaluation`, compiled at its first call.
 
     Raises:
-      ValueError: if `num_tasks` is not a positive integer, or `map_tasks` or `devices` is invalid.
+      ValueError: if `num_tasks` is not a positive integer, `map_tasks` or `devices` is invalid, or
+        a score, later, is no scalar.
     """
     score_all = _over_test_tasks(learner, sample, num_tasks, score_fn, map_tasks, devices)
 
     def evaluate_params(meta_params: PyTree, key: Array) -> Evaluation:
         per_task, info = score_all(meta_params, key)
+        if per_task.ndim != 1:
+            raise ValueError(f"score_fn must return a scalar; got {per_task.shape[1:]} for a task")
         mean, ci95 = metrics.mean_ci95(per_task)
         return Evaluation(mean, ci95, per_task, {name: float(info[name]) for name in info})
 

@@ -72,6 +72,7 @@ def rewind(path: str | os.PathLike, last_step: int) -> list[dict[str, Any]]:
     Returns:
       The rows kept.
     """
-    rows = [row for row in read(path) if row.get("step", 0) <= last_step]
-    write_whole(Path(path), "".join(json.dumps(row) + "\n" for row in rows))
+    rows = [row_of(row) for row in read(path)]
+    rows = [row for row in rows if isinstance(row.get("step"), int) and row["step"] <= last_step]
+    write_whole(Path(path), "".join(json.dumps(row, allow_nan=False) + "\n" for row in rows))
     return rows

@@ -72,7 +72,10 @@ def calibration_error(confidences: Array, correct: Array, *, bins: int = 15) -> 
             "confidences and correct must have one shape; got "
             f"{jnp.shape(confidences)} and {jnp.shape(correct)}"
         )
+    if not np.size(confidences):
+        raise ValueError("confidences must hold at least one example; got none")
     confidences = jnp.ravel(confidences)
+    confidences = confidences.astype(jnp.promote_types(confidences.dtype, jnp.float32))
     correct = jnp.ravel(correct).astype(confidences.dtype)
     inner_edges = jnp.linspace(0, 1, bins + 1, dtype=confidences.dtype)[1:-1]
     index = jnp.searchsorted(inner_edges, confidences, side="left")

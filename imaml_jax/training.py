@@ -157,8 +157,8 @@ def train(
     run_chunk = _make_chunk(step_fn, log_every, devices)
     root_key = key
     config = {**(config or {}), "root_key": non_finites.key_data(key)}
+    check_steps("train", keep_best=keep_best or 0)
     if keep_best != 1:
-        check_steps("train", keep_best=keep_best)
         config["keep_best"] = keep_best
     if meta_params is None:
         meta_params = init_meta_params(learner, key, example_inputs)

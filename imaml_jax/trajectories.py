@@ -77,9 +77,10 @@ def rollout(
 
 def mean_return(trajectories: Trajectories) -> Array:
     """The undiscounted sum of rewards of a trajectory, on average."""
-    return jnp.sum(trajectories.mask * trajectories.rewards, axis=0).mean()
+    rewards = jnp.where(trajectories.mask > 0, trajectories.rewards, 0)  # not NaN times 0
+    return jnp.sum(trajectories.mask * rewards, axis=0).mean()
 
 
 def masked_mean(values: Array, mask: Array) -> Array:
     """The mean over the steps that were taken; a mask of weights gives the weighted mean."""
-    return jnp.sum(mask * values) / jnp.sum(mask)
+    return jnp.sum(mask * jnp.where(mask > 0, values, 0)) / jnp.sum(mask)

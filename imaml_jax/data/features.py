@@ -94,20 +94,28 @@ def _read(path: Path) -> tuple[np.ndarray, dict[str, list[int]]]:
     """The features of a file, and the rows of each class."""
     content = pickles.load(path)
     try:
+        if not pickles.is_array(content["embeddings"]):
+            raise ValueError(f"'embeddings' is a {type(content['embeddings']).__name__}")
         embeddings = np.asarray(content["embeddings"])
-        keys = np.asarray(content["keys"])
         if embeddings.dtype.kind != "f" or embeddings.ndim != 2 or not embeddings.size:
             raise ValueError(f"'embeddings' is {embeddings.dtype}{embeddings.shape}")
-        if not np.isfinite(embeddings).all():
-            raise ValueError("'embeddings' has values that are not finite")
-        if keys.dtype.kind not in "SU" or keys.shape != embeddings.shape[:1]:
-            raise ValueError(f"'keys' is {keys.dtype}{keys.shape}")
+        keys = content["keys"]
+        keys = keys if isinstance(keys, list) else np.asarray(keys).tolist()
+        if not isinstance(keys, list) or len(keys) != len(embeddings):
+            raise ValueError(f"'keys' are not {len(embeddings)}")
         rows = {}
-        for row, key in enumerate(
-            np.char.decode(keys, "latin1") if keys.dtype.kind == "S" else keys
-        ):
-            _, label, _ = key.split("-")
+        for row, key in enumerate(keys):
+            if not isinstance(key, str | bytes):
+                raise ValueError(f"'keys' has a {type(key).__name__}")
+            _, label, _ = (key.decode("latin1") if isinstance(key, bytes) else key).split("-")
             rows.setdefault(label, []).append(row)
+        norms = np.linalg.norm(embeddings.astype(np.float64), axis=1)
+        lost = ~((norms == 0) | (norms > 1e-30) & (norms < 1e30))
+        if lost.any():
+            row = lost.argmax()
+            raise ValueError(
+                f"row {row} of 'embeddings' has norm {norms[row]}, not finite or past float32"
+            )
     except (KeyError, TypeError, ValueError) as error:
         raise DataError(
             f"{path}: expected a dict of 'embeddings', floats [N, D], and 'keys', N texts "
@@ -118,7 +126,7 @@ def _read(path: Path) -> tuple[np.ndarray, dict[str, list[int]]]:
 
 def _dataset(embeddings: np.ndarray, rows: dict[str, list[int]], origin: np.ndarray) -> Dataset:
     embeddings = embeddings[np.concatenate(list(rows.values()))] - origin[None]
-    norms = np.linalg.norm(embeddings, axis=1, keepdims=True)
-    embeddings = embeddings / np.maximum(norms, np.finfo(np.float32).tiny)
+    norms = np.linalg.norm(embeddings.astype(np.float64), axis=1, keepdims=True)
+    embeddings = (embeddings / np.maximum(norms, np.finfo(np.float32).tiny)).astype(np.float32)
     offsets = np.cumsum([0, *map(len, rows.values())])
     return from_grouped(embeddings[:, None, None, :], offsets)

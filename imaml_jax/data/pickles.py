@@ -70,6 +70,11 @@ class _Array:
         return np.array(self.values, dtype=dtype, copy=copy)
 
 
+def is_array(x: Any) -> bool:
+    """Whether `load` read it as an array."""
+    return isinstance(x, _Array)
+
+
 def _frombuffer(content, dtype: _Dtype, shape, order) -> _Array:
     array = _Array()
     array.values = np.frombuffer(_encode(content), dtype.value).reshape(shape, order=order)

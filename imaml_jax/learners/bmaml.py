@@ -98,6 +98,8 @@ def bmaml(
         check_steps("bmaml", leader_steps=leader_steps)
     if meta_loss not in get_args(MetaLoss):
         raise ValueError(f"bmaml: meta_loss={meta_loss!r} must be one of {get_args(MetaLoss)}")
+    if meta_loss == "query" and leader is not None:
+        raise ValueError("bmaml: leader is a setting of meta_loss='chaser'; leave it out")
     problem = ensemble(
         "bmaml",
         network,

@@ -7,6 +7,7 @@ import jax
 import jax.numpy as jnp
 import optax
 from jax import lax
+from jax.core import Tracer
 
 from imaml_jax.inner import minimize
 from imaml_jax.learners.base import check_steps, cross_entropy, inner_report
@@ -289,7 +290,12 @@ def _by_class(inputs: Array, targets: Array, ways: int) -> Array:
             f"leo: ways={ways} must divide the support examples, {inputs.shape[0]}: every class "
             "needs the same number of them"
         )
-    return inputs[jnp.argsort(targets, stable=True)].reshape(ways, -1, inputs.shape[1])
+    shots = inputs.shape[0] // ways
+    balanced = jnp.all(jnp.bincount(targets, length=ways) == shots)
+    if not isinstance(balanced, Tracer) and not balanced:
+        raise ValueError(f"leo: support targets {targets} must hold each of {ways} classes equally")
+    grouped = inputs[jnp.argsort(targets, stable=True)].reshape(ways, shots, inputs.shape[1])
+    return jnp.where(balanced, grouped, jnp.nan)  # nothing else can be said of traced targets
 
 
 def _without_rates(params: dict[str, Array]) -> dict[str, Array]:

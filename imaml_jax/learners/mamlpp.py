@@ -121,8 +121,8 @@ def mamlpp(
         ("multi_step_epochs", multi_step_epochs),
         ("first_order_epochs", first_order_epochs),
     ):
-        if epochs != 0:
-            check_steps("mamlpp", **{name: epochs})
+        if epochs != 0 and (isinstance(epochs, bool) or not isinstance(epochs, int) or epochs < 0):
+            raise ValueError(f"mamlpp: {name}={epochs!r} must be an integer of at least 0")
     has_rows = per_step or (lambda path: False)
     problem = supervised(
         network,

@@ -38,7 +38,9 @@ def nearest_centroid(*, ways: int) -> MetaLearner:
         del meta_params, key
         inputs = support.inputs.reshape(support.inputs.shape[0], -1)
         members = jax.nn.one_hot(support.targets, ways, axis=0, dtype=inputs.dtype)
-        return members @ inputs / members.sum(1, keepdims=True), MetaInfo()
+        counts = members.sum(1, keepdims=True)
+        # A class without examples is infinitely far.
+        return jnp.where(counts > 0, members @ inputs / jnp.maximum(counts, 1), jnp.inf), MetaInfo()
 
     def predict(adapted, inputs):
         inputs = inputs.reshape(inputs.shape[0], -1)

@@ -119,7 +119,7 @@ def policy_problem(
       The `PolicyProblem`.
 
     Raises:
-      ValueError: a setting out of its range, or one that the algorithm does not have.
+      ValueError: a setting out of its range, or an estimator that the algorithm does not have.
 
     References:
       Finn, Abbeel, Levine, "Model-Agnostic Meta-Learning", ICML 2017, Algorithm 3.
