@@ -294,7 +294,7 @@ REFUSED_SETTINGS = {
     "--protocol finn": ("protocol='finn'", "anil and fomaml and maml", "algorithm='imaml'"),
     "--protocol reptile --algorithm maml": ("protocol='reptile'", "algorithm='maml'"),
     "--protocol imaml_paper --algorithm fomaml": ("protocol='imaml_paper'", "algorithm='fomaml'"),
-    "--learn-rates": ("learn_rates=True", "no effect on imaml", "choose mamlpp"),
+    "--learn-rates True": ("learn_rates=True", "no effect on imaml", "choose mamlpp"),
     "--num-samples 3": ("num_samples=3", "no effect on imaml", "choose bmaml or platipus"),
     "--algorithm anil --reg-strength 1": ("reg_strength=1.0", "or implicit_anil"),
     "--algorithm mamlpp --inner adam": ("inner=adam", "gradient descent"),
