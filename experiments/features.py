@@ -115,6 +115,7 @@ def main(config: Config) -> dict[str, Any]:
             features.save(config.output, split, embed(dataset), np.asarray(dataset.offsets))
     results = _recorded(config) | common.provenance() | common.outcome(result, started)
     results |= {
+        "output": str(config.output),
         "train_classes": classes,
         "train_loss": result.history[-1]["query_loss"],
         "train_accuracy": result.history[-1]["query_accuracy"],
