@@ -197,7 +197,7 @@ def _lines(rows: list[dict[str, Any]], published: Published) -> Iterator[list[st
             yield [
                 name,
                 "in print",
-                *(f"{mean}" if half is None else f"{mean:g} ± {half:g}" for mean, half in values),
+                *(printed(*value) for value in values),
             ]
         for protocol in dict.fromkeys(row["protocol"] for row in own):
             measured = [
@@ -209,6 +209,11 @@ def _lines(rows: list[dict[str, Any]], published: Published) -> Iterator[list[st
                 for column in columns
             ]
             yield ["", protocol, *measured]
+
+
+def printed(mean: float | str, half_width: float | None) -> str:
+    """A published value in words."""
+    return f"{mean}" if half_width is None else f"{mean:g} ± {half_width:g}"
 
 
 def _shown(row: dict[str, Any]) -> str:

@@ -8,6 +8,7 @@ import jax
 import optax
 
 import imaml_jax
+from imaml_jax.learners.base import is_head
 from imaml_jax.learners.mamlpp import LearnedRates, is_norm
 from imaml_jax.networks import conv4
 from imaml_jax.protocols import Protocol
@@ -71,7 +72,7 @@ def build_learner(protocol: Protocol, ways: int) -> MetaLearner:
         "inner": _make_inner(protocol),
         "num_steps": protocol.num_steps,
         "eval_num_steps": protocol.eval_num_steps,
-        "fast": _is_head if protocol.algorithm in _HEAD_ONLY else norms_rest,
+        "fast": is_head if protocol.algorithm in _HEAD_ONLY else norms_rest,
         "statistics": protocol.statistics,
     }
     if protocol.algorithm == "platipus":
@@ -140,10 +141,6 @@ def _all_but_rates(meta_params: Any) -> Any:
     if not isinstance(meta_params, LearnedRates):
         return whole
     return whole._replace(rates=jax.tree.map(lambda _: False, meta_params.rates))
-
-
-def _is_head(path: str) -> bool:
-    return path.startswith("head/")
 
 
 def _is_not_norm(path: str) -> bool:

@@ -9,6 +9,7 @@ The table is written to OUTPUT.json and OUTPUT.md after each, and printed at the
 """
 
 import dataclasses
+import functools
 import json
 import math
 from collections.abc import Callable, Iterator
@@ -94,7 +95,7 @@ class Config:
 
 
 def main(config: Config) -> list[dict[str, Any]]:
-    """Makes the rows that are not finished, and writes the table after each.
+    """Makes the rows, and writes the table after each.
 
     Returns:
       One row a run.
@@ -166,13 +167,12 @@ def markdown(rows: list[dict[str, Any]]) -> str:
 
 
 def _row(run: Run) -> dict[str, Any]:
-    finished = run.workdir / "results.json"
     named = {"task": run.task, "algorithm": run.algorithm, "workdir": str(run.workdir)}
     try:
         run.main()  # goes on where it was, refuses another config, and trains no finished run again
     except NonFiniteError as error:
         return named | {"published": run.published, "diverged_at": error.step}
-    results = json.loads(finished.read_text(encoding="utf-8"))
+    results = json.loads((run.workdir / "results.json").read_text(encoding="utf-8"))
     results |= results.get("rows", {}).get(run.algorithm, {})  # several algorithms, one run
     mean, ci95, nll = run.score(results)
     memory = run.memory()
@@ -243,10 +243,8 @@ def _classifiers(config: Config, task: Literal["glyphs", "omniglot"]) -> Iterato
         else:
             own = omniglot.Config(**settings, data_dir=config.data_dir)
             protocol, run = few_shot.resolve(own), omniglot.main
-            mean, half = omniglot_table.PUBLISHED[algorithm].get(
-                (config.ways, config.shots), (None, None)
-            )
-            published = "" if mean is None else f"{mean}" + ("" if half is None else f" ± {half}")
+            value = omniglot_table.PUBLISHED[algorithm].get((config.ways, config.shots), ("", None))
+            published = accuracy_table.printed(*value)
         yield Run(
             f"{task} {config.ways}-way {config.shots}-shot",
             algorithm,
@@ -295,13 +293,14 @@ def _leo(config: Config) -> Iterator[Run]:
         max_seconds=config.max_seconds,
         workdir=config.workdir / f"leo_{config.ways}way_{config.shots}shot_{steps}steps",
     )
+    once = functools.cache(lambda: leo.main(own))  # it tests the nearest class mean too
     published = {"leo": _LEO_PUBLISHED.get(config.shots, "") if config.ways == 5 else ""}
     for algorithm in ("nearest_centroid", "leo"):
         yield Run(
             f"features {config.ways}-way {config.shots}-shot",
             algorithm,
             own.workdir or Path(),
-            lambda: leo.main(own),
+            once,
             leo.META_STEPS if algorithm == "leo" else 0,
             lambda: None,
             lambda results: (100 * results["test_accuracy"], 100 * results["test_ci95"], None),

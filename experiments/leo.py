@@ -192,9 +192,8 @@ def resolve(config: Config) -> Constants:
         )
     if not config.variants:
         raise ValueError(f"variants=() must name at least one of {', '.join(VARIANTS)}")
-    for name in ("dropout", "kl_weight", "encoder_penalty"):
-        if getattr(config, name) is not None and name != "dropout" and "leo" not in config.variants:
-            raise ValueError(f"{name}={getattr(config, name)} has no effect without variants=leo")
+    if config.kl_weight is not None and "leo" not in config.variants:
+        raise ValueError(f"kl_weight={config.kl_weight} has no effect without variants=leo")
     published = CONSTANTS[config.constants, 1 if config.shots == 1 else 5]
     overrides = {name: getattr(config, name) for name in Constants._fields}
     return published._replace(**{n: value for n, value in overrides.items() if value is not None})

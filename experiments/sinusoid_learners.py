@@ -8,6 +8,7 @@ from typing import Any, Literal, NamedTuple
 import optax
 
 import imaml_jax
+from imaml_jax.learners.base import is_head
 from imaml_jax.networks import Network, mlp
 from imaml_jax.types import MetaLearner
 
@@ -121,8 +122,8 @@ def build_learner(
         "fomaml": imaml_jax.fomaml,
         "reptile": partial(imaml_jax.reptile, statistics="batch"),
         "imaml": implicit,
-        "anil": partial(imaml_jax.maml, fast=_is_head),
-        "implicit_anil": partial(implicit, fast=_is_head),
+        "anil": partial(imaml_jax.maml, fast=is_head),
+        "implicit_anil": partial(implicit, fast=is_head),
         "platipus": partial(imaml_jax.platipus, average=average, **samples),
         "implicit_platipus": partial(
             imaml_jax.platipus, average=average, adaptation=implicit, kl_weight=0.03, **samples
@@ -133,7 +134,3 @@ def build_learner(
         ),
     }
     return factories[algorithm](network, loss_fn, inner=inner, **steps)
-
-
-def _is_head(path: str) -> bool:
-    return path.startswith("head/")

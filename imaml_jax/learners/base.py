@@ -191,6 +191,11 @@ def combine(fast: PyTree, slow: PyTree) -> Params:
     return jax.tree.map(lambda f, s: s if f is None else f, fast, slow, is_leaf=lambda x: x is None)
 
 
+def is_head(path: str) -> bool:
+    """Whether a parameter is of a network's head, as `networks.Network` has it."""
+    return path.startswith("head/")
+
+
 def path_string(path: tuple) -> str:
     """A tree path as "block_0/scale"."""
     return jax.tree_util.keystr(path, simple=True, separator="/")
@@ -310,7 +315,7 @@ def _is_head_only(network: Any, slow: PyTree) -> bool:
     if getattr(network, "head", None) is None:
         return False
     leaves = jax.tree_util.tree_leaves_with_path(slow, is_leaf=lambda x: x is None)
-    return all(path_string(path).startswith("head/") for path, leaf in leaves if leaf is None)
+    return all(is_head(path_string(path)) for path, leaf in leaves if leaf is None)
 
 
 def _takes_weights(apply: Callable[..., Any]) -> bool:

@@ -10,7 +10,7 @@ from jax import lax
 from jax.core import Tracer
 
 from imaml_jax.inner import minimize
-from imaml_jax.learners.base import check_steps, cross_entropy, inner_report
+from imaml_jax.learners.base import accuracy_of, check_steps, cross_entropy, inner_report
 from imaml_jax.types import Array, MetaLearner
 
 _MIN_DEVIATION = 1e-10
@@ -208,7 +208,7 @@ def leo(
         weights, adapted, info = adapt_weights(params, support, codes, noise)
         logits = logits_of(weights, query.inputs, noise.dropped_query)
         loss = cross_entropy(logits, query.targets)
-        accuracy = jnp.mean(jnp.argmax(logits, -1) == query.targets)
+        accuracy = accuracy_of(logits, query.targets)
         penalty = (
             kl_weight * kl
             + encoder_penalty * jnp.mean(jnp.square(lax.stop_gradient(adapted) - codes))

@@ -3,7 +3,7 @@
 import jax
 import jax.numpy as jnp
 
-from imaml_jax.learners.base import MetaInfo, check_steps, cross_entropy
+from imaml_jax.learners.base import MetaInfo, accuracy_of, check_steps, cross_entropy
 from imaml_jax.types import MetaLearner
 
 
@@ -49,7 +49,7 @@ def nearest_centroid(*, ways: int) -> MetaLearner:
     def meta_grad(meta_params, task, key, step):
         del step
         logits = predict(adapt(meta_params, task.support, key)[0], task.query.inputs)
-        accuracy = jnp.mean(jnp.argmax(logits, -1) == task.query.targets)
+        accuracy = accuracy_of(logits, task.query.targets)
         return meta_params, MetaInfo(cross_entropy(logits, task.query.targets), accuracy)
 
     return MetaLearner(init, adapt, predict, meta_grad)
