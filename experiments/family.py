@@ -193,7 +193,8 @@ def _steps(config: Config, full: int, log_every: int) -> int:
 
 
 def _sinusoids(config: Config) -> Iterator[Run]:
-    for algorithm, settings in sinusoid_learners.SETTINGS.items():
+    for algorithm in sinusoid_learners.SETTINGS:
+        settings = sinusoid_learners.settings_of(algorithm, config.sinusoid_setting)
         steps = _steps(config, settings.meta_steps, 100)
         folder = f"sinusoid_{config.sinusoid_setting}_{config.sinusoid_shots}shot_{algorithm}"
         own = sinusoid.Config(

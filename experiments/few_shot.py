@@ -217,7 +217,7 @@ def describe(config: Config, protocol: Protocol, dataset: str) -> str:
             f"{protocol.first_order_epochs}"
         )
     elif protocol.num_samples > 1:
-        own = f"; {protocol.num_samples} samples"
+        own = f"; {protocol.num_samples} samples, all else of {protocol.algorithm} by default"
     return (
         f"{dataset} {config.ways}-way {config.shots}-shot, {config.algorithm}, protocol "
         f"{protocol.name} ({protocol.source}): split {protocol.split}, rotations "

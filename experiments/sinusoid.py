@@ -26,7 +26,14 @@ import optax
 
 import imaml_jax
 from experiments import common
-from experiments.sinusoid_learners import SETTINGS, TASKS, Algorithm, Settings, Tasks, build_learner
+from experiments.sinusoid_learners import (
+    TASKS,
+    Algorithm,
+    Settings,
+    Tasks,
+    build_learner,
+    settings_of,
+)
 from imaml_jax import metrics, plots
 from imaml_jax.data import sinusoid
 from imaml_jax.evaluation import Predictions, make_evaluate, make_predictions
@@ -132,8 +139,8 @@ def resolve(config: Config) -> Settings:
     Raises:
       ValueError: a setting out of its range.
     """
-    overrides = {name: getattr(config, name) for name in Settings._fields}
-    settings = SETTINGS[config.algorithm]._replace(
+    overrides = {name: getattr(config, name, None) for name in Settings._fields}
+    settings = settings_of(config.algorithm, config.setting)._replace(
         **{name: value for name, value in overrides.items() if value is not None}
     )
     if config.algorithm == "mamlpp" and config.eval_num_steps is None:
@@ -179,6 +186,9 @@ def describe(config: Config, settings: Settings) -> str:
     rate = "" if settings.inner == "newton_cg" else f" rate {settings.inner_rate:g}"
     own = f", lambda {settings.reg_strength:g}" if settings.reg_strength else ""
     own += f", {settings.num_samples} samples" if settings.num_samples else ""
+    own += f", KL weight {settings.kl_weight:g}" if settings.kl_weight else ""
+    own += f", leader {settings.leader_steps} steps on" if settings.leader_steps else ""
+    own += f", {settings.posterior}" if settings.posterior else ""
     return (
         f"sinusoid {config.shots}-shot, {config.algorithm}: amplitude in [0.1, 5], {tasks.said}, "
         f"points in [-5, 5], {_TEST_QUERIES} query points at test, inner "

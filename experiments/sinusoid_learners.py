@@ -26,35 +26,9 @@ Algorithm = Literal[
     "reptile",
 ]
 _EVAL_SAMPLES = 10
-
-
-class Tasks(NamedTuple):
-    """A distribution of tasks and what is trained on it.
-
-    Attributes:
-      ranges: arguments of `imaml_jax.data.sinusoid.sample_tasks`.
-      network: the regressor.
-      meta_batch: tasks a meta-step.
-      train_tasks: how many tasks there are to train on, None for no end.
-      said: in words.
-    """
-
-    ranges: dict[str, Any]
-    network: Network
-    meta_batch: int
-    train_tasks: int | None
-    said: str
-
-
-TASKS = {
-    "maml": Tasks({}, mlp([40, 40, 1]), 25, None, "phase in [0, pi]"),
-    "bmaml": Tasks(
-        {"phase": (0.0, 2 * math.pi), "frequency": (0.5, 2.0), "relative_noise": 0.01},
-        mlp([40, 40, 40, 1]),
-        10,
-        1000,
-        "phase in [0, 2 pi], frequency in [0.5, 2], noise 0.01 of the amplitude, 1000 tasks",
-    ),
+_POSTERIORS = {
+    "learned_precisions": imaml_jax.learned_precisions(),
+    "likelihood": None,  # the learner's default, of its loss
 }
 
 
@@ -69,6 +43,9 @@ class Settings(NamedTuple):
     meta_steps: int
     reg_strength: float | None = None
     num_samples: int | None = None
+    kl_weight: float | None = None
+    leader_steps: int | None = None
+    posterior: Literal["learned_precisions", "likelihood"] | None = None
 
 
 SETTINGS: dict[Algorithm, Settings] = {
@@ -79,15 +56,63 @@ SETTINGS: dict[Algorithm, Settings] = {
     "mamlpp": Settings("sgd", 0.005, 5, 5, 3e-4, 20_000),
     "anil": Settings("sgd", 0.01, 5, 5, 1e-3, 20_000),
     "implicit_anil": Settings("newton_cg", 1.0, 2, 2, 1e-3, 20_000, reg_strength=0.1),
-    "platipus": Settings("sgd", 0.01, 5, 10, 3e-3, 20_000, num_samples=2),
+    "platipus": Settings("sgd", 0.01, 5, 10, 3e-3, 20_000, num_samples=2, kl_weight=0.01),
     "implicit_platipus": Settings(
-        "adaptive_gd", 0.01, 8, 16, 3e-3, 5_000, reg_strength=2.0, num_samples=2
+        "adaptive_gd", 0.01, 8, 16, 3e-3, 5_000, reg_strength=2.0, num_samples=2, kl_weight=0.03
     ),
-    "bmaml": Settings("sgd", 0.01, 5, 5, 1e-3, 10_000, num_samples=10),
+    "bmaml": Settings(
+        "sgd", 0.01, 5, 5, 1e-3, 10_000, num_samples=10, leader_steps=5, posterior="likelihood"
+    ),
     "implicit_bmaml": Settings(
-        "adaptive_gd", 0.001, 10, 20, 1e-3, 5_000, reg_strength=20.0, num_samples=5
+        "adaptive_gd",
+        0.001,
+        10,
+        20,
+        1e-3,
+        5_000,
+        reg_strength=20.0,
+        num_samples=5,
+        posterior="likelihood",
     ),
 }
+
+
+class Tasks(NamedTuple):
+    """A distribution of tasks and what is trained on it.
+
+    Attributes:
+      ranges: arguments of `imaml_jax.data.sinusoid.sample_tasks`.
+      network: the regressor.
+      meta_batch: tasks a meta-step.
+      train_tasks: how many tasks there are to train on, None for no end.
+      said: in words.
+      settings: where an algorithm's differ from `SETTINGS`.
+    """
+
+    ranges: dict[str, Any]
+    network: Network
+    meta_batch: int
+    train_tasks: int | None
+    said: str
+    settings: dict[Algorithm, dict[str, Any]]
+
+
+TASKS = {
+    "maml": Tasks({}, mlp([40, 40, 1]), 25, None, "phase in [0, pi]", {}),
+    "bmaml": Tasks(
+        {"phase": (0.0, 2 * math.pi), "frequency": (0.5, 2.0), "relative_noise": 0.01},
+        mlp([40, 40, 40, 1]),
+        10,
+        1000,
+        "phase in [0, 2 pi], frequency in [0.5, 2], noise 0.01 of the amplitude, 1000 tasks",
+        {"bmaml": {"inner_rate": 1e-3, "posterior": "learned_precisions"}},
+    ),
+}
+
+
+def settings_of(algorithm: Algorithm, setting: str) -> Settings:
+    """An algorithm's settings on these tasks."""
+    return SETTINGS[algorithm]._replace(**TASKS[setting].settings.get(algorithm, {}))
 
 
 def build_learner(
@@ -115,8 +140,17 @@ def build_learner(
         curvature="gauss_newton",
         solve=imaml_jax.solve_woodbury,
     )
-    samples = {"num_samples": settings.num_samples, "eval_num_samples": _EVAL_SAMPLES}
-    particles = {"num_particles": settings.num_samples, "average": average}
+    samples = {
+        "num_samples": settings.num_samples,
+        "eval_num_samples": _EVAL_SAMPLES,
+        "kl_weight": settings.kl_weight,
+        "average": average,
+    }
+    particles = {
+        "num_particles": settings.num_samples,
+        "average": average,
+        "posterior": _POSTERIORS[settings.posterior or "likelihood"],
+    }
     factories: dict[str, Callable[..., MetaLearner]] = {
         "maml": imaml_jax.maml,
         "fomaml": imaml_jax.fomaml,
@@ -124,11 +158,11 @@ def build_learner(
         "imaml": implicit,
         "anil": partial(imaml_jax.maml, fast=is_head),
         "implicit_anil": partial(implicit, fast=is_head),
-        "platipus": partial(imaml_jax.platipus, average=average, **samples),
-        "implicit_platipus": partial(
-            imaml_jax.platipus, average=average, adaptation=implicit, kl_weight=0.03, **samples
+        "platipus": partial(imaml_jax.platipus, **samples),
+        "implicit_platipus": partial(imaml_jax.platipus, adaptation=implicit, **samples),
+        "bmaml": partial(
+            imaml_jax.bmaml, leader_steps=settings.leader_steps, remat=False, **particles
         ),
-        "bmaml": partial(imaml_jax.bmaml, leader_steps=5, remat=False, **particles),
         "implicit_bmaml": partial(
             imaml_jax.implicit_bmaml, reg_strength=settings.reg_strength, **particles
         ),

@@ -172,7 +172,7 @@ def train(
         if home is not None:
             stack.enter_context(workdirs.lock(home))
             if checkpoint.steps(home / _CHECKPOINTS):
-                workdirs.check(home, config, accept_changes)
+                workdirs.check(home, config, accept_changes, fixed=("keep_best",))
         if folder is not None:
             interrupted = stack.enter_context(workdirs.deferred_signals())
             like = (state, (state.meta_params,) * keep_best)

@@ -78,15 +78,7 @@ def trpo_step(
     References:
       Schulman et al., "Trust Region Policy Optimization", ICML 2015, appendix C.
     """
-    if not max_kl > 0 or not damping >= 0 or not 0 < shrink < 1:
-        raise ValueError(
-            f"trpo_step: max_kl={max_kl} must be positive, damping={damping} at least 0 and "
-            f"shrink={shrink} in (0, 1)"
-        )
-    if cg_steps < 1 or max_tries < 1:
-        raise ValueError(
-            f"trpo_step: cg_steps={cg_steps} and max_tries={max_tries} must be at least 1"
-        )
+    _check_settings(max_kl, damping, cg_steps, shrink, max_tries)
     old, pullback = jax.vjp(apply_fn, params)
     old_loss, output_grads = jax.value_and_grad(loss_fn)(old)
     (grads,) = pullback(output_grads)
@@ -151,8 +143,9 @@ def make_trpo_train_step(
       What `training.train` takes as `train_step`.
 
     Raises:
-      ValueError: an algorithm or estimator that it cannot serve.
+      ValueError: an algorithm or estimator that it cannot serve, or a setting out of its range.
     """
+    _check_settings(**{**(trpo_step.__kwdefaults__ or {}), **settings})
     if problem.algorithm == "reptile" or problem.estimator == "emaml":
         raise ValueError(
             f"make_trpo_train_step: algorithm={problem.algorithm!r} with "
@@ -205,3 +198,17 @@ def make_trpo_train_step(
         return Update(meta_params, state.opt_state, info.grads, scalars)
 
     return latched(update)
+
+
+def _check_settings(
+    max_kl: float, damping: float, cg_steps: int, shrink: float, max_tries: int
+) -> None:
+    if not max_kl > 0 or not damping >= 0 or not 0 < shrink < 1:
+        raise ValueError(
+            f"trpo_step: max_kl={max_kl} must be positive, damping={damping} at least 0 and "
+            f"shrink={shrink} in (0, 1)"
+        )
+    if cg_steps < 1 or max_tries < 1:
+        raise ValueError(
+            f"trpo_step: cg_steps={cg_steps} and max_tries={max_tries} must be at least 1"
+        )

@@ -7,7 +7,7 @@ import os
 import signal
 import threading
 import warnings
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Collection, Iterator, Mapping
 from pathlib import Path
 from typing import Any
 
@@ -113,7 +113,10 @@ def deferred_signals() -> Iterator[Callable[[], str | None]]:
 
 
 def check(
-    workdir: str | os.PathLike, config: Mapping[str, Any], accept_changes: bool = False
+    workdir: str | os.PathLike,
+    config: Mapping[str, Any],
+    accept_changes: bool = False,
+    fixed: Collection[str] = (),
 ) -> None:
     """Refuses a `workdir` where a run of another config lives.
 
@@ -121,6 +124,7 @@ def check(
       workdir: it may be missing.
       config: what JSON can hold.
       accept_changes: warns in place of refusing.
+      fixed: the fields whose change it refuses all the same.
 
     Raises:
       ValueError: if a run of another config lives there, naming each field with both values, or
@@ -137,14 +141,20 @@ def check(
             f"{path} is damaged ({error}): move it away to go on with the run, or choose another "
             "workdir"
         ) from None
-    differences = [
-        f"{name}: was {saved.get(name, 'absent')!r}, now {wanted.get(name, 'absent')!r}"
+    differences = {
+        name: f"{name}: was {saved.get(name, 'absent')!r}, now {wanted.get(name, 'absent')!r}"
         for name in {**saved, **wanted}
         if repr(saved.get(name, _ABSENT)) != repr(wanted.get(name, _ABSENT))
-    ]
+    }
     if not differences:
         return
-    found = f"workdir {workdir} holds a run of another config ({'; '.join(differences)})"
+    found = f"workdir {workdir} holds a run of another config ({'; '.join(differences.values())})"
+    immovable = [name for name in differences if name in fixed]
+    if accept_changes and immovable:
+        raise ValueError(
+            f"{found}; {', '.join(immovable)} cannot change within a run: go on with the old value "
+            "or choose another workdir"
+        )
     if not accept_changes:
         raise ValueError(
             f"{found}; go on with the old values, accept the changes, or choose another workdir"

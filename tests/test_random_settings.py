@@ -48,6 +48,12 @@ COMMON = {
     "statistics": mostly(("batch", "support", "joint", "support_and_one"), "running"),
     "fast": st.sampled_from((None, "head", "block_0", "nothing")),
 }
+PARTICLES = {
+    "num_particles": mostly((1, 2, 3), 0, 1.5),
+    "bandwidth": mostly((None, 1.0, 10.0), 0.0, -1.0, NAN),
+    "kernel": mostly(("exact", "official"), "rbf"),
+    "init_spread": mostly((0.0, 0.01), -1.0, NAN),
+}
 LEARNERS = {
     "maml": {"first_order": st.booleans(), "remat": st.booleans()},
     "fomaml": {},
@@ -64,6 +70,30 @@ LEARNERS = {
         "accuracy": mostly((None, None, 0.1), 0.0, -1.0, NAN),
         "max_rounds": mostly((1, 2), 0, 1.5),
     },
+    "mamlpp": {
+        "inner_rate": mostly((0.01, 0.1), 0.0, -1.0, NAN),
+        "learn_rates": st.booleans(),
+        "multi_step_epochs": mostly((0, 2), -1, 1.5),
+        "first_order_epochs": mostly((0, 2), -1, 1.5),
+        "epoch_length": mostly((1, 500), 0, 1.5),
+        "remat": st.booleans(),
+    },
+    "platipus": {
+        "num_samples": mostly((1, 2), 0, 1.5),
+        "eval_num_samples": mostly((1, 2), 0, 1.5),
+        "kl_weight": mostly((0.0, 0.01), -1.0, NAN),
+        "prior_rate": mostly((0.01,), 0.0, NAN),
+        "posterior_rate": mostly((0.01,), 0.0, NAN),
+        "prior_variance": mostly((1e-3,), 0.0, -1.0),
+        "posterior_variance": mostly((1e-3,), 0.0, -1.0),
+    },
+    "bmaml": {
+        "meta_loss": mostly(("chaser", "query"), "leader"),
+        "leader_steps": mostly((0, 1, 2), -1, 1.5),
+        "remat": st.booleans(),
+        **PARTICLES,
+    },
+    "implicit_bmaml": {"reg_strength": mostly((20.0, 100), 0.0, -1.0, NAN), **PARTICLES},
 }
 STEP = {
     "map_tasks": mostly((None, "vmap", "map", 1, 2), 0, "tasks", True),
@@ -118,6 +148,8 @@ def one_step(name, parts):
     if "solve" in chosen:
         chosen["solve"] = SOLVES[chosen["solve"]]
     chosen["inner"] = INNERS[chosen["inner"]]()
+    if name == "mamlpp":
+        del chosen["inner"]
     ways = max(parts["task"]["ways"], 1)
     network = conv4(ways, **parts["network"])
     if chosen.get("solve") is imaml_jax.solve_dense:
@@ -172,13 +204,13 @@ common = partial(
 
 
 @random_settings
-@common(max_examples=10)
+@common(max_examples=16)
 def test_random_settings_train_or_are_named(case):
     check(*case)
 
 
 @pytest.mark.slow
 @random_settings
-@common(max_examples=400)
+@common(max_examples=600)
 def test_hundreds_of_random_settings_train_or_are_named(case):
     check(*case)

@@ -234,6 +234,8 @@ def test_the_best_validations_are_kept_and_survive_a_stop(tmp_path):
     assert_same_bits(resumed.best, whole.best)
     with pytest.raises(ValueError, match="keep_best: was 3, now 'absent'"):
         run(validate=make_validate(), workdir=tmp_path)
+    with pytest.raises(ValueError, match="keep_best cannot change within a run"):
+        run(validate=make_validate(), workdir=tmp_path, accept_changes=True)
     with pytest.raises(ValueError, match="keep_best=0 must be an integer >= 1"):
         run(keep_best=0)
 

@@ -190,6 +190,8 @@ def test_a_reward_that_is_not_a_number_stops_the_run():
 def test_bad_settings_are_named(setting):
     with pytest.raises(ValueError, match=f"{next(iter(setting))}="):
         trpo_step(lambda p: p, bowl, partial(steep, 0.0), jnp.ones(3), **setting)
+    with pytest.raises(ValueError, match=f"{next(iter(setting))}="):
+        make_trpo_train_step(make_problem(), sample, **setting)
 
 
 @pytest.mark.parametrize("settings", [dict(algorithm="reptile"), dict(estimator="emaml")])

@@ -1,5 +1,7 @@
 """2D navigation: a point that learns where its goal is from its rewards alone."""
 
+import math
+
 import jax
 import jax.numpy as jnp
 
@@ -61,7 +63,7 @@ def sample_tasks(key: Array, *, num_tasks: int, half_width: float = 0.5) -> Task
     """
     if num_tasks < 1:
         raise ValueError(f"num_tasks={num_tasks}; allowed: 1 or more.")
-    if not half_width > 0:
-        raise ValueError(f"half_width={half_width}; allowed: above 0.")
+    if not 0 < half_width < math.inf:
+        raise ValueError(f"half_width={half_width}; allowed: above 0 and finite.")
     goals = jax.random.uniform(key, (num_tasks, 2), minval=-half_width, maxval=half_width)
     return Task(support=goals, query=goals)

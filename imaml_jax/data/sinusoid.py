@@ -56,12 +56,16 @@ def sample_tasks(
             raise ValueError(f"{name}={value}; allowed: 1 or more.")
     ranges = dict(amplitude=amplitude, phase=phase, frequency=frequency, inputs=inputs)
     for name, (low, high) in ranges.items():
-        if not low <= high:
-            raise ValueError(f"{name}=({low}, {high}); allowed: (low, high) with low <= high.")
-    if not noise >= 0:
-        raise ValueError(f"noise={noise}; allowed: 0 or more, a standard deviation.")
-    if not relative_noise >= 0:
-        raise ValueError(f"relative_noise={relative_noise}; allowed: 0 or more, a share of A.")
+        if not -math.inf < low <= high < math.inf:
+            raise ValueError(
+                f"{name}=({low}, {high}); allowed: finite (low, high) with low <= high."
+            )
+    if not 0 <= noise < math.inf:
+        raise ValueError(f"noise={noise}; allowed: 0 or more and finite, a standard deviation.")
+    if not 0 <= relative_noise < math.inf:
+        raise ValueError(
+            f"relative_noise={relative_noise}; allowed: 0 or more and finite, a share of A."
+        )
 
     amplitude_key, phase_key, inputs_key, noise_key = jax.random.split(key, 4)
     one_each = (num_tasks, 1, 1)

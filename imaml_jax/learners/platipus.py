@@ -97,7 +97,8 @@ def platipus(
         `mixture_logits` with `cross_entropy` and `mean_outputs` with `mean_squared_error`. None
         makes `predict` return all samples' outputs.
       adaptation: `U`, a factory with the signature of `maml`, whose meta-parameters are the
-        network's: `fomaml`, or `partial(imaml, reg_strength=2.0)` for the implicit variant, where
+        network's and whose `meta_grad` is a gradient, as `reptile`'s is not: `fomaml`, or
+        `partial(imaml, reg_strength=2.0)` for the implicit variant, where
         `U(theta) = argmin_phi L^support(phi) + lambda/2 ||phi - theta||^2`; watch what it reports.
       fast: which parameters are adapted and random, by path; default all.
       statistics: batch-norm mode of the query examples, see `learners.base.supervised`.

@@ -52,6 +52,8 @@ def test_noise_has_the_given_scale(key):
         ({"noise": float("nan")}, "noise=nan"),
         ({"frequency": (2.0, 0.5)}, "frequency"),
         ({"relative_noise": -1.0}, "relative_noise=-1.0"),
+        ({"noise": float("inf")}, "noise=inf"),
+        ({"inputs": (0.0, float("inf"))}, r"inputs=\(0.0, inf\)"),
     ],
 )
 def test_rejects(key, change, message):
