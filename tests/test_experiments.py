@@ -123,12 +123,12 @@ def check_results(workdir, done, algorithm):
     return results
 
 
-OFTEN = ("imaml", "mamlpp", "reptile")
+OTHERS = [algorithm for algorithm in protocols.ALGORITHMS if algorithm != "imaml"]
 
 
 @pytest.mark.parametrize(
     "algorithm",
-    [pytest.param(a, marks=() if a in OFTEN else pytest.mark.slow) for a in protocols.ALGORITHMS],
+    ["imaml", *(pytest.param(a, marks=pytest.mark.slow) for a in OTHERS)],
 )
 def test_glyphs(run, tmp_path, algorithm):
     tiny = TINY[:-6] + TINY[-4:] if algorithm == "mamlpp" else TINY  # it has one number of steps

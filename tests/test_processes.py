@@ -157,6 +157,7 @@ def test_two_processes_train_as_one(alone, tmp_path):
     assert [json.loads(row)["step"] for row in rows] == [3, 6, 9, 12]
 
 
+@pytest.mark.slow
 def test_a_run_resumes_on_another_number_of_processes(alone, tmp_path):
     found = finish(launch(2, 1, workdir=tmp_path, lost_at=3))
     assert found[1][0] == -signal.SIGKILL  # the lost one

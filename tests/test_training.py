@@ -142,8 +142,8 @@ def test_a_step_is_the_mean_over_tasks_fed_to_optax(key):
     step = jax.jit(train_step.make_train_step(LEARNER, TX, sample))
     params = init(key, jnp.zeros((1, 4)))
     state, scalars = step(train_step.init_state(TX, params), key)
-    tasks, keys = mapping.draw_tasks(sample, key, 0)
-    grads, infos = jax.vmap(meta_grad, (None, 0, 0, None))(params, tasks, keys, 0)
+    tasks, keys = jax.jit(partial(mapping.draw_tasks, sample))(key, 0)
+    grads, infos = jax.jit(jax.vmap(meta_grad, (None, 0, 0, None)))(params, tasks, keys, 0)
     grads = jax.tree.map(lambda g: g.mean(axis=0), grads)
     updates, _ = TX.update(grads, TX.init(params), params)
     expected = optax.apply_updates(params, updates)
@@ -318,9 +318,9 @@ def test_an_update_that_is_not_finite_blames_no_task(tmp_path):
 def test_skipping_leaves_the_mean_of_the_other_tasks(key):
     skip = partial(train_step.make_train_step, tx=TX, sample=sample, non_finite="skip")
     state = train_step.init_state(TX, LEARNER.init(key, jnp.zeros((1, 4))))._replace(step=13)
-    tasks, keys = mapping.draw_tasks(sample, jax.random.key(0), 13)
+    tasks, keys = jax.jit(partial(mapping.draw_tasks, sample))(jax.random.key(0), 13)
     good = jnp.array([0, 1, 3])
-    grads, _ = jax.vmap(meta_grad, (None, 0, 0, None))(
+    grads, _ = jax.jit(jax.vmap(meta_grad, (None, 0, 0, None)))(
         state.meta_params, jax.tree.map(lambda x: x[good], tasks), keys[good], 13
     )
     expected = optax.tree.norm(jax.tree.map(lambda g: g.mean(0), grads))

@@ -472,7 +472,15 @@ def test_the_strength_is_learned_by_its_logarithm(granularity, finite_difference
 ADAPTIVE = dict(inner=optax.sgd(0.15), num_steps=15, solve=partial(solve_cg_steihaug, max_steps=5))
 
 
-@pytest.mark.parametrize("name", ["mlp", "mlp_tree_strength", "mlp_fast_head", "conv"])
+@pytest.mark.parametrize(
+    "name",
+    [
+        "mlp",
+        pytest.param("mlp_tree_strength", marks=pytest.mark.slow),
+        "mlp_fast_head",
+        pytest.param("conv", marks=pytest.mark.slow),
+    ],
+)
 def test_an_adaptive_meta_gradient_is_as_exact_as_asked(name):
     reference, dense = reference_and_dense(name)
     rounds = []
