@@ -78,15 +78,15 @@ class Config:
     """Each algorithm's own protocol where it has one, the common one, or that of iMAML's published
     code, which only imaml has."""
     seeds: tuple[int, ...] = (0,)
-    """Seeds of the initialisation and of the training tasks; one run for each."""
+    """Seeds of the initialisation and of the training tasks; one run for each; each at least 0."""
     budget: float = 1.0
     """Share of the protocol's meta-steps, above 0."""
     max_seconds: float | None = None
-    """Stop a run after the first log point past this many seconds of training."""
+    """Stop a run after the first log point past this many seconds of training, above 0."""
     test_tasks: int | None = None
-    """Test tasks; default the protocol's."""
+    """Test tasks; default the protocol's; at least 1."""
     log_every: int = 100
-    """Meta-steps between two log points."""
+    """Meta-steps between two log points, at least 1."""
     data_dir: Path | None = None
     """Directory of the data; default the environment variable IMAML_DATA_DIR."""
 

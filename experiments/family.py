@@ -75,15 +75,15 @@ class Config:
     budget: float = 1.0
     """Share of each run's meta-steps, above 0."""
     max_seconds: float | None = None
-    """Stop a run after the first log point past this many seconds of training."""
+    """Stop a run after the first log point past this many seconds of training, above 0."""
     ways: int = 5
-    """Classes of a classification task."""
+    """Classes of a classification task, at least 2."""
     shots: int = 1
-    """Support examples a class of a classification task."""
+    """Support examples a class of a classification task, at least 1."""
     sinusoid_setting: Literal["bmaml", "maml"] = "maml"
     """Whose sinusoids."""
     sinusoid_shots: int = 10
-    """Points of a sinusoid."""
+    """Points of a sinusoid, at least 1."""
     data_dir: Path | None = None
     """Directory of Omniglot's zips; default the environment variable IMAML_DATA_DIR."""
     features: Path | None = None
