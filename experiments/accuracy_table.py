@@ -26,7 +26,7 @@ NAMES: dict[few_shot.Algorithm, str] = {
     "platipus": "PLATIPUS",
     "bmaml": "BMAML",
 }
-_OWN_PROTOCOL: dict[few_shot.Algorithm, few_shot.ProtocolName] = {
+OWN_PROTOCOL: dict[few_shot.Algorithm, few_shot.ProtocolName] = {
     "maml": "finn",
     "fomaml": "finn",
     "reptile": "reptile",
@@ -35,6 +35,11 @@ _OWN_PROTOCOL: dict[few_shot.Algorithm, few_shot.ProtocolName] = {
     "imaml_hf": "imaml_paper",
     "mamlpp": "mamlpp_paper",
     "anil": "finn",
+}
+# What the ± of a published accuracy is, where it is no 95% interval over test tasks.
+SPREADS: dict[str, str] = {
+    "mamlpp": "standard deviation over 3 seeds",
+    "anil": "spread over 3 seeds",
 }
 
 
@@ -134,7 +139,7 @@ def cells(config: Any) -> Iterator[Cell]:
     for seed, ways, shots in itertools.product(config.seeds, config.ways, config.shots):
         for kind in config.protocols:
             for algorithm in config.algorithms:
-                protocol = _OWN_PROTOCOL.get(algorithm) if kind == "published" else kind
+                protocol = OWN_PROTOCOL.get(algorithm) if kind == "published" else kind
                 if protocol and (protocol != "imaml_dev" or algorithm == "imaml"):
                     yield Cell(protocol, algorithm, ways, shots, seed)
 
