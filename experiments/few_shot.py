@@ -60,8 +60,7 @@ class Config(common.ProcessConfig, common.RunConfig):
     map_tasks: Literal["map", "vmap"] | int | None = None
     """How tasks are mapped on a device: vmap, map or a chunk of at least 1; default by platform."""
     devices: int | None = None
-    """At most so many devices share the tasks of a batch, as many as divide it; at least 1, default
-    all."""
+    """Most devices that share a batch of tasks, as many as divide it; at least 1, default all."""
     meta_batch: int | None = None
     """Tasks a meta-step, at least 1."""
     curvature: Literal["hessian", "gauss_newton"] | None = None
@@ -79,15 +78,13 @@ class Config(common.ProcessConfig, common.RunConfig):
     per_step_norm: bool | None = None
     """MAML++ has a norm scale and offset for each inner step."""
     multi_step_epochs: int | None = None
-    """Epochs of 500 meta-steps in which MAML++ has a loss after every inner step;
-    at least 0."""
+    """Epochs of 500 meta-steps with MAML++'s loss after every inner step; at least 0."""
     first_order_epochs: int | None = None
     """Epochs in which MAML++ takes first-order gradients before second-order ones, at least 0."""
     num_samples: int | None = None
     """Samples of PLATIPUS in training, or particles of BMAML; at least 1, of BMAML at least 2."""
     ensemble: int | None = None
-    """Best validated checkpoints whose logits are averaged at test, beside the best alone; at
-    least 1."""
+    """Best validated checkpoints whose logits are averaged at test; at least 1."""
     learn_reg_strength: Literal["one", "leaf", "parameter"] | None = None
     """iMAML learns one lambda, one for each array of parameters, or one for each parameter."""
     inner: Literal["adam", "adaptive_gd", "nesterov", "newton_cg", "sgd"] | None = None

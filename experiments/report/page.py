@@ -114,24 +114,28 @@ def _line(group: Group) -> list[str]:
     trained = [trained_steps(run) for run in group.runs]
     steps = [f"{each:,}" for each in trained if each is not None]
     full = f" of {group.full_steps:,}" if group.full_steps else ""
+    protocol = str(settings.get("name") or results.get("protocol") or "")
+    value = "" if published is None else accuracy_table.printed(*published[:2])
+    seconds = [each for run in group.runs if (each := _seconds(run)) is not None]
     return [
-        _safe(group.task),
-        _safe(algorithm_name(results))
-        + "".join(f"<small>{_safe(run.name)}</small>" for run in group.runs),
+        _cell(group.task),
+        _cell(algorithm_name(results), *(run.name for run in group.runs)),
         _ours(group),
-        "" if published is None else _safe(accuracy_table.printed(*published[:2]))
-        + f"<small>{_safe(published.kind)}</small>",
-        _safe(group.status),
-        _safe("; ".join(counted)),
-        _safe(str(settings.get("name") or results.get("protocol") or ""))
-        + f"<small>{_safe(str(settings.get('source', '')))}</small>",
-        _safe(f"{', '.join(steps)}{full} meta-steps") if steps else "",
-        _safe(", ".join(f"{s:,.0f} s" for run in group.runs if (s := _seconds(run)) is not None)),
+        _cell(value, "" if published is None else published.kind),
+        _cell(group.status),
+        _cell("; ".join(counted)),
+        _cell(protocol, str(settings.get("source", ""))),
+        _cell(f"{', '.join(steps)}{full} meta-steps" if steps else ""),
+        _cell(", ".join(f"{each:,.0f} s" for each in seconds)),
         _memory(results),
-        _safe(_each(made, "device")),
-        f"<code>{_safe(_each(made, 'commit'))}</code>",
+        _cell(_each(made, "device")),
+        _command(_each(made, "commit")),
         _command(_each(made, "command")),
-    ]  # fmt: skip
+    ]
+
+
+def _cell(text: str, *notes: str) -> str:
+    return _safe(text) + "".join(f"<small>{_safe(note)}</small>" for note in notes if note)
 
 
 def _ours(group: Group) -> str:
@@ -142,12 +146,13 @@ def _ours(group: Group) -> str:
     if len(scores) == 1:
         half = scores[0].half_width
         kind = "no interval" if half is None else "95% interval"
-        return f"{_value(average, half)}<small>{_safe(scores[0].what)}; {kind}</small>"
+        return _cell(_value(average, half), f"{scores[0].what}; {kind}")
     spread = statistics.stdev(score.value for score in scores)
     each = ", ".join(_value(score.value, score.half_width) for score in scores)
-    return (
-        f"{_value(average, None)}<small>{_safe(scores[0].what)}; standard deviation of "
-        f"{len(scores)} seeds {spread:.2g}; each with its 95% interval: {_safe(each)}</small>"
+    return _cell(
+        _value(average, None),
+        f"{scores[0].what}; standard deviation of {len(scores)} seeds {spread:.2g}",
+        f"each with its 95% interval: {each}",
     )
 
 
@@ -164,9 +169,9 @@ def _seconds(run: Run) -> float | None:
 
 def _memory(results: dict[str, Any]) -> str:
     if (mib := number(results.get("memory_mib"))) is not None:
-        return f"{mib:,.1f} MiB<small>of one meta-gradient</small>"
+        return _cell(f"{mib:,.1f} MiB", "of one meta-gradient")
     if (mib := number(results.get("peak_memory_mib"))) is not None:
-        return f"{mib:,.0f} MiB<small>peak of the process or device</small>"
+        return _cell(f"{mib:,.0f} MiB", "peak of the process or device")
     return ""
 
 
@@ -175,6 +180,8 @@ def _each(made: Sequence[dict[str, Any]], name: str) -> str:
 
 
 def _command(text: str) -> str:
+    if not text:
+        return ""
     if len(text) < 60:
         return f"<code>{_safe(text)}</code>"
     return f"<details><summary>show</summary><code>{_safe(text)}</code></details>"
