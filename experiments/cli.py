@@ -130,7 +130,7 @@ def run_cli(
 def program() -> str:
     """What `python -m` was given, or the name of the script."""
     spec = getattr(sys.modules["__main__"], "__spec__", None)
-    return spec.name if spec else Path(sys.argv[0]).name
+    return spec.name.removesuffix(".__main__") if spec else Path(sys.argv[0]).name
 
 
 def _settings(config: type, description: str | None, args: Sequence[str]) -> Any:

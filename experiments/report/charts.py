@@ -7,7 +7,7 @@ from typing import NamedTuple
 
 COLOURS = 8  # classes c0 to c7 of the page's style; then dashes
 _WIDTH, _HEIGHT = 420, 270
-_LEFT, _RIGHT, _TOP, _BOTTOM = 52, 10, 28, 40
+_LEFT, _RIGHT, _TOP, _BOTTOM = 52, 22, 28, 40
 
 
 class Line(NamedTuple):

@@ -54,15 +54,13 @@ def page(groups: Sequence[Group], *, command: str, refresh: float | None = None)
     states = [f"{n} {s}" for s in ("finished", "running", "unfinished") if (n := _count(runs, s))]
     body = [
         f"<h1>Runs of imaml_jax {_safe(imaml_jax.__version__)}</h1>",
-        f"<p>{_safe(', '.join(states))}; written {now} by {_command(command)}</p>",
+        f"<p>{_safe(', '.join(states))}; written {now}</p>\n{_command(command)}",
         *(["<h2>Ours beside published</h2>", _results(judged)] if judged else []),
         *_all_charts(judged),
         *(["<h2>Other results</h2>", _others(others)] if others else []),
         *_pictures(runs),
-        "<h2>Deviations</h2>",
         *_deviations(judged),
-        "<h2>Systems</h2>",
-        _systems(runs),
+        *_systems(runs),
         "<h2>Data</h2>",
         "<p>All numbers of this page, and those of the files it is made of, are in it as JSON: "
         '<code>JSON.parse(document.getElementById("runs").textContent)</code></p>',
@@ -184,7 +182,7 @@ def _command(text: str) -> str:
         return ""
     if len(text) < 60:
         return f"<code>{_safe(text)}</code>"
-    return f"<details><summary>show</summary><code>{_safe(text)}</code></details>"
+    return f"<details><summary>command</summary><code>{_safe(text)}</code></details>"
 
 
 def _all_charts(groups: Sequence[Group]) -> Iterable[str]:
@@ -278,6 +276,8 @@ def _pictures(runs: Sequence[Run]) -> Iterable[str]:
 
 
 def _deviations(groups: Sequence[Group]) -> Iterable[str]:
+    if any(group.deviations for group in groups):
+        yield "<h2>Deviations</h2>"
     for group in groups:
         if group.deviations:
             items = "".join(f"<li>{_safe(each)}</li>" for each in group.deviations)
@@ -285,7 +285,7 @@ def _deviations(groups: Sequence[Group]) -> Iterable[str]:
             yield f"<details><summary>{_safe(title)}</summary><ul>{items}</ul></details>"
 
 
-def _systems(runs: Sequence[Run]) -> str:
+def _systems(runs: Sequence[Run]) -> Iterable[str]:
     names = ("device", "machine", "cores", "versions")
     found: dict[str, list[str]] = {}
     for run in runs:
@@ -294,7 +294,9 @@ def _systems(runs: Sequence[Run]) -> str:
         if any(said):
             found.setdefault(json.dumps(said), []).append(run.name)
     rows = [[*json.loads(said), str(len(named))] for said, named in found.items()]
-    return _table((*names, "runs"), rows)
+    if rows:
+        yield "<h2>Systems</h2>"
+        yield _table((*names, "runs"), rows)
 
 
 def _system(value: Any) -> str:
