@@ -26,7 +26,7 @@ NAMES: dict[few_shot.Algorithm, str] = {
     "platipus": "PLATIPUS",
     "bmaml": "BMAML",
 }
-_OWN_PROTOCOL: dict[few_shot.Algorithm, few_shot.ProtocolName] = {
+OWN_PROTOCOL: dict[few_shot.Algorithm, few_shot.ProtocolName] = {
     "maml": "finn",
     "fomaml": "finn",
     "reptile": "reptile",
@@ -35,6 +35,11 @@ _OWN_PROTOCOL: dict[few_shot.Algorithm, few_shot.ProtocolName] = {
     "imaml_hf": "imaml_paper",
     "mamlpp": "mamlpp_paper",
     "anil": "finn",
+}
+# What the ± of a published accuracy is, where it is no 95% interval over test tasks.
+SPREADS: dict[str, str] = {
+    "mamlpp": "standard deviation over 3 seeds",
+    "anil": "spread over 3 seeds",
 }
 
 
@@ -78,15 +83,15 @@ class Config:
     """Each algorithm's own protocol where it has one, the common one, or that of iMAML's published
     code, which only imaml has."""
     seeds: tuple[int, ...] = (0,)
-    """Seeds of the initialisation and of the training tasks; one run for each."""
+    """Seeds of the initialisation and of the training tasks; one run for each; each at least 0."""
     budget: float = 1.0
     """Share of the protocol's meta-steps, above 0."""
     max_seconds: float | None = None
-    """Stop a run after the first log point past this many seconds of training."""
+    """Stop a run after the first log point past this many seconds of training, above 0."""
     test_tasks: int | None = None
-    """Test tasks; default the protocol's."""
+    """Test tasks; default the protocol's; at least 1."""
     log_every: int = 100
-    """Meta-steps between two log points."""
+    """Meta-steps between two log points, at least 1."""
     data_dir: Path | None = None
     """Directory of the data; default the environment variable IMAML_DATA_DIR."""
 
@@ -134,7 +139,7 @@ def cells(config: Any) -> Iterator[Cell]:
     for seed, ways, shots in itertools.product(config.seeds, config.ways, config.shots):
         for kind in config.protocols:
             for algorithm in config.algorithms:
-                protocol = _OWN_PROTOCOL.get(algorithm) if kind == "published" else kind
+                protocol = OWN_PROTOCOL.get(algorithm) if kind == "published" else kind
                 if protocol and (protocol != "imaml_dev" or algorithm == "imaml"):
                     yield Cell(protocol, algorithm, ways, shots, seed)
 

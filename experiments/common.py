@@ -1,18 +1,19 @@
-"""What every experiment shares: its command line, its devices, and the record of what it ran on."""
+"""What every experiment shares: its devices, its training, and the record of what it ran on."""
 
 import dataclasses
 import datetime
+import functools
 import json
 import math
 import os
 import platform
+import subprocess
 import sys
 import tempfile
 import time
-import traceback
 from collections.abc import Callable, Sequence
 from pathlib import Path
-from typing import Any, NoReturn
+from typing import Any
 
 import jax
 import jax.numpy as jnp
@@ -21,120 +22,29 @@ import optax
 from jax.flatten_util import ravel_pytree
 
 import imaml_jax
-from imaml_jax import processes
+from experiments import config_file
+from experiments.cli import ProcessConfig as ProcessConfig
+from experiments.cli import RunConfig, program
+from experiments.cli import run_cli as run_cli
+from imaml_jax import processes, writers
 from imaml_jax.data import cache
 from imaml_jax.mapping import MapTasks, Sample, map_over_tasks
-from imaml_jax.non_finite import NonFinite, NonFiniteError, replay
+from imaml_jax.non_finite import replay
 from imaml_jax.training import TrainResult, train
 from imaml_jax.types import MetaLearner, Task
-from imaml_jax.workdir import InterruptedRunError, write_whole
+from imaml_jax.workdir import write_whole
 
 # Keys of the validation and test tasks, of a form that no `--seed` gives to training.
 VALIDATION_KEY, TEST_KEY = (20190909, 1), (20190909, 2)
 # What may change between the parts of a run that was stopped and resumed.
 _CHANGEABLE = {
     *("workdir", "max_seconds", "devices", "data_dir", "download", "accept_changes", "debug_nans"),
-    "non_finite",
+    *("non_finite", "log_to"),
     *("coordinator", "num_processes", "process_id", "cluster", "process_timeout"),
 }
-LOST_STATUS = 76
-INTERRUPTED_STATUS = 75  # EX_TEMPFAIL: a scheduler that knows it starts the run again
-
-
-@dataclasses.dataclass(frozen=True)
-class ProcessConfig:
-    """The settings of a run that several processes share."""
-
-    coordinator: str | None = None
-    """HOST:PORT of process 0 of several; each of them has the same command but for process_id."""
-    num_processes: int | None = None
-    """Processes that train together, with coordinator."""
-    process_id: int | None = None
-    """Which of them this is, from 0."""
-    cluster: bool = False
-    """Take these three from the cluster's environment: SLURM, Open MPI, Kubernetes, TPU pods."""
-    process_timeout: int = 100
-    """Seconds of silence after which another process counts as lost."""
-
-
-@dataclasses.dataclass(frozen=True)
-class RunConfig:
-    """The settings that every training run has."""
-
-    meta_steps: int | None = None
-    """Meta-steps in all, a multiple of log_every; the schedule of the outer rate ends there."""
-    max_seconds: float | None = None
-    """Stop after the first log point past this many seconds of wall clock."""
-    seed: int = 0
-    """Seed of the initialisation and of the training tasks; validation and test tasks stay."""
-    workdir: Path | None = None
-    """Where checkpoints, metrics, learning curve and results go; an earlier run there goes on."""
-    log_every: int = 100
-    """Meta-steps between two log points, one compiled call."""
-    validation_tasks: int = 300
-    """Validation tasks, the same each time."""
-    inner_rate: float | None = None
-    """Learning rate of the inner loop; newton_cg has none."""
-    num_steps: int | None = None
-    """Inner steps in training."""
-    eval_num_steps: int | None = None
-    """Inner steps at validation and test."""
-    outer_rate: float | None = None
-    """Learning rate of the outer optimiser at the start."""
-    reg_strength: float | None = None
-    """Lambda, the strength of iMAML's proximal term."""
-    non_finite: NonFinite = "stop"
-    """Stop at a loss or gradient that is not finite, or skip the tasks that have one."""
-    debug_nans: bool = False
-    """Repeat the task that made the run in workdir fail, and name the operation that gave NaN."""
-    accept_changes: bool = False
-    """Go on with a run in workdir that was started with other settings."""
-
-
-def run_cli(
-    main: Callable[[Any], Any],
-    config: type,
-    description: str | None,
-    args: Sequence[str] | None = None,
-) -> Any:
-    """Reads a config from the command line and runs `main` on it.
-
-    What the user can mend (a setting that is refused, a file that is missing or cannot be written)
-    ends the process with status 2, what stopped the training with status 1, a signal with status
-    75, and the loss of another process with status 76, all with one message and no traceback. Any
-    other error is a bug and keeps its traceback.
-
-    Args:
-      main: `config -> result`.
-      config: dataclass of the settings; the docstrings of its fields are the help.
-      description: what `--help` prints above them.
-      args: the command line; None (default) for the one of the process.
-
-    Returns:
-      What `main` returned.
-    """
-    import tyro
-
-    settings = tyro.cli(config, description=description, args=args)
-    try:
-        if isinstance(settings, ProcessConfig):
-            _join_processes(settings)
-        return main(settings)
-    except InterruptedRunError as error:
-        _exit(INTERRUPTED_STATUS, error)
-    except NonFiniteError as error:
-        kept = isinstance(settings, RunConfig) and settings.workdir is not None
-        if kept and error.task is not None:
-            error.add_note("The same command with --debug-nans names the operation.")
-        _exit(1, error)
-    except jax.errors.JaxRuntimeError as error:
-        if jax.process_count() == 1:
-            raise
-        _exit(LOST_STATUS, f"another process was lost, or failed ({str(error)[:200]})")
-    except (ValueError, OSError) as error:
-        if isinstance(error, ValueError) and not _is_ours(error):
-            raise
-        _exit(2, error)
+# What belongs to one start of a run on one machine.
+_OF_A_START = {"workdir", "accept_changes", "debug_nans"}
+_OF_A_START |= {field.name for field in dataclasses.fields(ProcessConfig)}
 
 
 def run_training(
@@ -146,10 +56,14 @@ def run_training(
 ) -> TrainResult:
     """`training.train` by a run's settings, or the replay of its failure.
 
+    A workdir gets `config.yaml` too, which `--config` reads.
+
     Raises:
-      ValueError: `debug_nans` without a failed run in the workdir, or one whose replay gave no NaN.
+      ValueError: `debug_nans` without a failed run in the workdir, or one whose replay gave no NaN;
+        or `log_to` without a workdir.
       FloatingPointError: where the replay gave NaN.
     """
+    _commit()  # of the code that runs, whatever is committed meanwhile
     key = jax.random.key(run.seed)
     if run.debug_nans:
         if run.workdir is None:
@@ -157,18 +71,34 @@ def run_training(
         example_inputs = settings.get("example_inputs")
         replay(learner, sample, key=key, workdir=run.workdir, example_inputs=example_inputs)
         raise ValueError("debug_nans=True: no operation gave NaN; infinity made the run fail")
-    return train(
-        learner,
-        tx,
-        sample,
-        key=key,
-        log_every=run.log_every,
-        workdir=run.workdir,
-        max_seconds=run.max_seconds,
-        accept_changes=run.accept_changes,
-        non_finite=run.non_finite,
-        **settings,
-    )
+    if run.log_to and run.workdir is None:
+        raise ValueError(f"log_to={run.log_to} needs workdir, which holds what is written")
+    if run.workdir is not None and processes.is_first():
+        _write_settings(run.workdir, run)
+    with writers.open_writers(
+        run.log_to, run.workdir or Path(), settings.get("config") or {}
+    ) as log:
+        return train(
+            learner,
+            tx,
+            sample,
+            key=key,
+            log_every=run.log_every,
+            workdir=run.workdir,
+            max_seconds=run.max_seconds,
+            accept_changes=run.accept_changes,
+            non_finite=run.non_finite,
+            log=log,
+            **settings,
+        )
+
+
+def _write_settings(workdir: Path, run: RunConfig) -> None:
+    """Keeps those that the run began with, or goes on with by `accept_changes`."""
+    if run.accept_changes or not (workdir / "config.json").exists():
+        workdir.mkdir(parents=True, exist_ok=True)
+        head = f"# python -m {program()} --config config.yaml --workdir FOLDER\n"
+        write_whole(workdir / "config.yaml", head + config_file.text(run, _OF_A_START))
 
 
 def meta_gradient(learner: MetaLearner, meta_params: Any, task: Task) -> Any:
@@ -278,9 +208,11 @@ def provenance() -> dict[str, Any]:
         "device": str(jax.devices()[0].device_kind),
         "cores": os.cpu_count(),
         "machine": _machine(),
+        "peak_memory_mib": _peak_memory_mib(),
+        "commit": _commit(),
         "versions": {"imaml_jax": imaml_jax.__version__, "jax": jax.__version__},
         "date": datetime.date.today().isoformat(),
-        "command": " ".join(["python -m", *_module_and_arguments()]),
+        "command": " ".join(["python -m", program(), *sys.argv[1:]]),
     }
 
 
@@ -338,6 +270,39 @@ def write_json(path: Path, value: Any) -> None:
     write_whole(path, json.dumps(value, indent=1, default=str) + "\n")
 
 
+def _peak_memory_mib() -> float | None:
+    """The most that the device held, or on the CPU this process; None where no one counts it."""
+    held = (jax.local_devices()[0].memory_stats() or {}).get("peak_bytes_in_use")
+    if held is None:
+        try:
+            import resource
+        except ImportError:  # Windows
+            return None
+        peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
+        held = peak if sys.platform == "darwin" else 1024 * peak
+    return round(held / 2**20, 1)
+
+
+@functools.cache
+def _commit() -> str | None:
+    """That of the git checkout these experiments are run from, with `+` if files were changed."""
+    root = Path(__file__).resolve().parents[1]
+    if not (root / ".git").exists():
+        return None
+    try:
+        said = subprocess.run(
+            ["git", "describe", "--always", "--abbrev=12", "--dirty=+", "--exclude=*"],
+            cwd=root,
+            capture_output=True,
+            text=True,
+            timeout=20,
+            check=True,
+        )
+    except (OSError, subprocess.SubprocessError):
+        return None
+    return said.stdout.strip()
+
+
 def _machine() -> str:
     """The processor's name where the system tells it."""
     try:
@@ -346,34 +311,3 @@ def _machine() -> str:
         lines = []
     names = [line.split(":", 1)[1].strip() for line in lines if line.startswith("model name")]
     return names[0] if names else platform.processor() or platform.machine()
-
-
-def _is_ours(error: BaseException) -> bool:
-    """Whether our own code raised it, and not a library that it calls."""
-    file = Path(traceback.extract_tb(error.__traceback__)[-1].filename).resolve()
-    homes = (Path(imaml_jax.__file__).parent, Path(__file__).parent)
-    return any(file.is_relative_to(home.resolve()) for home in homes)
-
-
-def _join_processes(config: ProcessConfig) -> None:
-    named = (config.coordinator, config.num_processes, config.process_id)
-    if config.cluster and named != (None, None, None):
-        raise ValueError(
-            "cluster=True takes coordinator, num_processes and process_id from the "
-            "environment: leave them out"
-        )
-    if config.cluster or named != (None, None, None):
-        processes.start(*named, timeout_seconds=config.process_timeout)
-
-
-def _exit(status: int, error: BaseException | str) -> NoReturn:
-    notes = getattr(error, "__notes__", [])
-    print("\n".join([f"error: {error}", *notes]), file=sys.stderr, flush=True)
-    if jax.process_count() > 1:
-        os._exit(status)  # an orderly exit would wait for the others
-    sys.exit(status)
-
-
-def _module_and_arguments() -> list[str]:
-    spec = getattr(sys.modules["__main__"], "__spec__", None)
-    return [spec.name if spec else Path(sys.argv[0]).name, *sys.argv[1:]]

@@ -47,19 +47,19 @@ class Config:
     axis: Literal["num_steps", "num_tasks", "ways", "shots", "filters"] = "num_steps"
     """What grows."""
     values: tuple[int, ...] = ()
-    """Its values, two or more; none for the defaults."""
+    """Its values, two or more, each at least the least of that setting; none for the defaults."""
     num_steps: int = 16
     """Inner steps, at least 2."""
     num_tasks: int = 1
-    """Tasks a meta-gradient."""
+    """Tasks a meta-gradient, at least 1."""
     ways: int = 20
     """Classes a task, at least 2."""
     shots: int = 5
-    """Support and query examples a class."""
+    """Support and query examples a class, at least 1."""
     filters: int = 64
-    """Channels of the network."""
+    """Channels of the network, at least 1."""
     rounds: int = 5
-    """Interleaved rounds of the timing; 0 measures memory only."""
+    """Interleaved rounds of the timing, at least 0, which measures memory only."""
     output: Path = Path("runs/compute_and_memory")
     """Where to write, without an ending."""
 

@@ -68,17 +68,18 @@ class Config:
     """What is measured."""
 
     conditions: tuple[float, ...] = (1e2, 1e4, 1e6, 1e8, 1e10)
-    """Condition numbers."""
+    """Condition numbers, each above 1 and at most 1e12."""
     size: int = 64
-    """Unknowns."""
+    """Unknowns, at least 2, at most 1000."""
     tol: float = 1e-5
-    """Relative tolerance of every solver."""
+    """Relative tolerance of every solver, above 0 and below 1."""
     max_steps: int = 2000
-    """Most iterations of those that iterate."""
+    """Most iterations of those that iterate, at least 1."""
     threshold: float = 0.1
-    """Largest relative error that passes, and largest product of condition and residual."""
+    """Largest relative error that passes, and largest product of condition and residual; above
+    0."""
     seed: int = 0
-    """Seed of the systems."""
+    """Seed of the systems, at least 0."""
     output: Path = Path("runs/conditioning")
     """Where to write, without an ending."""
 

@@ -38,17 +38,19 @@ class Config:
     """What is distilled."""
 
     per_class: int = 1
-    """Synthetic images a class."""
+    """Synthetic images a class, at least 1."""
     train_examples: int = 1000
-    """Real training images; the others are for the test."""
+    """Real training images; the others are for the test; at least 1."""
     steps: int = 400
-    """Steps of Adam on the images and on the logarithm of the regularisation strength."""
+    """Steps of Adam on the images and on the logarithm of the regularisation strength, at least
+    1."""
     outer_rate: float = 0.01
-    """Its rate."""
+    """Its rate, above 0."""
     draws: int = 20
-    """Random draws of real images to compare with."""
+    """Random draws of real images to compare with, at least 1."""
     seed: int = 0
-    """Seed of the split and of the draws; the synthetic images begin as a draw of their own."""
+    """Seed of the split and of the draws; the synthetic images begin as a draw of their own; at
+    least 0."""
     output: Path = Path("runs/distillation")
     """Where to write, without an ending."""
 

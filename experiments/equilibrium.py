@@ -48,19 +48,19 @@ class Config:
     """What is trained and measured."""
 
     width: int = 50
-    """Numbers in the hidden state."""
+    """Numbers in the hidden state, at least 1."""
     contraction: float = 0.95
     """Bound on the factor of the error in one iteration, between 0 and 1."""
     steps: int = 500
-    """Steps of Adam, each with 100 examples."""
+    """Steps of Adam, each with 100 examples; at least 1."""
     learning_rate: float = 3e-3
-    """Its rate."""
+    """Its rate, above 0."""
     unrolled: tuple[int, ...] = (1, 2, 4, 8, 16, 32, 64, 128)
     """Numbers of iterations K, each at least 1."""
     train_examples: int = 1000
     """Training examples, at least 100; the others are for the test."""
     seed: int = 0
-    """Seed of the split, the initialisation and the batches."""
+    """Seed of the split, the initialisation and the batches; at least 0."""
     output: Path = Path("runs/equilibrium")
     """Where to write, without an ending."""
 

@@ -43,11 +43,11 @@ class Config:
     problems: int = 50
     """Problems of each kind, at least 2."""
     rounds: int = 20
-    """Rounds of which each is measured."""
+    """Rounds of which each is measured, at least 1."""
     cg_steps: int = 10
-    """CG steps of each linear solve."""
+    """CG steps of each linear solve, at least 1."""
     seed: int = 0
-    """Seed of the problems."""
+    """Seed of the problems, at least 0."""
     output: Path = Path("runs/error_estimate")
     """Where to write, without an ending."""
 

@@ -53,15 +53,16 @@ class Config:
     datasets: tuple[Literal["breast_cancer", "diabetes"], ...] = ("diabetes", "breast_cancer")
     """Data sets."""
     probes: tuple[int, ...] = (0, 40)
-    """Numbers of features without information to put beside those of the data set."""
+    """Numbers of features without information to put beside those of the data set, each at least
+    0."""
     splits: int = 10
-    """Random splits into training, validation and test examples."""
+    """Random splits into training, validation and test examples; at least 1."""
     steps: int = 100
-    """Steps of Adam on the logarithms of the weights."""
+    """Steps of Adam on the logarithms of the weights, at least 1."""
     outer_rate: float = 0.1
-    """Its rate."""
+    """Its rate, above 0."""
     seed: int = 0
-    """Seed of the splits and of the probes."""
+    """Seed of the splits and of the probes, at least 0."""
     output: Path = Path("runs/feature_weights")
     """Where to write, without an ending."""
 

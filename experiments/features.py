@@ -54,25 +54,25 @@ class Config:
     data_dir: Path | None = None
     """Directory of the data set; default the environment variable IMAML_DATA_DIR."""
     image_size: int | None = None
-    """Side of the images in pixels; default 84, Omniglot 28."""
+    """Side of the images in pixels, between 1 and 1024; default 84, Omniglot 28."""
     backbone: Literal["conv4", "resnet12"] = "conv4"
     """Network; its features are those that the last layer sees."""
     width: int = 64
-    """Channels of conv4's blocks, or of resnet12's first one."""
+    """Channels of conv4's blocks, or of resnet12's first one; at least 1."""
     epochs: int = 90
-    """Passes over as many images as there are."""
+    """Passes over as many images as there are, at least 1."""
     batch_size: int = 256
-    """Images a step."""
+    """Images a step, at least 1."""
     rate: float = 0.1
-    """Learning rate at the start."""
+    """Learning rate at the start, above 0."""
     weight_decay: float = 1e-4
-    """Times the parameters, added to the gradient."""
+    """Times the parameters, added to the gradient; at least 0."""
     max_seconds: float | None = None
-    """Stop after the first epoch past this many seconds of wall clock."""
+    """Stop after the first epoch past this many seconds of wall clock, above 0."""
     seed: int = 0
-    """Seed of the initialisation and of the batches."""
+    """Seed of the initialisation and of the batches, at least 0."""
     test_tasks: int = 2000
-    """Test tasks of the nearest class mean."""
+    """Test tasks of the nearest class mean, at least 2."""
 
 
 def main(config: Config) -> dict[str, Any]:

@@ -56,19 +56,19 @@ class Config(common.ProcessConfig, common.RunConfig):
     validate_every: int = 500
     """Meta-steps between two validations; a multiple of log_every."""
     test_tasks: int | None = None
-    """Test tasks."""
+    """Test tasks, at least 1."""
     map_tasks: Literal["map", "vmap"] | int | None = None
-    """How tasks are mapped on a device: vmap, map or a chunk size; default by platform."""
+    """How tasks are mapped on a device: vmap, map or a chunk of at least 1; default by platform."""
     devices: int | None = None
-    """At most so many devices share the tasks of a batch, as many as divide it; default all."""
+    """Most devices that share a batch of tasks, as many as divide it; at least 1, default all."""
     meta_batch: int | None = None
-    """Tasks a meta-step."""
+    """Tasks a meta-step, at least 1."""
     curvature: Literal["hessian", "gauss_newton"] | None = None
     """Curvature matrix of iMAML's linear system."""
     solve: Literal["cg", "cg_steihaug", "minres", "woodbury"] | None = None
     """Solver of iMAML's linear system; woodbury needs gauss_newton."""
     cg_steps: int | None = None
-    """CG steps of that solver, and of a Hessian-free direction."""
+    """CG steps of that solver, and of a Hessian-free direction; at least 1."""
     activation: Literal["gelu", "leaky_relu", "relu", "silu", "softplus"] | None = None
     """Of the network."""
     schedule: Literal["constant", "cosine", "linear"] | None = None
@@ -78,13 +78,13 @@ class Config(common.ProcessConfig, common.RunConfig):
     per_step_norm: bool | None = None
     """MAML++ has a norm scale and offset for each inner step."""
     multi_step_epochs: int | None = None
-    """Epochs of 500 meta-steps in which MAML++ has a loss after every inner step; 0 for none."""
+    """Epochs of 500 meta-steps with MAML++'s loss after every inner step; at least 0."""
     first_order_epochs: int | None = None
-    """Epochs in which MAML++ takes first-order gradients before second-order ones."""
+    """Epochs in which MAML++ takes first-order gradients before second-order ones, at least 0."""
     num_samples: int | None = None
-    """Samples of PLATIPUS in training, or particles of BMAML."""
+    """Samples of PLATIPUS in training, or particles of BMAML; at least 1, of BMAML at least 2."""
     ensemble: int | None = None
-    """Best validated checkpoints whose logits are averaged at test, beside the best alone."""
+    """Best validated checkpoints whose logits are averaged at test; at least 1."""
     learn_reg_strength: Literal["one", "leaf", "parameter"] | None = None
     """iMAML learns one lambda, one for each array of parameters, or one for each parameter."""
     inner: Literal["adam", "adaptive_gd", "nesterov", "newton_cg", "sgd"] | None = None

@@ -18,7 +18,7 @@ class Config(few_shot.Config):
     """Glyph few-shot classification."""
 
     meta_steps: int | None = 1000
-    """Meta-steps in all; the schedule of the outer rate ends there."""
+    """Meta-steps in all, a multiple of log_every; the schedule of the outer rate ends there."""
 
 
 def resolve(config: Config) -> Protocol:

@@ -72,25 +72,27 @@ class Config:
     meta_steps: int = 1500
     """Meta-steps of each combination, a multiple of eval_every; the outer rate falls to 0."""
     eval_every: int = 250
-    """Meta-steps between two points of the curves."""
+    """Meta-steps between two points of the curves, at least 1."""
     test_tasks: int = 50
-    """Test tasks, the same for every point."""
+    """Test tasks, the same for every point; at least 2."""
     product_tasks: int = 20
-    """Training tasks whose gradients are multiplied, the same for every point."""
+    """Training tasks whose gradients are multiplied, the same for every point; at least 2."""
     ways: int = 5
-    """Classes a task."""
+    """Classes a task, at least 2."""
     shots: int = 5
-    """Support examples a class; a mini-batch has as many examples as the support set."""
+    """Support examples a class; a mini-batch has as many examples as the support set; at least
+    1."""
     filters: int = 64
-    """Channels of the network."""
+    """Channels of the network, at least 1."""
     inner_rate: float = 0.075
-    """Alpha, the learning rate of the inner SGD."""
+    """Alpha, the learning rate of the inner SGD; above 0."""
     outer_rate: float = 0.25
-    """Learning rate of the outer SGD at the start, in units of alpha."""
+    """Learning rate of the outer SGD at the start, in units of alpha; above 0."""
     average: bool = False
     """Divide the weights of every combination by their sum."""
     seed: int = 0
-    """Seed of the initialisation and of the training tasks, the same for every combination."""
+    """Seed of the initialisation and of the training tasks, the same for every combination; at
+    least 0."""
     output: Path = Path("runs/gradient_combinations")
     """Where to write, without an ending."""
 

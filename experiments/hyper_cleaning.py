@@ -43,19 +43,19 @@ class Config:
     corrupted: float = 0.5
     """Share of the training labels that are wrong, between 0 and 1."""
     train_examples: int = 800
-    """Training examples."""
+    """Training examples, at least 1."""
     validation_examples: int = 200
-    """Examples with clean labels."""
+    """Examples with clean labels, at least 1."""
     reg_strength: float = 0.01
-    """L2 regularisation of every classifier."""
+    """L2 regularisation of every classifier, above 0."""
     steps: int = 200
-    """Steps of Adam on the weights' logits."""
+    """Steps of Adam on the weights' logits, at least 1."""
     outer_rate: float = 0.1
-    """Its rate."""
+    """Its rate, above 0."""
     repeats: int = 5
-    """Random splits with random wrong labels."""
+    """Random splits with random wrong labels, at least 1."""
     seed: int = 0
-    """Seed of both."""
+    """Seed of both, at least 0."""
     output: Path = Path("runs/hyper_cleaning")
     """Where to write, without an ending."""
 

@@ -66,17 +66,17 @@ class Config:
     data_dir: Path | None = None
     """Directory of mini_imagenet; default the environment variable IMAML_DATA_DIR."""
     shots: int = 1
-    """Support examples of each of 5 classes."""
+    """Support examples of each of 5 classes, at least 1."""
     activation: Literal["gelu", "relu", "silu", "softplus"] = "relu"
     """Of the network; only relu is published."""
     meta_steps: int = 50
-    """Meta-steps before."""
+    """Meta-steps before, at least 1."""
     num_tasks: int = 3
-    """Tasks that are measured."""
+    """Tasks that are measured, at least 1."""
     rounds: int = 3
-    """Interleaved rounds of the timing."""
+    """Interleaved rounds of the timing, at least 1."""
     seed: int = 0
-    """Seed of the initialisation and of the tasks."""
+    """Seed of the initialisation and of the tasks, at least 0."""
     output: Path = Path("runs/inner_convergence")
     """Where to write, without an ending."""
 

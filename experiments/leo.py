@@ -85,27 +85,28 @@ class Config(common.RunConfig):
     shots: int = 1
     """Support examples a class, at least 1."""
     meta_batch: int = 12
-    """Tasks a meta-step."""
+    """Tasks a meta-step, at least 1."""
     log_every: int = 1000
-    """Meta-steps between two log points, each with a validation; one compiled call."""
+    """Meta-steps between two log points, each with a validation; at least 1."""
     validation_tasks: int = 2000
-    """Validation tasks, the same each time."""
+    """Validation tasks, the same each time; at least 1."""
     test_tasks: int = 10_000
-    """Test tasks."""
+    """Test tasks, at least 2."""
     test_queries: int = 15
-    """Query examples a class at validation and test; all others of 600 as published."""
+    """Query examples a class at validation and test; all others of 600 as published; at least
+    1."""
     num_latents: int = 64
-    """Size of a code."""
+    """Size of a code, at least 1."""
     dropout: float | None = None
-    """Share of the features that training drops."""
+    """Share of the features that training drops, at least 0 and below 1."""
     kl_weight: float | None = None
-    """Beta."""
+    """Beta, the weight of the divergence of the codes from their prior; at least 0."""
     encoder_penalty: float | None = None
-    """Gamma."""
+    """Gamma, the weight of the distance of adapted codes from the encoder's; at least 0."""
     l2_penalty: float | None = None
-    """Lambda_1."""
+    """Lambda_1, the weight of the squared parameters; at least 0."""
     orthogonality_penalty: float | None = None
-    """Lambda_2."""
+    """Lambda_2, the weight of the decoder's correlations; at least 0."""
 
 
 def main(config: Config) -> dict[str, Any]:

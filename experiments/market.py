@@ -43,7 +43,7 @@ class Config:
     """The markets."""
 
     firms: int = 5
-    """Firms, with costs from 1 up, so close that none leaves the market."""
+    """Firms, with costs from 1 up, so close that none leaves the market; at least 1."""
     elasticity: float = 2.0
     """Of demand, eta, above 1; the revenue of the tax has no maximum otherwise."""
     consumers: int = 6
@@ -51,7 +51,7 @@ class Config:
     goods: int = 4
     """Goods, at least 2, with tastes drawn at random."""
     seed: int = 0
-    """Seed of costs, endowments and tastes."""
+    """Seed of costs, endowments and tastes; at least 0."""
     output: Path = Path("runs/market")
     """Where to write, without an ending."""
 

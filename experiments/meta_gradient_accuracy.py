@@ -51,9 +51,9 @@ class Config:
     num_steps: tuple[int, ...] = (1, 2, 4, 8, 16, 32, 64, 128, 256, 512, 1024)
     """Inner steps, each at least 1."""
     num_tasks: int = 10
-    """Random tasks of each kind; medians and ranges are over them."""
+    """Random tasks of each kind; medians and ranges are over them; at least 1."""
     seed: int = 0
-    """Seed of the tasks."""
+    """Seed of the tasks, at least 0."""
     output: Path = Path("runs/meta_gradient_accuracy")
     """Where to write, without an ending."""
 

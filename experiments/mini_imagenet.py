@@ -27,7 +27,7 @@ class Config(few_shot.Config):
     """Directory of mini_imagenet or tiered_imagenet; default the environment variable
     IMAML_DATA_DIR."""
     image_size: int = 84
-    """Side of the images in pixels; arrays keep theirs."""
+    """Side of the images in pixels, between 1 and 1024; arrays keep theirs."""
 
 
 def resolve(config: Config) -> Protocol:

@@ -80,17 +80,18 @@ class Config(common.RunConfig):
     estimator: Literal["emaml", "loaded_dice", "lvc", "naive"] = "naive"
     """Surrogate of MAML's inner step; naive is the published one, emaml is not for TRPO."""
     temperature: float | None = None
-    """Of the weights in iMAML's inner problem; the lower, the more its best actions count."""
+    """Of the weights in iMAML's inner problem; the lower, the more its best actions count; above
+    0."""
     meta_batch: int = 20
-    """Tasks a meta-step; 40 in the paper."""
+    """Tasks a meta-step; 40 in the paper; at least 1."""
     horizon: int = 100
-    """Most steps of a trajectory."""
+    """Most steps of a trajectory, at least 1."""
     log_every: int = 5
-    """Meta-steps between two log points, each with a validation; one compiled call."""
+    """Meta-steps between two log points, each with a validation; at least 1."""
     validation_tasks: int = 40
-    """Validation tasks, the same each time."""
+    """Validation tasks, the same each time; at least 1."""
     test_tasks: int = 40
-    """Test tasks."""
+    """Test tasks, at least 1."""
 
 
 def main(config: Config) -> dict[str, Any]:

@@ -91,9 +91,10 @@ class Config:
     precisions: tuple[Literal["highest", "high", "default"], ...] = ("highest", "default")
     """Of convolutions; what else there is stays in full."""
     rounds: int = 5
-    """Timed runs of each cell."""
+    """Timed runs of each cell, at least 1."""
     max_seconds: float = 480.0
-    """No cell is begun that would end later than this if it took as long as the longest so far."""
+    """No cell is begun that would end later than this if it took as long as the longest so far,
+    above 0."""
     output: Path = Path("runs/platform_defaults")
     """Where to write, without an ending."""
 

@@ -57,13 +57,13 @@ class Config(common.RunConfig):
     shots: int = 10
     """Points of a task that the network is adapted to, at least 1."""
     log_every: int = 1000
-    """Meta-steps between two log points, each with a validation; one compiled call."""
+    """Meta-steps between two log points, each with a validation; at least 1."""
     test_tasks: int = 600
-    """Test tasks."""
+    """Test tasks, at least 1."""
     inner: Literal["adaptive_gd", "newton_cg", "sgd"] | None = None
     """Inner optimiser."""
     num_samples: int | None = None
-    """Particles of BMAML, or samples of PLATIPUS in training, which has 10 at test."""
+    """Particles of BMAML, or samples of PLATIPUS in training, which has 10 at test; at least 1."""
 
 
 def main(config: Config) -> dict[str, Any]:

@@ -82,15 +82,15 @@ class Config:
     sizes: tuple[str, ...] = ("5x1", "5x5", "20x1", "20x5")
     """Ways x shots."""
     reg_strengths: tuple[float, ...] = (2.0, 0.03)
-    """Values of lambda: the published one and that of the protocol `common`."""
+    """Values of lambda: the published one and that of the protocol `common`; each above 0."""
     meta_steps: int = 100
-    """Meta-steps of 8 tasks before."""
+    """Meta-steps of 8 tasks before, at least 1."""
     num_tasks: int = 2
-    """Linear systems of each size."""
+    """Linear systems of each size, at least 1."""
     rounds: int = 3
-    """Interleaved rounds of the timing."""
+    """Interleaved rounds of the timing, at least 1."""
     seed: int = 0
-    """Seed of the initialisation and of the tasks."""
+    """Seed of the initialisation and of the tasks, at least 0."""
     output: Path = Path("runs/solvers")
     """Where to write, without an ending."""
 

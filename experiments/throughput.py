@@ -37,11 +37,11 @@ class Config:
     algorithm: few_shot.Algorithm = "imaml"
     """Meta-learning algorithm, with the settings of the protocol `common`, 5-way 1-shot."""
     log_every: int = 50
-    """Meta-steps between two log points with their checkpoints."""
+    """Meta-steps between two log points with their checkpoints, at least 1."""
     chunks: int = 3
-    """Log points a round."""
+    """Log points a round, at least 1."""
     rounds: int = 3
-    """Rounds of both."""
+    """Rounds of both, at least 1."""
     output: Path = Path("runs/throughput")
     """Where to write, without an ending."""
 

@@ -58,13 +58,13 @@ class Config:
     """What is measured."""
 
     size: int = 200
-    """Features; twice as many training examples."""
+    """Features; twice as many training examples; at least 1."""
     tol: float = 1e-10
-    """Tolerance of the linear solves and of the minimisers."""
+    """Tolerance of the linear solves and of the minimisers, above 0 and below 1."""
     rounds: int = 15
-    """Interleaved rounds of the timing."""
+    """Interleaved rounds of the timing, at least 1."""
     seed: int = 0
-    """Seed of the data."""
+    """Seed of the data, at least 0."""
     output: Path = Path("runs/toolbox_comparison")
     """Where to write, without an ending."""
 

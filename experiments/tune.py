@@ -69,11 +69,11 @@ class Config:
     data_dir: Path | None = None
     """Directory of the public zips; default the environment variable IMAML_DATA_DIR."""
     meta_steps: int = 500
-    """Meta-steps of a trial."""
+    """Meta-steps of a trial, at least 1."""
     validation_tasks: int = 300
-    """Validation tasks, the same for every trial and algorithm."""
+    """Validation tasks, the same for every trial and algorithm; at least 1."""
     seed: int = 0
-    """Seed of every trial."""
+    """Seed of every trial, at least 0."""
     output: Path = Path("runs/tuning")
     """Directory for one JSON file an algorithm."""
 

@@ -86,6 +86,7 @@ def train(
     accept_changes: bool = False,
     non_finite: NonFinite = "stop",
     train_step: TrainStep | None = None,
+    log: Callable[[Mapping[str, Any]], None] | None = None,
 ) -> TrainResult:
     """Meta-trains, or goes on where an earlier call in the same `workdir` stopped.
 
@@ -128,6 +129,8 @@ def train(
       train_step: the meta-step of another outer optimiser, made by `latched`, in place of that of
         `make_train_step`, whose settings then have no effect. `learner` still initialises and finds
         the failing task, and `tx` makes the state; `optax.identity()` where there is none.
+      log: takes each new row of the log, in the first process only, such as `writers.open_writers`
+        yields. None (default) for nothing beside `metrics.jsonl`.
 
     Returns:
       The last and the best meta-parameters, the log and the state.
@@ -230,6 +233,8 @@ def train(
             history.append(json_lines.row_of(row | {"seconds": seconds()}))
             if home is not None:
                 json_lines.append(home / _METRICS, history[-1])
+            if log is not None and processes.is_first():
+                log(history[-1])
             with contextlib.suppress(OSError):  # whoever read the report may be gone
                 report(history[-1])
             if folder is None:

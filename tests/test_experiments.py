@@ -12,6 +12,7 @@ from unittest import mock
 import jax
 import numpy as np
 import pytest
+import yaml
 
 from imaml_jax import protocols
 from imaml_jax.data import cache, glyphs
@@ -45,7 +46,16 @@ REPORTS += (
 )
 COMMANDS = (*TRAINING, *REPORTS)
 RECORDED = {"algorithm", "command", "cores", "date", "device", "machine", "seed", "versions"}
-RECORDED |= {"best_step", "dataset", "seconds", "settings", "test_ci95", "trained_meta_steps"}
+RECORDED |= {
+    "best_step",
+    "commit",
+    "dataset",
+    "peak_memory_mib",
+    "seconds",
+    "settings",
+    "test_ci95",
+    "trained_meta_steps",
+}
 # Programs that compute next to nothing: LLVM's optimisations take longer than they save.
 XLA_FLAGS = "--xla_backend_optimization_level=0 --xla_force_host_platform_device_count=2"
 
@@ -120,6 +130,11 @@ def check_results(workdir, done, algorithm):
     assert (workdir / "learning_curve.png").stat().st_size > 0
     rows = (workdir / "metrics.jsonl").read_text(encoding="utf-8").splitlines()
     assert json.loads(rows[-1])["step"] == results["trained_meta_steps"]
+    stored = yaml.safe_load((workdir / "config.yaml").read_text(encoding="utf-8"))
+    assert {
+        name: results[name] for name in stored.keys() & results.keys()
+    }.items() <= stored.items()
+    assert (stored["algorithm"], "workdir" in stored) == (algorithm, False)
     return results
 
 
@@ -294,7 +309,7 @@ REFUSED_SETTINGS = {
     "--protocol finn": ("protocol='finn'", "anil and fomaml and maml", "algorithm='imaml'"),
     "--protocol reptile --algorithm maml": ("protocol='reptile'", "algorithm='maml'"),
     "--protocol imaml_paper --algorithm fomaml": ("protocol='imaml_paper'", "algorithm='fomaml'"),
-    "--learn-rates True": ("learn_rates=True", "no effect on imaml", "choose mamlpp"),
+    "--learn-rates": ("learn_rates=True", "no effect on imaml", "choose mamlpp"),
     "--num-samples 3": ("num_samples=3", "no effect on imaml", "choose bmaml or platipus"),
     "--algorithm anil --reg-strength 1": ("reg_strength=1.0", "or implicit_anil"),
     "--algorithm mamlpp --inner adam": ("inner=adam", "gradient descent"),

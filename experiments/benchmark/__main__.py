@@ -46,8 +46,8 @@ class Config:
     quick: bool = False
     """Fewer contenders."""
     devices: int | None = None
-    """Devices over which our tasks are sharded, and threads of PyTorch; default all, which is one a
-    core on the CPU."""
+    """Devices over which our tasks are sharded, and threads of PyTorch; default all, which is one
+    a core on the CPU; at least 1."""
     output: Path = Path("runs/benchmark")
     """Where to write, without an ending."""
 

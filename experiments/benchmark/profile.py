@@ -48,7 +48,7 @@ class Config:
     contender: str = workload.CONTENDERS[0].name
     """Name of one of our contenders in the benchmark."""
     largest: int = 10
-    """Single operations to print, those that took longest."""
+    """Single operations to print, those that took longest; at least 1."""
 
 
 def main(config: Config) -> dict[str, Any]:
@@ -58,8 +58,9 @@ def main(config: Config) -> dict[str, Any]:
       Seconds of the run, and `{kind: (seconds, count)}`.
 
     Raises:
-      ValueError: an unknown contender.
+      ValueError: an unknown contender, or nothing to print.
     """
+    common.check_least(config, largest=1)
     names = list(ours.learners())
     if config.contender not in names:
         raise ValueError(f"contender={config.contender!r} must be one of {names}")

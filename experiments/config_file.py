@@ -1,0 +1,116 @@
+"""The settings of a run as a YAML file."""
+
+import dataclasses
+import difflib
+import types
+import typing
+from collections.abc import Collection
+from pathlib import Path
+from typing import Any, Literal
+
+import yaml
+
+
+def read(path: Path, config: type) -> dict[str, Any]:
+    """The settings that a file gives, of the types that the fields of `config` have.
+
+    Args:
+      path: a YAML file, one mapping of field names to values; an empty one gives none.
+      config: dataclass whose fields are of numbers, strings, paths, booleans, literals, None,
+        unions of these and tuples of one of them.
+
+    Raises:
+      ValueError: the file cannot be read or is no mapping, a key is no field, or a value is not of
+        its field's type; the message names the key, what is allowed and the nearest match.
+    """
+    try:
+        values = yaml.safe_load(path.read_text(encoding="utf-8"))
+    except (OSError, UnicodeDecodeError, yaml.YAMLError) as error:
+        raise ValueError(
+            f"config={path} cannot be read as YAML ({' '.join(str(error).split())})"
+        ) from None
+    if values is None:
+        return {}
+    if not isinstance(values, dict):
+        raise ValueError(f"config={path} must map names of settings to values, such as `seed: 1`")
+    hints = typing.get_type_hints(config)
+    names = [field.name for field in dataclasses.fields(config)]
+    found = {}
+    for key, value in values.items():
+        if key not in names:
+            raise ValueError(f"config={path}: {key} is no setting{_nearest(key, names)}")
+        try:
+            found[key] = _converted(value, hints[key])
+        except ValueError:
+            choices = [option for option in _options(hints[key]) if isinstance(option, str)]
+            raise ValueError(
+                f"config={path}: {key}={value!r} must be {_said(hints[key])}"
+                + _nearest(value, choices)
+            ) from None
+    return found
+
+
+def text(config: Any, leave_out: Collection[str] = ()) -> str:
+    """A YAML text from which `read` makes the same config."""
+    values = {
+        field.name: _plain(getattr(config, field.name))
+        for field in dataclasses.fields(config)
+        if field.name not in leave_out
+    }
+    return yaml.safe_dump(values, sort_keys=False)
+
+
+def _plain(value: Any) -> Any:
+    if isinstance(value, tuple):
+        return [_plain(each) for each in value]
+    return str(value) if isinstance(value, Path) else value
+
+
+def _options(hint: Any) -> list[Any]:
+    """The types, and values of literals, that a hint allows."""
+    if typing.get_origin(hint) in (typing.Union, types.UnionType, Literal):
+        return [each for part in typing.get_args(hint) for each in _options(part)]
+    if typing.get_origin(hint) is tuple:
+        return _options(typing.get_args(hint)[0])
+    return [hint]
+
+
+def _converted(value: Any, hint: Any) -> Any:
+    """`value` as the hint has it; ValueError where that cannot be."""
+    if typing.get_origin(hint) is tuple:
+        if not isinstance(value, list):
+            raise ValueError
+        return tuple(_converted(each, typing.get_args(hint)[0]) for each in value)
+    for option in _options(hint):
+        if option in (None, types.NoneType) and value is None:
+            return None
+        if option in (bool, str) and isinstance(value, option):
+            return value
+        if option is int and isinstance(value, int) and not isinstance(value, bool):
+            return value
+        if option is float and isinstance(value, int | float | str) and not isinstance(value, bool):
+            return float(value)  # YAML takes 1e-3, without a point, for a string
+        if option is Path and isinstance(value, str):
+            return Path(value)
+        if not isinstance(option, type) and type(option) is type(value) and option == value:
+            return value
+    raise ValueError
+
+
+def _said(hint: Any) -> str:
+    words = {
+        bool: "true or false",
+        int: "a whole number",
+        float: "a number",
+        str: "text",
+        Path: "a path",
+        types.NoneType: "null",
+    }
+    *most, last = [words.get(option) or repr(option) for option in _options(hint)]
+    said = f"{', '.join(most)} or {last}" if most else last
+    return f"a list, each {said}" if typing.get_origin(hint) is tuple else said
+
+
+def _nearest(value: Any, names: Collection[str]) -> str:
+    near = difflib.get_close_matches(str(value), names, 1)
+    return f"; did you mean {near[0]}?" if near else ""

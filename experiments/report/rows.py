@@ -1,0 +1,347 @@
+"""What the table of a report says of each group of runs: ours, the published value, the status."""
+
+import itertools
+import json
+import re
+import statistics
+from collections.abc import Iterable, Mapping, Sequence
+from typing import Any, NamedTuple
+
+from experiments import (
+    accuracy_table,
+    family,
+    leo,
+    mini_imagenet_table,
+    navigation,
+    omniglot_table,
+    sinusoid_learners,
+)
+from experiments.report.runs import Run, number, provenance
+from imaml_jax import protocols
+
+_TABLES: dict[str, Mapping[Any, Any]] = {
+    "omniglot": omniglot_table.PUBLISHED,
+    "mini_imagenet": mini_imagenet_table.PUBLISHED,
+}
+_OVER_TASKS, _NO_INTERVAL = "95% interval over test tasks", "no interval in print"
+# Of results that have no config beside them: what tells one experiment from another.
+_IDENTITY = (
+    *("dataset", "task", "algorithm", "protocol", "ways", "shots", "setting", "settings"),
+    *("constants", "features", "outer", "estimator", "changes", "meta_steps", "test_tasks"),
+)
+
+
+class Score(NamedTuple):
+    """A result in the unit of the published ones.
+
+    Attributes:
+      value: per cent, mean squared error or return.
+      half_width: of its 95% interval over tasks, None where it has none.
+      what: in words.
+      is_test: whether it was taken on test tasks.
+      higher_is_better: whether it is.
+    """
+
+    value: float
+    half_width: float | None
+    what: str
+    is_test: bool = True
+    higher_is_better: bool = True
+
+
+class Published(NamedTuple):
+    """A published value, the half-width of its interval or None, and what that is."""
+
+    value: float
+    half_width: float | None
+    kind: str
+
+
+class Group(NamedTuple):
+    """Runs that differ in their seed only, first the smallest.
+
+    Attributes:
+      name: in the legends of the charts.
+      task: what was learned.
+      runs: at least one.
+      scores: one a run, None where it has none yet.
+      published: None where nothing was.
+      full_steps: the meta-steps of the whole budget, None where that is not known.
+      status: ours beside the published value, in words.
+      deviations: how the runs differ from what was published.
+    """
+
+    name: str
+    task: str
+    runs: tuple[Run, ...]
+    scores: tuple[Score | None, ...]
+    published: Published | None
+    full_steps: int | None
+    status: str
+    deviations: tuple[str, ...]
+
+
+def group(runs: Sequence[Run]) -> list[Group]:
+    """The runs in groups, by task and algorithm."""
+    found: dict[tuple[str, int], list[Run]] = {}
+    for run in runs:
+        key = _identity(run)
+        for index in itertools.count():  # of two runs with one seed, each has a row of its own
+            members = found.setdefault((key, index), [])
+            if not members or run.results.get("seed") not in [
+                m.results.get("seed") for m in members
+            ]:
+                members.append(run)
+                break
+    groups = [_group(members) for members in found.values()]
+    order = list(accuracy_table.NAMES)
+
+    def place(each: Group) -> tuple[Any, ...]:
+        algorithm = each.runs[0].results.get("algorithm")
+        return each.task, order.index(algorithm) if algorithm in order else len(order), each.name
+
+    return sorted(groups, key=place)
+
+
+def mean(scores: Iterable[Score | None]) -> float | None:
+    """Over the seeds that have one."""
+    values = [score.value for score in scores if score is not None]
+    return statistics.fmean(values) if values else None
+
+
+def trained_steps(run: Run) -> int | None:
+    """Meta-steps done so far."""
+    steps = run.results.get("trained_meta_steps")
+    if isinstance(steps, int) and run.state == "finished":
+        return steps
+    return run.history[-1]["step"] if run.history else None
+
+
+def tasks_scored(group: Group) -> str:
+    """How many tasks, and of which kind; empty where that is not known."""
+    results, score = group.runs[0].results, group.scores[0]
+    kind = "validation" if score is not None and not score.is_test else "test"
+    for place in (results.get("settings"), results.get("test_tasks"), results):
+        if isinstance(place, dict) and isinstance(place.get(f"{kind}_tasks"), int):
+            return f"{place[f'{kind}_tasks']:,} {kind} tasks"
+    return ""
+
+
+def algorithm_name(results: dict[str, Any]) -> str:
+    """As the tables print it."""
+    algorithm = str(results.get("algorithm", ""))
+    names: Mapping[str, str] = {**accuracy_table.NAMES}
+    return names.get(algorithm, algorithm)
+
+
+def _identity(run: Run) -> str:
+    if run.config is not None:
+        kept = {k: v for k, v in run.config.items() if k not in ("seed", "root_key")}
+    else:
+        kept = {name: run.results.get(name) for name in _IDENTITY}
+    if "seed" not in run.results:
+        kept["name"] = run.name
+    kept["part"] = run.results.get("algorithm")
+    return json.dumps(kept, sort_keys=True, default=str)
+
+
+def _group(members: list[Run]) -> Group:
+    runs = tuple(sorted(members, key=lambda run: str(run.results.get("seed"))))
+    results = runs[0].results
+    place, published = _task(results), _published(results)
+    scores = tuple(_score(run) for run in runs)
+    full = _full_steps(results)
+    budget_is_short = any((trained_steps(run) or 0) < (full or 0) for run in runs)
+    status = _status(runs, scores, published, budget_is_short)
+    protocol = _settings(results).get("name") or results.get("protocol")
+    name = " ".join(filter(None, (algorithm_name(results), protocol and f"({protocol})")))
+    return Group(
+        name or runs[0].name, place, runs, scores, published, full, status,
+        tuple(_deviations(runs, full, published)),
+    )  # fmt: skip
+
+
+def _settings(results: dict[str, Any]) -> dict[str, Any]:
+    settings = results.get("settings")
+    return settings if isinstance(settings, dict) else {}
+
+
+def _shape(results: dict[str, Any]) -> tuple[str, int | None, int | None]:
+    """Data set, ways and shots."""
+    tested = results.get("test_tasks")
+    places = [results, tested if isinstance(tested, dict) else {}]
+    dataset, ways, shots = (
+        next((place[name] for place in places if place.get(name) is not None), None)
+        for name in ("dataset", "ways", "shots")
+    )
+    said = re.fullmatch(r"(\S+) (\d+)-way (\d+)-shot", str(results.get("task", "")))
+    if said:
+        dataset, ways, shots = said[1], int(said[2]), int(said[3])
+    if dataset is None:  # a row of the tables has its data set in the command alone
+        command = str(provenance(results).get("command", ""))
+        if "experiments.tune " in command:
+            return "Omniglot", 5, 1
+        names = [name for name in _TABLES if f"experiments.{name}_table" in command]
+        dataset = "Omniglot" if names == ["omniglot"] else names[0] if names else None
+    known = [value if isinstance(value, int) else None for value in (ways, shots)]
+    return str(dataset or ""), known[0], known[1]
+
+
+def _task(results: dict[str, Any]) -> str:
+    dataset, ways, shots = _shape(results)
+    if results.get("constants"):
+        dataset = f"{results['constants']} features"
+    elif not dataset:
+        return str(results.get("task") or "not told")
+    dataset = {"navigation": "2D navigation", "omniglot": "Omniglot"}.get(dataset, dataset)
+    said = [dataset, ways and f"{ways}-way", shots and f"{shots}-shot"]
+    if results.get("setting"):
+        said.append(f"setting {results['setting']}")
+    return " ".join(str(part) for part in said if part)
+
+
+def _score(run: Run) -> Score | None:
+    results = run.results
+    if run.state != "finished":
+        return _validation(run)
+    if (value := number(results.get("test_accuracy"))) is not None:
+        return Score(100 * value, _scaled(results.get("test_ci95")), "test accuracy, %")
+    if (value := number(results.get("test_mse"))) is not None:
+        half = number(results.get("test_ci95"))
+        return Score(value, half, "test mean squared error", higher_is_better=False)
+    returns, halves = results.get("test_return"), results.get("test_ci95")
+    if (
+        isinstance(returns, list)
+        and isinstance(halves, list)
+        and min(len(returns), len(halves)) > 1
+    ):
+        value, half = number(returns[1]), number(halves[1])
+        return None if value is None else Score(value, half, "test return after one update")
+    if (value := number(results.get("score"))) is not None:
+        is_error = str(results.get("task", "")).startswith("sinusoid")
+        what = "test mean squared error" if is_error else "test score"
+        what = "test accuracy, %" if _shape(results)[1] else what
+        return Score(value, number(results.get("ci95")), what, higher_is_better=not is_error)
+    if (value := number(results.get("validation"))) is not None:
+        half = _scaled(results.get("validation_ci95"))
+        return Score(100 * value, half, "validation accuracy, %", is_test=False)
+    return None
+
+
+def _validation(run: Run) -> Score | None:
+    """The last one of a run that has not been tested."""
+    for row in reversed(run.history):
+        value, half = number(row.get("validation")), row.get("validation_ci95")
+        if value is not None and "query_accuracy" in row:
+            return Score(100 * value, _scaled(half), "validation accuracy, %", is_test=False)
+        if value is not None:
+            return Score(value, number(half), "validation score", is_test=False)
+    return None
+
+
+def _scaled(value: Any) -> float | None:
+    return None if number(value) is None else 100 * value
+
+
+def _published(results: dict[str, Any]) -> Published | None:
+    dataset, ways, shots = _shape(results)
+    algorithm: Any = results.get("algorithm")
+    if results.get("constants") == "mini_imagenet" and algorithm == "leo" and ways == 5:
+        found = family.LEO_PUBLISHED.get(shots or 0)
+        return found and Published(*found, "95% interval, on its authors' features")
+    if dataset == "navigation" or results.get("task") == "2D navigation":
+        value = navigation.PUBLISHED["published, MAML"][1]
+        return Published(value, None, _NO_INTERVAL) if algorithm == "maml" else None
+    found = _TABLES.get(dataset.lower(), {}).get(algorithm, {}).get((ways, shots))
+    if not found:
+        return None
+    value, half = found
+    kind = accuracy_table.SPREADS.get(algorithm, _OVER_TASKS)
+    return Published(value, half, _NO_INTERVAL if half is None else kind)
+
+
+def _full_steps(results: dict[str, Any]) -> int | None:
+    dataset, algorithm = _shape(results)[0], results.get("algorithm")
+    if isinstance(results.get("full_meta_steps"), int):
+        return results["full_meta_steps"]
+    if results.get("constants"):
+        return leo.META_STEPS if algorithm in ("leo", "deterministic") else None
+    if dataset == "navigation" and algorithm in navigation.SETTINGS:
+        return navigation.SETTINGS[algorithm].meta_steps
+    if dataset == "sinusoid" and algorithm in sinusoid_learners.SETTINGS:
+        return sinusoid_learners.SETTINGS[algorithm].meta_steps
+    names = (_settings(results).get("name"), results.get("protocol"), _own_protocol(results))
+    found = (_protocol(name, results) for name in names)
+    return next((protocol.meta_steps for protocol in found if protocol is not None), None)
+
+
+def _own_protocol(results: dict[str, Any]) -> str | None:
+    """The name of the one that was published with the algorithm."""
+    owners: Mapping[Any, str] = {**accuracy_table.OWN_PROTOCOL}
+    return owners.get(results.get("algorithm"))
+
+
+def _protocol(name: Any, results: dict[str, Any]) -> protocols.Protocol | None:
+    dataset, ways, shots = _shape(results)
+    if name not in protocols.PROTOCOLS or ways is None or shots is None:
+        return None
+    kind = "omniglot" if dataset.lower() in ("omniglot", "glyphs") else "mini_imagenet"
+    try:
+        return protocols.get(
+            name, algorithm=str(results.get("algorithm")), ways=ways, shots=shots, dataset=kind
+        )
+    except ValueError:  # it does not cover the algorithm
+        return None
+
+
+def _status(
+    runs: Sequence[Run],
+    scores: Sequence[Score | None],
+    published: Published | None,
+    budget_is_short: bool,
+) -> str:
+    diverged = [run.results["diverged_at"] for run in runs if "diverged_at" in run.results]
+    if diverged:
+        return f"diverged at step {diverged[0]}"
+    if any(run.state != "finished" for run in runs):
+        return next(run.state for run in runs if run.state != "finished")
+    tested = [score for score in scores if score is not None and score.is_test]
+    if len(tested) < len(scores):
+        return "no test"
+    if published is None:
+        return "no published value"
+    difference = statistics.fmean(score.value for score in tested) - published.value
+    reach = max(score.half_width or 0.0 for score in tested) + (published.half_width or 0.0)
+    if abs(difference) <= reach:
+        return "within the interval"
+    if difference > 0:
+        return "above"
+    return "budget too small" if budget_is_short else "below"
+
+
+def _deviations(
+    runs: Sequence[Run], full: int | None, published: Published | None
+) -> Iterable[str]:
+    results = runs[0].results
+    trained = [trained_steps(run) for run in runs]
+    if full is not None and any(steps is not None and steps < full for steps in trained):
+        said = ", ".join(f"{steps:,}" for steps in trained if steps is not None)
+        yield f"{said} of {full:,} meta-steps"
+    if len(runs) == 1:
+        yield "one seed"
+    own = _own_protocol(results)
+    theirs, settings = _protocol(own, results), _settings(results)
+    if published is not None and theirs is not None:
+        for name, value in theirs._asdict().items():
+            skipped = name in ("name", "source", "meta_steps") or name not in settings
+            if not skipped and settings[name] != value:
+                yield f"{name}: {settings[name]}, in protocol {own} {value}"
+    elif published is not None and not own:
+        yield "no published protocol of it is followed"
+    for run in runs:
+        skips = [row["skipped_tasks"] for row in run.history if number(row.get("skipped_tasks"))]
+        if skips:
+            yield f"{run.name}: tasks skipped as not finite at {len(skips)} log points"
+        if run.state != "finished":
+            yield f"{run.name} is not finished"
+        yield from run.notes

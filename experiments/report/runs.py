@@ -1,0 +1,217 @@
+"""Runs as they are found on the disk: finished, going on, stopped, or committed as JSON."""
+
+import json
+import math
+import os
+import platform
+import warnings
+from pathlib import Path
+from typing import Any, Literal, NamedTuple
+
+from imaml_jax import json_lines
+
+_MARKS = ("results.json", "metrics.jsonl", "checkpoints")
+_OWN_PICTURE = "learning_curve.png"  # drawn anew from the same numbers
+
+
+class Run(NamedTuple):
+    """One run, or one row of a file of results.
+
+    Attributes:
+      name: its folder or file, and its key there.
+      results: what is known of it: its config, then its results over that.
+      config: the settings that a resumed run must share, of a folder that has them; else None.
+      history: one row a log point.
+      state: a finished run has results; one that is running has a living process on this machine.
+      pictures: image files.
+      notes: what could not be read.
+      raw: the file's content where it is no run of training, else None.
+    """
+
+    name: str
+    results: dict[str, Any]
+    config: dict[str, Any] | None = None
+    history: tuple[dict[str, Any], ...] = ()
+    state: Literal["finished", "running", "unfinished"] = "finished"
+    pictures: tuple[Path, ...] = ()
+    notes: tuple[str, ...] = ()
+    raw: Any = None
+
+
+def read(path: Path) -> list[Run]:
+    """The runs at a path, in the order of their names.
+
+    Args:
+      path: a run's folder, a folder of such folders, or a JSON file of results.
+
+    Raises:
+      ValueError: no run is there.
+    """
+    if path.is_dir():
+        found = [run for folder in _folders(path) for run in _of_folder(folder)]
+        if found:
+            return found
+        raise ValueError(
+            f"{path} is no run: neither it nor a folder in it has {', '.join(_MARKS[:-1])} or "
+            f"{_MARKS[-1]}; name the workdir of a run"
+        )
+    if not path.exists():
+        raise ValueError(f"{path} does not exist; name the workdir of a run, or a JSON file")
+    if path.suffix != ".json":
+        raise ValueError(f"{path} is no run: name a folder, or a JSON file of results")
+    return _of_file(path)
+
+
+def _folders(path: Path) -> list[Path]:
+    """The runs' folders below `path`, itself included; parts of a run are left to it."""
+    if any((path / mark).exists() for mark in _MARKS):
+        inner = _inner(path)
+        if not isinstance(_load(path / "results.json")[0], list) or not inner:
+            return [path]
+        return [found for each in inner for found in _folders(each)]  # a summary of what is below
+    return [found for each in _inner(path) for found in _folders(each)]
+
+
+def _inner(path: Path) -> list[Path]:
+    return sorted(each for each in path.iterdir() if each.is_dir() and each.name[0] != ".")
+
+
+def _of_folder(folder: Path) -> list[Run]:
+    results, notes = _load(folder / "results.json")
+    config, more = _load(folder / "config.json")
+    notes += more
+    config = config if isinstance(config, dict) else None
+    history, more = _history(folder)
+    notes += more
+    pictures = tuple(p for p in sorted(folder.glob("*.png")) if p.name != _OWN_PICTURE)
+    if isinstance(results, list):
+        return [
+            Run(f"{folder.name}: {row.get('name', index)}", row, notes=notes)
+            for index, row in enumerate(results)
+            if isinstance(row, dict)
+        ]
+    if not isinstance(results, dict):
+        state = "running" if _is_alive(folder) else "unfinished"
+        name = folder.name or str(folder.resolve())
+        return [Run(name, dict(config or {}), config, history, state, pictures, notes)]
+    trained = results.get("trained_meta_steps")
+    if history and isinstance(trained, int) and history[-1]["step"] > trained and _is_alive(folder):
+        return [Run(folder.name, results, config, history, "running", pictures, notes)]
+    parts = _parts(folder.name, results, pictures)
+    if not parts:
+        return [Run(folder.name, results, config, history, "finished", pictures, notes)]
+    made = []
+    for key, run in parts.items():
+        history, more = _history(folder / key)
+        made.append(run._replace(history=history, notes=notes + more))
+    return made
+
+
+def _of_file(path: Path) -> list[Run]:
+    value, notes = _load(path)
+    picture = path.with_suffix(".png")
+    pictures = (picture,) if picture.exists() else ()
+    if notes:
+        raise ValueError(notes[0])
+    records = _records(value, path.stem)
+    if not any("command" in provenance(record) for record in records.values()):
+        raise ValueError(
+            f"{path} is no result of these experiments: none of its records has a command"
+        )
+    found = []
+    for name, record in records.items():
+        curve = record.get("curve")
+        rows = curve if isinstance(curve, list) else []
+        history = tuple(row for row in rows if isinstance(row, dict) and _is_step(row))
+        parts = _parts(name, record, ()).values()
+        found += parts or [Run(name, record, history=history)]
+    if not any(_has_score(run.results) for run in found):
+        about = next(p for record in records.values() if "command" in (p := provenance(record)))
+        return [Run(path.stem, about, pictures=pictures, raw=value)]
+    found[0] = found[0]._replace(pictures=pictures)
+    return found
+
+
+def _records(value: Any, stem: str) -> dict[str, dict[str, Any]]:
+    """The results in a file by name: a list of them, a mapping to them, or one alone."""
+    if isinstance(value, list):
+        rows = [row for row in value if isinstance(row, dict)]
+        return {f"{stem}: {row.get('run', index)}": row for index, row in enumerate(rows)}
+    if not isinstance(value, dict):
+        return {}
+    inner = {key: each for key, each in value.items() if isinstance(each, dict)}
+    if inner and len(inner) == len(value):
+        return {f"{stem}: {key}": each for key, each in inner.items()}
+    return {stem: value}
+
+
+def _parts(name: str, results: dict[str, Any], pictures: tuple[Path, ...]) -> dict[str, Run]:
+    """Results of several algorithms in one."""
+    rows = results.get("rows")
+    if not isinstance(rows, dict):
+        return {}
+    return {
+        key: Run(f"{name}: {key}", results | {"algorithm": key, "rows": None} | row, None, (),
+                 "finished", () if index else pictures)
+        for index, (key, row) in enumerate(rows.items())
+        if isinstance(row, dict)
+    }  # fmt: skip
+
+
+def provenance(record: dict[str, Any]) -> dict[str, Any]:
+    """Where a record says by which command it was made: in itself, or one level below."""
+    below = [record.get(key) for key in ("about", "config")]
+    return next((e for e in (record, *below) if isinstance(e, dict) and "command" in e), record)
+
+
+def number(value: Any) -> float | None:
+    """`value` where it is a finite number."""
+    if isinstance(value, int | float) and not isinstance(value, bool) and math.isfinite(value):
+        return float(value)
+    return None
+
+
+def _has_score(results: dict[str, Any]) -> bool:
+    names = ("test_accuracy", "test_mse", "score", "validation")
+    has = any(number(results.get(name)) is not None for name in names)
+    return has or isinstance(results.get("test_return"), list)
+
+
+def _is_step(row: dict[str, Any]) -> bool:
+    return isinstance(row.get("step"), int)
+
+
+def _history(folder: Path) -> tuple[tuple[dict[str, Any], ...], tuple[str, ...]]:
+    try:
+        with warnings.catch_warnings(record=True) as caught:
+            warnings.simplefilter("always")
+            rows = json_lines.read(folder / "metrics.jsonl")
+    except OSError as error:
+        return (), (f"metrics.jsonl cannot be read ({error})",)
+    return tuple(row for row in rows if _is_step(row)), tuple(str(w.message) for w in caught)
+
+
+def _load(path: Path) -> tuple[Any, tuple[str, ...]]:
+    """The content of a JSON file, None where there is none, and what is wrong with it."""
+    if not path.exists():
+        return None, ()
+    try:
+        return json.loads(path.read_text(encoding="utf-8")), ()
+    except (OSError, ValueError, RecursionError) as error:
+        return None, (f"{path} cannot be read ({error})",)
+
+
+def _is_alive(folder: Path) -> bool:
+    """Whether the process that last held the folder lives, as far as this machine can tell."""
+    if os.name != "posix":  # elsewhere the signal 0 is a real one
+        return False
+    try:
+        process, _, host = (folder / ".lock").read_text(encoding="utf-8").strip().split(" ")
+        if host != platform.node():
+            return False
+        os.kill(int(process), 0)
+    except PermissionError:
+        return True  # another user's
+    except (OSError, ValueError, OverflowError):
+        return False
+    return True
