@@ -7,8 +7,8 @@ from typing import Any, Literal
 import jax
 import jax.numpy as jnp
 
-from experiments import build, common, scores
-from imaml_jax import plots, processes, protocols
+from experiments import common, scores
+from imaml_jax import build, plots, processes, protocols
 from imaml_jax.data import episodes
 from imaml_jax.evaluation import Evaluation, ensemble, stack_members
 from imaml_jax.protocols import Protocol

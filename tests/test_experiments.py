@@ -83,7 +83,7 @@ def environment(tmp_path_factory):
 def modules():
     """The experiments by name; importing them must not change the devices of the other tests."""
     with mock.patch.dict(os.environ, XLA_FLAGS=os.environ.get("XLA_FLAGS", "")):
-        names = ("build", "common", "demo", "few_shot", *COMMANDS)
+        names = ("common", "demo", "few_shot", *COMMANDS)
         found = {name: importlib.import_module(f"experiments.{name}") for name in names}
         return found | {"benchmark": importlib.import_module("experiments.benchmark.__main__")}
 

@@ -37,7 +37,7 @@ FLOORS = (
     ("learners",),
     ("data",),
     ("mapping", "protocols", "plots", "processes", "workdir"),
-    ("json_lines", "metrics"),
+    ("build", "json_lines", "metrics"),
     ("checkpoint", "evaluation"),
     ("non_finite",),
     ("train_step",),
