@@ -38,7 +38,7 @@ FLOORS = (
     ("data",),
     ("mapping", "protocols", "plots", "processes", "workdir"),
     ("build", "json_lines", "metrics"),
-    ("checkpoint", "evaluation"),
+    ("checkpoint", "evaluation", "model_file"),
     ("non_finite",),
     ("train_step",),
     ("training", "trpo"),
