@@ -31,9 +31,11 @@ class Config(few_shot.Config):
     """Folder with one folder of images for each class, or with train/, val/ and test/ of these."""
     model: Path | None = Path("model")
     """Folder for the trained model, in float16, which experiments.classify uses."""
-    image_size: int = 84
-    """Side in pixels to which images are resized, at least 16; half of it trains in a quarter of
-    the time."""
+    image_size: int = 32
+    """Side in pixels to which images are resized, at least 16; time grows with its square.
+    mini-ImageNet has 84, for which a GPU is wanted."""
+    meta_steps: int | None = 1000
+    """Meta-steps in all; the schedule of the outer rate ends there."""
     channels: Literal[1, 3] = 3
     """3 for colour, 1 for grey."""
     invert: bool = False
