@@ -224,6 +224,7 @@ def test_features_and_leo(run, tmp_path):
             assert (tmp_path / "runs" / name / "learning_curve.png").exists()
 
 
+@pytest.mark.slow
 def test_own_images_from_folders_to_predictions(run, tmp_path):
     """Train, save, classify, and save again from the run."""
     rng = np.random.default_rng(0)

@@ -6,11 +6,13 @@ import os
 from pathlib import Path
 from unittest import mock
 
+import jax
+import jax.numpy as jnp
 import numpy as np
 import pytest
 from PIL import Image
 
-from imaml_jax import model_file
+from imaml_jax import build, model_file, protocols
 from imaml_jax.data import glyphs, images, omniglot, own
 
 # Importing the experiments must not change the devices of the other tests.
@@ -19,7 +21,7 @@ with mock.patch.dict(os.environ, XLA_FLAGS=os.environ.get("XLA_FLAGS", "")):
 
 MODELS = Path(__file__).resolve().parents[1] / "experiments" / "models"
 GLYPHS = MODELS / "glyphs_5way_1shot"
-CHARACTERS = "R&Γ☂@"
+CHARACTERS = "R&Δ☂@"
 
 
 def class_folders(path, sizes):
@@ -138,20 +140,45 @@ def test_the_shipped_model_of_glyphs_classifies_new_characters(tmp_path, classif
     with Image.open(tmp_path / "out.put.png") as picture:
         assert picture.width > 500
 
-    # One image alone, and turned round, says the same.
-    alone = tmp_path / "alone"
-    alone.mkdir()
-    turned = drawings(tmp_path / "turned", CHARACTERS[:1], range(1, 2), invert=True)
-    (path,) = turned.rglob("*.jpg")
-    path.rename(alone / "x.jpg")
-    found, printed = classified(GLYPHS, support, alone)
-    assert "warning: query images look inverted" in printed.err and "--invert query" in printed.err
-    found, printed = classified(GLYPHS, support, alone, invert="query")
-    assert "warning" not in printed.err and found["accuracy"] is None
-    first = results["files"].index(f"U+{ord(CHARACTERS[0]):04X}/1.jpg")
-    np.testing.assert_allclose(
-        found["probabilities"][0], results["probabilities"][first], atol=0.05
-    )
+
+def test_images_that_are_turned_round_are_noticed(tmp_path):
+    model = model_file.load_model(GLYPHS).description
+    dark = drawings(tmp_path / "dark", CHARACTERS, range(1), invert=True)
+    light = drawings(tmp_path / "light", CHARACTERS, range(1))
+    dark, light = (classify.read_support(path, model) for path in (dark, light))
+    for support, query, remedy in ((light, dark, "query"), (dark, light, "support")):
+        warning = classify.look_inverted(model, support, query)
+        assert warning.startswith(f"{remedy} images look inverted")
+        assert f"--invert {remedy} turns" in warning
+    assert "--invert both" in classify.look_inverted(model, dark, dark)
+    assert classify.look_inverted(model, light, light) is None
+    unsure = model._replace(brightness=0.5)
+    assert "--invert query" in classify.look_inverted(unsure, light, dark)
+    assert classify.look_inverted(unsure, dark, dark) is None
+
+
+def test_a_prediction_depends_on_no_other_query_image():
+    protocol = protocols.get("common", algorithm="fomaml", ways=2, shots=1)
+    protocol = protocol._replace(network={"filters": 2, "num_blocks": 1}, num_steps=1)
+    rng, shape = np.random.default_rng(0), (1, 8, 8, 1)
+    learner = build.build_learner(protocol, 2)
+    like = jax.eval_shape(learner.init, jax.random.key(0), jax.ShapeDtypeStruct(shape, "float32"))
+    params = jax.tree.map(lambda x: jnp.asarray(rng.normal(size=x.shape) / 9, "float32"), like)
+    description = model_file.load_model(GLYPHS).description._replace(protocol=protocol, ways=2)
+    model = model_file.Model(learner, params, description)
+
+    def pictures(labels):
+        pixels = rng.integers(0, 256, (len(labels), *shape[1:]), np.uint8)
+        return classify.Images([""] * len(labels), pixels, labels)
+
+    support, query = pictures(["a", "b"]), pictures([None] * 3)
+    first = query._replace(pixels=query.pixels[:1])
+    for together in (False, True):
+        all_three, alone = (
+            classify.classify(model, support, q, ["a", "b"], together=together)
+            for q in (query, first)
+        )
+        assert np.allclose(all_three[0], alone[0], atol=1e-5) is not together
 
 
 def test_folders_that_classify_refuses(tmp_path):
