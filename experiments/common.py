@@ -39,7 +39,7 @@ VALIDATION_KEY, TEST_KEY = (20190909, 1), (20190909, 2)
 # What may change between the parts of a run that was stopped and resumed.
 _CHANGEABLE = {
     *("workdir", "max_seconds", "devices", "data_dir", "download", "accept_changes", "debug_nans"),
-    *("non_finite", "log_to"),
+    *("log_to", "model", "non_finite", "split_file"),
     *("coordinator", "num_processes", "process_id", "cluster", "process_timeout"),
 }
 # What belongs to one start of a run on one machine.

@@ -21,7 +21,6 @@ import jax.numpy as jnp
 
 from experiments import (
     accuracy_table,
-    build,
     common,
     few_shot,
     glyphs,
@@ -32,6 +31,7 @@ from experiments import (
     sinusoid,
     sinusoid_learners,
 )
+from imaml_jax import build
 from imaml_jax.non_finite import NonFiniteError
 from imaml_jax.protocols import Protocol
 from imaml_jax.types import Batch, MetaLearner, Task

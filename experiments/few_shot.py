@@ -2,13 +2,14 @@
 
 import dataclasses
 import time
+from pathlib import Path
 from typing import Any, Literal
 
 import jax
 import jax.numpy as jnp
 
-from experiments import build, common, scores
-from imaml_jax import plots, processes, protocols
+from experiments import common, saved_model, scores
+from imaml_jax import build, plots, processes, protocols
 from imaml_jax.data import episodes
 from imaml_jax.evaluation import Evaluation, ensemble, stack_members
 from imaml_jax.protocols import Protocol
@@ -89,6 +90,8 @@ class Config(common.ProcessConfig, common.RunConfig):
     """iMAML learns one lambda, one for each array of parameters, or one for each parameter."""
     inner: Literal["adam", "adaptive_gd", "nesterov", "newton_cg", "sgd"] | None = None
     """Inner optimiser; nesterov is SGD with momentum 0.8."""
+    model: Path | None = None
+    """Folder for the trained model, in float16, which experiments.classify uses."""
 
 
 def run(
@@ -111,6 +114,8 @@ def run(
     """
     learner = build.build_learner(protocol, config.ways)
     on_test = (protocol, config, splits.test, protocol.test_tasks, common.TEST_KEY)
+    if config.model is not None:
+        saved_model.check(config.model, splits)
     started = time.perf_counter()
     result = meta_train(config, protocol, splits, dataset)
     test = scores.predictions_on(learner, *on_test)(result.best_meta_params)
@@ -129,6 +134,9 @@ def run(
     if config.workdir is not None and processes.is_first():
         plots.reliability_diagram(scores.calibration(test), config.workdir / "reliability.png")
     common.say(report(results))
+    if config.model is not None:
+        to_save = (protocol, splits, dataset, result.best_meta_params, results)
+        common.say(saved_model.report(saved_model.save(config.model, config, *to_save)))
     return results
 
 

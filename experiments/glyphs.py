@@ -10,6 +10,7 @@ from typing import Any
 
 from experiments import common, few_shot
 from imaml_jax.data import glyphs
+from imaml_jax.data.episodes import Splits
 from imaml_jax.protocols import Protocol
 
 
@@ -27,9 +28,14 @@ def resolve(config: Config) -> Protocol:
     return protocol._replace(split="glyphs", train_rotations=None, test_rotations=None)
 
 
+def prepare(config: Config) -> tuple[Protocol, Splits, str]:
+    """The protocol, the data and their name, as `few_shot.run` takes them."""
+    return resolve(config), glyphs.load(), "glyphs"
+
+
 def main(config: Config) -> dict[str, Any]:
     """Runs the experiment; see `few_shot.run`."""
-    return few_shot.run(config, resolve(config), glyphs.load(), "glyphs")
+    return few_shot.run(config, *prepare(config))
 
 
 if __name__ == "__main__":

@@ -22,8 +22,8 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from experiments import build, common, few_shot, glyphs, mini_imagenet
-from imaml_jax import protocols
+from experiments import common, few_shot, glyphs, mini_imagenet
+from imaml_jax import build, protocols
 from imaml_jax.data import episodes
 from imaml_jax.data import glyphs as glyph_data
 from imaml_jax.protocols import Protocol

@@ -60,10 +60,14 @@ def load(config: Config) -> Splits:
     return named[config.dataset].load(config.data_dir, image_size=config.image_size)
 
 
+def prepare(config: Config) -> tuple[Protocol, Splits, str]:
+    """The protocol, the data and their name, as `few_shot.run` takes them."""
+    return resolve(config), load(config), config.dataset
+
+
 def main(config: Config) -> dict[str, Any]:
     """Runs the experiment; see `few_shot.run`."""
-    protocol = resolve(config)
-    return few_shot.run(config, protocol, load(config), config.dataset)
+    return few_shot.run(config, *prepare(config))
 
 
 if __name__ == "__main__":

@@ -10,6 +10,8 @@ from typing import Any, Literal
 
 from experiments import common, few_shot
 from imaml_jax.data import omniglot
+from imaml_jax.data.episodes import Splits
+from imaml_jax.protocols import Protocol
 
 
 @dataclasses.dataclass(frozen=True)
@@ -24,11 +26,16 @@ class Config(few_shot.Config):
     """Character split."""
 
 
-def main(config: Config) -> dict[str, Any]:
-    """Runs the experiment; see `few_shot.run`."""
+def prepare(config: Config) -> tuple[Protocol, Splits, str]:
+    """The protocol, the data and their name, as `few_shot.run` takes them."""
     protocol = few_shot.resolve(config)
     splits = omniglot.load(config.data_dir, split=protocol.split, download=config.download)
-    return few_shot.run(config, protocol, splits, "Omniglot")
+    return protocol, splits, "Omniglot"
+
+
+def main(config: Config) -> dict[str, Any]:
+    """Runs the experiment; see `few_shot.run`."""
+    return few_shot.run(config, *prepare(config))
 
 
 if __name__ == "__main__":

@@ -21,8 +21,8 @@ import jax
 import jax.numpy as jnp
 import optax
 
-from experiments import build, common, few_shot, glyphs
-from imaml_jax import mapping
+from experiments import common, few_shot, glyphs
+from imaml_jax import build, mapping
 from imaml_jax.data import episodes
 from imaml_jax.data import glyphs as glyph_data
 from imaml_jax.train_step import init_meta_params

@@ -92,7 +92,7 @@ class Protocol(NamedTuple):
     outer_epsilon: float
     schedule: str
     meta_steps: int
-    activation: str = "relu"
+    activation: Literal["gelu", "leaky_relu", "relu", "silu", "softplus"] = "relu"
     outer_clip: float | None = None
     final_outer_rate: float = 0.0
     learn_rates: bool = False

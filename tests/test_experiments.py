@@ -13,6 +13,7 @@ import jax
 import numpy as np
 import pytest
 import yaml
+from PIL import Image
 
 from imaml_jax import protocols
 from imaml_jax.data import cache, glyphs
@@ -32,6 +33,7 @@ REPORTS += (
     "solvers",
 )
 REPORTS += ("throughput", "toolbox_comparison", "tune")
+REPORTS += ("classify", "export", "folder")
 REPORTS += (
     "distillation",
     "equilibrium",
@@ -93,7 +95,7 @@ def environment(tmp_path_factory):
 def modules():
     """The experiments by name; importing them must not change the devices of the other tests."""
     with mock.patch.dict(os.environ, XLA_FLAGS=os.environ.get("XLA_FLAGS", "")):
-        names = ("build", "common", "demo", "few_shot", *COMMANDS)
+        names = ("common", "demo", "few_shot", *COMMANDS)
         found = {name: importlib.import_module(f"experiments.{name}") for name in names}
         return found | {"benchmark": importlib.import_module("experiments.benchmark.__main__")}
 
@@ -237,6 +239,49 @@ def test_features_and_leo(run, tmp_path):
             assert (tmp_path / "runs" / name / "learning_curve.png").exists()
 
 
+@pytest.mark.slow
+def test_own_images_from_folders_to_predictions(run, tmp_path):
+    """Train, save, classify, and save again from the run."""
+    rng = np.random.default_rng(0)
+    for name in "abcdef":
+        (tmp_path / "data" / name).mkdir(parents=True)
+        for i in range(3):
+            pixels = rng.integers(0, 256, (20 + i, 17, 3), np.uint8)
+            Image.fromarray(pixels).save(tmp_path / "data" / name / f"{i}.{('png', 'jpg')[i % 2]}")
+    model, workdir, output = tmp_path / "model", tmp_path / "run", tmp_path / "out"
+    own = ("--data-dir", tmp_path / "data", "--ways", 2, "--image-size", 16, "--channels", 1)
+    own += ("--algorithm", "fomaml", *TINY, "--workdir", workdir)
+    done = run("folder", *own, "--model", model)
+    results = check_results(workdir, done, "fomaml")
+    assert "6 classes, 3 to 3 a class; 4/0/2 classes" in done.stdout
+    assert "2 queries a class" in done.stdout and "in float16" in done.stdout
+    assert results["dataset"] == "data" and results["settings"]["test_queries"] == 2
+    description = json.loads((model / "model.json").read_text(encoding="utf-8"))
+    assert description["test_accuracy_unrounded"] == results["test_accuracy"]
+    assert (description["image_size"], description["channels"]) == (16, 1)
+    split = json.loads((model / "split.json").read_text(encoding="utf-8"))
+    assert sorted(split.values()) == ["test"] * 2 + ["train"] * 4
+
+    for name in "abc":
+        (tmp_path / "support" / name).mkdir(parents=True)
+        shutil.copy(tmp_path / "data" / name / "0.png", tmp_path / "support" / name)
+    folders = ("--support", tmp_path / "support", "--query", tmp_path / "data" / "a")
+    assert_refused(run("classify", "--model", model, *folders), "3 classes (a, b, c)", "--ways 3")
+    shutil.rmtree(tmp_path / "support" / "c")
+    done = run("classify", "--model", model, *folders, "--output", output)
+    assert done.returncode == 0, done.stderr
+    assert "2 classes of 1 images (a, b)" in done.stdout and "accuracy on" not in done.stdout
+    rows = (tmp_path / "out.csv").read_text(encoding="utf-8").splitlines()
+    assert rows[0] == "file,predicted,p(a),p(b)" and len(rows) == 4
+    assert (tmp_path / "out.png").stat().st_size > 0
+
+    place = ("--data-dir", tmp_path / "data", "--output", tmp_path / "again")
+    done = run("export", "--workdir", workdir, *place)
+    assert done.returncode == 0, done.stderr
+    again = json.loads((tmp_path / "again" / "model.json").read_text(encoding="utf-8"))
+    assert again == description
+
+
 def test_a_run_goes_on_finishes_at_once_and_refuses_another_config(run, tmp_path):
     arguments = ("--algorithm", "maml", *TINY_SINUSOID, "--workdir", tmp_path)
     first = check_results(tmp_path, run("sinusoid", *arguments), "maml")
@@ -343,6 +388,15 @@ REFUSED_REPORTS = {
     "benchmark --rounds 0": ("rounds=0", "at least 1"),
     "benchmark --devices 1000": ("devices=1000", "allowed: 1 to"),
     "benchmark --output .": ("output=.", "must name a file"),
+    "classify --model x --support x --query x --output .": ("output=.", "must name a file"),
+    "classify --model nowhere --support x --query x": ("nowhere", "model.json", "Name one that"),
+    "export --workdir nowhere --output x": ("workdir=nowhere", "holds no run"),
+    "folder --data-dir nowhere": ("nowhere", "Name the folder that holds the class folders"),
+    "folder --data-dir x --image-size 8": ("image_size=8", "at least 16"),
+    "folder --data-dir x --image-size 2000": ("image_size=2000", "1 to 1024"),
+    "folder --data-dir x --queries 0": ("queries=0", "at least 1"),
+    "folder --data-dir x --split-seed -1": ("split_seed=-1", "at least 0"),
+    "folder --data-dir x --shares 1 0 0 --split-file y": ("no effect on split_file", "either out"),
     "compute_and_memory --axis filters --values 8": ("values=(8,)", "two different"),
     "compute_and_memory --values 1 2": ("num_steps=1", "at least 2"),
     "compute_and_memory --rounds -1": ("rounds=-1", "at least 0"),

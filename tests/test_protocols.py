@@ -8,12 +8,12 @@ import jax
 import numpy as np
 import pytest
 
-from imaml_jax import protocols
+from imaml_jax import build, protocols
 from imaml_jax.data import omniglot_splits
 
 # Importing the experiments must not change the devices of the other tests.
 with mock.patch.dict(os.environ, XLA_FLAGS=os.environ.get("XLA_FLAGS", "")):
-    from experiments import build, few_shot
+    from experiments import few_shot
 
 ROOT = pathlib.Path(__file__).parents[1]
 

@@ -1,6 +1,7 @@
 """Pictures decoded once, in parallel, into memory-mapped uint8 arrays in the cache."""
 
 import io
+import math
 import os
 import shutil
 import struct
@@ -8,6 +9,7 @@ import tempfile
 import zlib
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
+from functools import partial
 from pathlib import Path
 from typing import NamedTuple
 
@@ -20,6 +22,7 @@ from imaml_jax.data.episodes import Splits, from_grouped
 SPLITS = ("train", "val", "test")
 _FORMATS = ("BMP", "GIF", "JPEG", "PNG", "WEBP")
 _MAX_SIDE = 1024
+_MODES = {1: "L", 3: "RGB"}  # of Pillow, by channels
 _CHUNK = 64  # images that one thread decodes between two steps of the progress bar
 
 
@@ -44,14 +47,13 @@ def load_splits(
     list_splits: Callable[[], Iterable[Listing]],
     *,
     image_size: int,
+    channels: int = 3,
     cache_dir: str | os.PathLike | None,
     progress: bool,
 ) -> Splits:
     """Returns the images of three listings, from the cache where they were decoded before.
 
-    Pictures become RGB. Those that are not `image_size` square are resized to it, whatever their
-    proportions, by Pillow's LANCZOS filter, as in the script by which MAML's authors made the 84x84
-    images of mini-ImageNet.
+    Pictures are read by `decode`, which see.
 
     The arrays are decoded by threads (Pillow decodes outside Python's lock) into files under a
     temporary name, which is changed when all are complete: half a cache is never read.
@@ -62,31 +64,108 @@ def load_splits(
       list_splits: gives the listings of train, val and test; an empty one of val becomes None.
         Called only where the cache has nothing.
       image_size: side of the images in pixels.
+      channels: 3 for RGB, 1 for grey.
       cache_dir: as in `cache.cache_root`.
       progress: whether to show a progress bar, if on a terminal.
 
     Returns:
-      `Splits` with images uint8 `[N, image_size, image_size, 3]`, grouped by class in the order of
-      the listings; memory-mapped where the device is the CPU.
+      `Splits` with images uint8 `[N, image_size, image_size, channels]`, grouped by class in the
+      order of the listings; memory-mapped where the device is the CPU.
 
     Raises:
-      ValueError: `image_size` out of range.
+      ValueError: `image_size` or `channels` out of range.
       DataError: a picture that cannot be read, or a cache that cannot be written.
     """
-    if not 1 <= image_size <= _MAX_SIDE:
-        raise ValueError(f"image_size={image_size}; allowed: 1 to {_MAX_SIDE}.")
-    recipe = {**recipe, "image_size": image_size, "filter": "lanczos", "version": 1}
+    check_image(image_size, channels)
+    shape = (image_size, image_size, channels)
+    recipe = {**recipe, "shape": shape, "filter": "lanczos", "version": 2}
     folder = cache_root(cache_dir) / f"{name}-{recipe_key(recipe)}"
-    splits = _stored(folder, image_size)
+    splits = _stored(folder, shape)
     if splits is None:
-        _build(folder, list_splits, image_size, progress)
-        splits = _stored(folder, image_size)
+        _build(folder, list_splits, shape, progress)
+        splits = _stored(folder, shape)
     if splits is None:
         raise DataError(f"{folder} changed while it was read. Load again.")
     return splits
 
 
-def _stored(folder: Path, image_size: int) -> Splits | None:
+def check_image(image_size: int, channels: int) -> None:
+    """Raises ValueError for a size or a number of channels that `decode` does not make."""
+    if not 1 <= image_size <= _MAX_SIDE:
+        raise ValueError(f"image_size={image_size}; allowed: 1 to {_MAX_SIDE}.")
+    if channels not in _MODES:
+        raise ValueError(f"channels={channels}; allowed: 1 (grey) and 3 (RGB).")
+
+
+def decode(source: Source, image_size: int, channels: int = 3) -> np.ndarray:
+    """Reads a picture as every data set of images does.
+
+    It is turned as its camera says (EXIF), laid on white where it is transparent, made RGB or grey
+    and, if it is not `image_size` square, resized to it, whatever its proportions, by Pillow's
+    LANCZOS filter, as in the script by which MAML's authors made the 84x84 images of mini-ImageNet.
+
+    Args:
+      source: the picture.
+      image_size: side of the result in pixels.
+      channels: 3 for RGB, 1 for grey.
+
+    Returns:
+      uint8 `[image_size, image_size, channels]`.
+
+    Raises:
+      DataError: it cannot be read.
+    """
+    from PIL import Image, ImageOps
+
+    try:
+        content = source.read()
+        if isinstance(content, np.ndarray):
+            image = Image.fromarray(content)
+        else:
+            image = Image.open(io.BytesIO(content), formats=_FORMATS)
+        if image.mode.startswith(("I", "F")):
+            raise ValueError(f"mode {image.mode}; convert it to 8 bits a channel")
+        image = ImageOps.exif_transpose(image)
+        if image.has_transparency_data:
+            image = image.convert("RGBA")
+            image = Image.alpha_composite(Image.new("RGBA", image.size, "white"), image)
+        image = image.convert(_MODES[channels])
+        if image.size != (image_size, image_size):
+            image = image.resize((image_size, image_size), Image.Resampling.LANCZOS)
+        return np.asarray(image).reshape(image_size, image_size, channels)
+    except DataError:
+        raise
+    except (
+        *(OSError, SyntaxError, ValueError, TypeError, EOFError, struct.error, zlib.error),
+        Image.DecompressionBombError,
+    ) as error:
+        raise DataError(
+            f"{source.where}: expected an image in one of the formats {', '.join(_FORMATS)} "
+            f"({type(error).__name__}: {error}). Get a fresh copy of it, or take it out."
+        ) from error
+
+
+def decode_all(
+    sources: Sequence[Source], images: np.ndarray, *, progress: bool, title: str
+) -> None:
+    """Decodes pictures by threads into `images`, uint8 `[n, size, size, channels]`."""
+    from tqdm import tqdm
+
+    read = partial(decode, image_size=images.shape[1], channels=images.shape[3])
+
+    def decode_chunk(start: int) -> int:
+        chunk = sources[start : start + _CHUNK]
+        for index, source in enumerate(chunk, start):
+            images[index] = read(source)
+        return len(chunk)
+
+    bar = tqdm(total=len(sources), desc=title, unit="image", disable=None if progress else True)
+    with bar, ThreadPoolExecutor(os.cpu_count()) as pool:
+        for count in pool.map(decode_chunk, range(0, len(sources), _CHUNK)):
+            bar.update(count)
+
+
+def _stored(folder: Path, shape: tuple[int, int, int]) -> Splits | None:
     """What `_build` wrote; None where that is absent or damaged."""
     datasets = []
     try:
@@ -97,7 +176,7 @@ def _stored(folder: Path, image_size: int) -> Splits | None:
                 datasets.append(None)
                 continue
             images = np.load(folder / f"{split}.npy", mmap_mode="r")
-            if images.dtype != np.uint8 or images.shape[1:] != (image_size, image_size, 3):
+            if images.dtype != np.uint8 or images.shape[1:] != shape:
                 return None
             datasets.append(from_grouped(images, offset))
     except UNREADABLE:
@@ -105,7 +184,7 @@ def _stored(folder: Path, image_size: int) -> Splits | None:
     return Splits(*datasets)
 
 
-def _build(folder: Path, list_splits, image_size: int, progress: bool) -> None:
+def _build(folder: Path, list_splits, shape: tuple[int, int, int], progress: bool) -> None:
     root = folder.parent
     remedy = f"Name another place by cache_dir or ${ENV_CACHE_DIR}."
     try:
@@ -118,14 +197,18 @@ def _build(folder: Path, list_splits, image_size: int, progress: bool) -> None:
         for split, listing in zip(SPLITS, list_splits(), strict=True):
             sources = [source for group in listing.values() for source in group]
             offsets[split] = np.cumsum([0, *map(len, listing.values())])
-            needed, free = len(sources) * image_size**2 * 3, shutil.disk_usage(root).free
+            needed, free = len(sources) * math.prod(shape), shutil.disk_usage(root).free
             if needed > free:
                 raise DataError(
                     f"The decoded {split} images take {needed / 1e9:.1f} GB, {root} has "
                     f"{free / 1e9:.1f} GB left. {remedy}"
                 )
             if sources:
-                _decode_all(sources, temporary / f"{split}.npy", image_size, progress)
+                images = np.lib.format.open_memmap(
+                    temporary / f"{split}.npy", "w+", np.uint8, (len(sources), *shape)
+                )
+                decode_all(sources, images, progress=progress, title=split)
+                images.flush()
         np.savez(temporary / "offsets.npz", **offsets)
         shutil.rmtree(folder, ignore_errors=True)
         temporary.replace(folder)
@@ -133,49 +216,3 @@ def _build(folder: Path, list_splits, image_size: int, progress: bool) -> None:
         raise DataError(f"Cannot write the decoded images to {root}: {error}. {remedy}") from error
     finally:
         shutil.rmtree(temporary, ignore_errors=True)
-
-
-def _decode_all(sources: Sequence[Source], path: Path, image_size: int, progress: bool) -> None:
-    from tqdm import tqdm
-
-    shape = (len(sources), image_size, image_size, 3)
-    images = np.lib.format.open_memmap(path, "w+", np.uint8, shape)
-
-    def decode_chunk(start: int) -> int:
-        chunk = sources[start : start + _CHUNK]
-        for index, source in enumerate(chunk, start):
-            images[index] = _decode(source, image_size)
-        return len(chunk)
-
-    bar = tqdm(total=len(sources), desc=path.stem, unit="image", disable=None if progress else True)
-    with bar, ThreadPoolExecutor(os.cpu_count()) as pool:
-        for count in pool.map(decode_chunk, range(0, len(sources), _CHUNK)):
-            bar.update(count)
-    images.flush()
-
-
-def _decode(source: Source, image_size: int) -> np.ndarray:
-    from PIL import Image
-
-    try:
-        content = source.read()
-        if isinstance(content, np.ndarray):
-            image = Image.fromarray(content)
-        else:
-            image = Image.open(io.BytesIO(content), formats=_FORMATS)
-        if image.mode.startswith(("I", "F")):
-            raise ValueError(f"mode {image.mode}; convert it to 8 bits a channel")
-        image = image.convert("RGB")
-        if image.size != (image_size, image_size):
-            image = image.resize((image_size, image_size), Image.Resampling.LANCZOS)
-        return np.asarray(image)
-    except DataError:
-        raise
-    except (
-        *(OSError, SyntaxError, ValueError, TypeError, EOFError, struct.error, zlib.error),
-        Image.DecompressionBombError,
-    ) as error:
-        raise DataError(
-            f"{source.where}: expected an image in one of the formats {', '.join(_FORMATS)} "
-            f"({type(error).__name__}: {error}). Get a fresh copy of it, or take it out."
-        ) from error

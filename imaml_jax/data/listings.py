@@ -10,8 +10,8 @@ from typing import NoReturn
 from imaml_jax.data.archives import Archive, DataError
 from imaml_jax.data.images import SPLITS, Listing, Source
 
-_IMAGES = (".bmp", ".gif", ".jpeg", ".jpg", ".png", ".webp")
-_READ = (*_IMAGES, ".csv", ".zip")
+IMAGES = (".bmp", ".gif", ".jpeg", ".jpg", ".png", ".webp")
+_READ = (*IMAGES, ".csv", ".zip")
 
 Files = Mapping[str, tuple[int, int]]
 
@@ -113,7 +113,7 @@ def from_class_folders(folder: Path, files: Files, prefix: str = "") -> Listing:
     listing = {}
     for name in files:
         label, _, rest = name.removeprefix(prefix).partition("/")
-        if name.startswith(prefix) and rest and name.lower().endswith(_IMAGES):
+        if name.startswith(prefix) and rest and name.lower().endswith(IMAGES):
             source = Source(str(folder / name), (folder / name).read_bytes)
             listing.setdefault(label, []).append(source)
     return listing
@@ -129,7 +129,7 @@ def from_split_folders(folder: Path, files: Files) -> list[Listing]:
     for split, listing in zip(SPLITS, listings, strict=True):
         if split != "val" and not listing:
             raise DataError(
-                f"{folder / split}: expected images ({', '.join(_IMAGES)}) in {split}/<class>/, "
+                f"{folder / split}: expected images ({', '.join(IMAGES)}) in {split}/<class>/, "
                 "found none. Make one folder for each class and put its images there."
             )
     require_disjoint(listings, str(folder))

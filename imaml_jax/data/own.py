@@ -1,43 +1,49 @@
 """Your own images: folders of classes, or arrays in an .npz file."""
 
-import hashlib
 import os
-from collections.abc import Iterable
+from collections import Counter
+from collections.abc import Collection, Mapping
 from pathlib import Path
+from typing import NamedTuple
 
 import numpy as np
 
-from imaml_jax.data import listings
+from imaml_jax.data import class_splits, listings
 from imaml_jax.data.archives import DataError
 from imaml_jax.data.cache import UNREADABLE
 from imaml_jax.data.episodes import Dataset, Splits, from_grouped
 from imaml_jax.data.images import SPLITS, Listing, load_splits
 
 
-def load_folder(
-    path: str | os.PathLike,
-    *,
-    cache_dir: str | os.PathLike | None = None,
-    image_size: int = 84,
-    progress: bool = True,
-) -> Splits:
-    """Loads images from class folders.
+class Folder(NamedTuple):
+    """Class folders, looked at but not read.
 
-    Either `path/{train,val,test}/<class>/...`, where `val` may be absent, or `path/<class>/...`,
-    which is split by `split_of`. Decoded once, into the cache; see `images.load_splits`.
+    Attributes:
+      path: of the folder.
+      files: its files, see `listings.scan`.
+      classes: the pictures of each class, by its name.
+      split: "train", "val" or "test" of each class where the folder tells, else None.
+    """
+
+    path: Path
+    files: listings.Files
+    classes: Listing
+    split: Mapping[str, str] | None
+
+
+def open_folder(path: str | os.PathLike, *, has_splits: bool = True) -> Folder:
+    """Looks what class folders there are.
 
     Args:
-      path: the folder.
-      cache_dir: default: the environment variable `IMAML_CACHE_DIR`, else `~/.cache/imaml_jax`.
-      image_size: side of the returned images in pixels.
-      progress: whether to show a progress bar, if on a terminal.
+      path: a folder with `<class>/...`, or with `{train,val,test}/<class>/...`, where `val` may be
+        absent.
+      has_splits: whether `train` and `test` are splits; if not, they are classes as others.
 
     Returns:
-      `Splits` with images uint8 `[N, image_size, image_size, 3]`, grouped by class.
+      The `Folder`.
 
     Raises:
-      ValueError: `image_size` out of range.
-      DataError: no such folder, no images, an image that cannot be read; a ValueError too.
+      DataError: no such folder, or no images in class folders; a ValueError too.
     """
     folder = Path(path).expanduser()
     if not folder.is_dir():
@@ -47,19 +53,70 @@ def load_folder(
             "class folders."
         )
     files = listings.scan(folder)
+    if has_splits and (folder / "train").is_dir() and (folder / "test").is_dir():
+        parts = listings.from_split_folders(folder, files)
+        split = {name: s for s, part in zip(SPLITS, parts, strict=True) for name in part}
+        return Folder(folder, files, {n: part[n] for part in parts for n in part}, split)
+    classes = listings.from_class_folders(folder, files)
+    if not classes:
+        raise DataError(
+            f"{folder}: expected images ({', '.join(listings.IMAGES)}) in one folder for each "
+            f"class, found {_found(files)}. Make {folder.name}/<class>/ and put the images of each "
+            "class there."
+        )
+    return Folder(folder, files, classes, None)
+
+
+def load_folder(
+    path: str | os.PathLike,
+    *,
+    split: Mapping[str, str] | None = None,
+    cache_dir: str | os.PathLike | None = None,
+    image_size: int = 84,
+    channels: int = 3,
+    progress: bool = True,
+) -> Splits:
+    """Loads images from class folders.
+
+    Either `path/{train,val,test}/<class>/...`, where `val` may be absent, or `path/<class>/...`.
+    Decoded once, into the cache; see `images.decode` and `images.load_splits`.
+
+    Args:
+      path: the folder.
+      split: "train", "val" or "test" of each class, as `class_splits.seeded_split` and
+        `class_splits.read_split` make it; default: as the folder has it, else
+        `class_splits.split_of`.
+      cache_dir: default: the environment variable `IMAML_CACHE_DIR`, else `~/.cache/imaml_jax`.
+      image_size: side of the returned images in pixels.
+      channels: 3 for RGB, 1 for grey.
+      progress: whether to show a progress bar, if on a terminal.
+
+    Returns:
+      `Splits` with images uint8 `[N, image_size, image_size, channels]`, grouped by class.
+
+    Raises:
+      ValueError: `image_size` or `channels` out of range.
+      DataError: no such folder, no images, a split of other classes, an image that cannot be read;
+        a ValueError too.
+    """
+    folder = open_folder(path)
+    split = folder.split if split is None else split
+    if split is None:
+        split = {name: class_splits.split_of(name) for name in folder.classes}
+        _require_split(
+            split.values(), folder.path, "folders train/<class>/, val/<class>/, test/<class>/"
+        )
+    class_splits.check_split(split, folder.classes, str(folder.path))
 
     def list_splits() -> list[Listing]:
-        if (folder / "train").is_dir() and (folder / "test").is_dir():
-            return listings.from_split_folders(folder, files)
-        classes = listings.from_class_folders(folder, files)
-        _require_split(classes, folder, "folders train/<class>/, val/<class>/, test/<class>/")
-        return [{c: s for c, s in classes.items() if split_of(c) == split} for split in SPLITS]
+        return [{c: s for c, s in folder.classes.items() if split[c] == part} for part in SPLITS]
 
     return load_splits(
         "folder",
-        {"files": files},
+        {"files": folder.files, "split": sorted(split.items())},
         list_splits,
         image_size=image_size,
+        channels=channels,
         cache_dir=cache_dir,
         progress=progress,
     )
@@ -69,7 +126,8 @@ def load_arrays(path: str | os.PathLike) -> Splits:
     """Loads images from an .npz file of arrays, as they are.
 
     Either `train_images`, `train_labels`, `test_images`, `test_labels` and, if there are,
-    `val_images` and `val_labels`, or `images` and `labels`, which are split by `split_of`. Images
+    `val_images` and `val_labels`, or `images` and `labels`, which are split by
+    `class_splits.split_of`. Images
     are uint8 `[N, H, W, C]`, labels integers or text `[N]`.
 
     Args:
@@ -86,8 +144,9 @@ def load_arrays(path: str | os.PathLike) -> Splits:
     arrays = _read(path)
     if "images" in arrays:
         images, labels = _pair(path, arrays, "")
-        _require_split(np.unique(labels), path, "arrays named train_images, train_labels, ...")
-        parts = np.array([split_of(label) for label in labels])
+        parts = np.array([class_splits.split_of(label) for label in labels])
+        classes = dict(zip(labels.tolist(), parts.tolist(), strict=True))
+        _require_split(classes.values(), path, "arrays named train_images, train_labels, ...")
         pairs = {split: (images[parts == split], labels[parts == split]) for split in SPLITS}
     else:
         given = [split for split in SPLITS if split != "val" or "val_images" in arrays]
@@ -101,23 +160,19 @@ def load_arrays(path: str | os.PathLike) -> Splits:
     return Splits(datasets["train"], datasets.get("val"), datasets["test"])
 
 
-def split_of(name: str) -> str:
-    """Returns the split of a class, about 70/15/15, from a hash of its name.
-
-    It depends on nothing else, so that a class stays where it is as others are added.
-    """
-    draw = hashlib.sha256(f"class {name}".encode()).digest()[0] / 256
-    return "train" if draw < 0.7 else "val" if draw < 0.85 else "test"
-
-
-def _require_split(names: Iterable[str], where: Path, remedy: str) -> None:
-    splits = [split_of(name) for name in names]
-    if "train" not in splits or "test" not in splits:
+def _require_split(splits: Collection[str], where: Path, remedy: str) -> None:
+    counts = Counter(splits)
+    if not counts["train"] or not counts["test"]:
         raise DataError(
             f"{where}: expected enough classes for a split by the hash of their names; found "
-            f"{len(splits)} with images, {splits.count('train')} of them for train and "
-            f"{splits.count('test')} for test. Add classes, or split them yourself: give {remedy}."
+            f"{len(splits)} with images, {counts['train']} of them for train and "
+            f"{counts['test']} for test. Add classes, or split them yourself: give {remedy}."
         )
+
+
+def _found(files: listings.Files) -> str:
+    flat = sum("/" not in name and name.lower().endswith(listings.IMAGES) for name in files)
+    return f"{flat} images directly in it" if flat else "none"
 
 
 def _read(path: Path) -> dict[str, np.ndarray]:

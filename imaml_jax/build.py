@@ -3,30 +3,34 @@
 from functools import partial
 from typing import Any
 
-import flax.linen as nn
 import jax
 import optax
+from jax.nn import initializers
 
-import imaml_jax
+from imaml_jax import learners
+from imaml_jax.inner import adaptive_gd, newton_cg
 from imaml_jax.learners.base import is_head
 from imaml_jax.learners.mamlpp import LearnedRates, is_norm
+from imaml_jax.linear_solve import solve_cg, solve_cg_steihaug
+from imaml_jax.low_rank import solve_woodbury
+from imaml_jax.minres import solve_minres
 from imaml_jax.networks import conv4
 from imaml_jax.protocols import Protocol
 from imaml_jax.types import MetaLearner
 
 _INITIALIZERS = {
-    "zero": nn.initializers.zeros,
-    "normal": nn.initializers.normal(1.0),
-    "xavier": nn.initializers.xavier_uniform(),
-    "xavier_1.73": nn.initializers.variance_scaling(1.73**2, "fan_avg", "uniform"),
+    "zero": initializers.zeros,
+    "normal": initializers.normal(1.0),
+    "xavier": initializers.xavier_uniform(),
+    "xavier_1.73": initializers.variance_scaling(1.73**2, "fan_avg", "uniform"),
 }
 _GRANULARITIES = {None: False, "one": True, "leaf": "leaf", "parameter": "parameter"}
 _HEAD_ONLY = ("anil", "bmaml", "implicit_anil")
 _SOLVERS = {
-    "cg": lambda steps: partial(imaml_jax.solve_cg, tol=0.0, max_steps=steps),
-    "cg_steihaug": lambda steps: partial(imaml_jax.solve_cg_steihaug, tol=0.0, max_steps=steps),
-    "minres": lambda steps: partial(imaml_jax.solve_minres, tol=0.0, max_steps=steps),
-    "woodbury": lambda steps: imaml_jax.solve_woodbury,
+    "cg": lambda steps: partial(solve_cg, tol=0.0, max_steps=steps),
+    "cg_steihaug": lambda steps: partial(solve_cg_steihaug, tol=0.0, max_steps=steps),
+    "minres": lambda steps: partial(solve_minres, tol=0.0, max_steps=steps),
+    "woodbury": lambda steps: solve_woodbury,
 }
 
 
@@ -40,9 +44,9 @@ def build_learner(protocol: Protocol, ways: int) -> MetaLearner:
         activation=getattr(jax.nn, protocol.activation),
         **settings,
     )
-    loss_fn = imaml_jax.cross_entropy
+    loss_fn = learners.cross_entropy
     if protocol.cg_damping is not None:
-        return imaml_jax.imaml_dev(
+        return learners.imaml_dev(
             network,
             loss_fn,
             inner_rate=protocol.inner_rate,
@@ -55,7 +59,7 @@ def build_learner(protocol: Protocol, ways: int) -> MetaLearner:
         )
     norms_rest = None if protocol.adapts_norm else _is_not_norm
     if protocol.algorithm == "mamlpp":
-        return imaml_jax.mamlpp(
+        return learners.mamlpp(
             network,
             loss_fn,
             inner_rate=protocol.inner_rate,
@@ -76,27 +80,27 @@ def build_learner(protocol: Protocol, ways: int) -> MetaLearner:
         "statistics": protocol.statistics,
     }
     if protocol.algorithm == "platipus":
-        return imaml_jax.platipus(network, loss_fn, **shared, num_samples=protocol.num_samples)
+        return learners.platipus(network, loss_fn, **shared, num_samples=protocol.num_samples)
     if protocol.algorithm == "bmaml":
-        return imaml_jax.bmaml(
+        return learners.bmaml(
             network,
             loss_fn,
             **shared,
             num_particles=protocol.num_samples,
         )
     if protocol.algorithm in ("anil", "maml"):
-        return imaml_jax.maml(network, loss_fn, **shared)
+        return learners.maml(network, loss_fn, **shared)
     if protocol.algorithm == "fomaml":
-        return imaml_jax.fomaml(network, loss_fn, **shared)
+        return learners.fomaml(network, loss_fn, **shared)
     if protocol.algorithm.startswith("reptile"):
-        return imaml_jax.reptile(
+        return learners.reptile(
             network,
             loss_fn,
             **shared,
             batch_size=protocol.batch_size,
             eval_batch_size=protocol.eval_batch_size,
         )
-    return imaml_jax.imaml(
+    return learners.imaml(
         network,
         loss_fn,
         **shared,
@@ -131,8 +135,8 @@ def _make_inner(protocol: Protocol) -> optax.GradientTransformation:
         "sgd": lambda: optax.sgd(protocol.inner_rate),
         "nesterov": lambda: optax.sgd(protocol.inner_rate, momentum=0.8, nesterov=True),
         "adam": lambda: optax.adam(protocol.inner_rate, b1=0.0, eps_root=eps_root),
-        "adaptive_gd": lambda: imaml_jax.adaptive_gd(protocol.inner_rate),
-        "newton_cg": lambda: imaml_jax.newton_cg(max_cg_steps=protocol.cg_steps),
+        "adaptive_gd": lambda: adaptive_gd(protocol.inner_rate),
+        "newton_cg": lambda: newton_cg(max_cg_steps=protocol.cg_steps),
     }[protocol.inner]()
 
 
