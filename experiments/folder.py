@@ -35,7 +35,7 @@ class Config(few_shot.Config):
     """Side in pixels to which images are resized, at least 16; time grows with its square.
     mini-ImageNet has 84, for which a GPU is wanted."""
     meta_steps: int | None = 1000
-    """Meta-steps in all; the schedule of the outer rate ends there."""
+    """Meta-steps in all, a multiple of log_every; the schedule of the outer rate ends there."""
     channels: Literal[1, 3] = 3
     """3 for colour, 1 for grey."""
     invert: bool = False
@@ -44,12 +44,14 @@ class Config(few_shot.Config):
     """JSON object or CSV file (class,split) that says which class is for train, validation or
     test."""
     shares: tuple[float, float, float] | None = None
-    """Shares of classes for training, validation and test; default 0.7 0.15 0.15, with as many test
-    classes as a task has, and validation classes only where enough are left for training."""
+    """Shares of classes for training, validation and test, each at least 0, 1 together; default 0.7
+    0.15 0.15, with as many test classes as a task has, and validation classes only where enough are
+    left for training."""
     split_seed: int = 0
-    """Seed of the random split of classes, where neither a file nor the folder tells it."""
+    """Seed of the random split of classes, where neither a file nor the folder tells it; at
+    least 0."""
     queries: int | None = None
-    """Query examples a class; default 15, or what the smallest class has left."""
+    """Query examples a class, at least 1; default 15, or what the smallest class has left."""
 
 
 def resolve(config: Config) -> Protocol:
