@@ -221,4 +221,4 @@ def test_a_shipped_model_has_the_accuracy_that_it_states(path, request):
         measured = saved_model.measure(config, protocol, splits, meta_params)
         assert abs(measured.mean - mean) <= ci95, (protocol.statistics, measured.mean)
         assert len(measured.per_task) == found.test_tasks
-    assert abs(found.test_accuracy - found.test_accuracy_unrounded) < 0.1 * found.test_ci95
+    assert abs(found.test_accuracy - found.test_accuracy_unrounded) < 0.5 * found.test_ci95
