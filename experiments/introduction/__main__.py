@@ -2,9 +2,9 @@
 
     python -m experiments.introduction --output introduction.html
 
-The file opens from disk in any browser, without a server and without a network. Every arrow, contour
-and curve in it is computed here, by the library's public functions, on grids; the page looks values
-up. It takes a minute or two on one core.
+The file opens from disk in any browser, without a server and without a network. Every arrow,
+contour and curve in it is computed here, by the library's public functions, on grids; the page
+looks values up. It takes a minute or two on one core.
 """
 
 import dataclasses
@@ -35,6 +35,7 @@ class Sizes(NamedTuple):
     """How much is computed, of every figure."""
 
     tasks: plane.Sizes = plane.Sizes()
+    lens: implicit.Sizes = implicit.Sizes()
     fits: sinusoids.Sizes = sinusoids.Sizes()
     rounds: game.Sizes = game.Sizes()
     measured: costs.Sizes = costs.Sizes()
@@ -82,14 +83,14 @@ def compute(seed: int, sizes: Sizes) -> dict[str, Any]:
         "inner": {
             "task": implicit.TASK,
             "starts": implicit.STARTS,
-            "rates": implicit.RATES,
-            "steps": implicit.INNER_STEPS,
-            **_inner_problem(size, seed),
+            "rates": sizes.lens.rates,
+            "steps": sizes.lens.steps,
+            **_inner_problem(sizes.lens, size.strengths, seed),
         },
         "solver": {
-            "conditions": implicit.CONDITIONS,
-            "steps": implicit.DESCENT_STEPS,
-            **{name: page.pack(x) for name, x in implicit.solver_errors(seed).items()},
+            "conditions": sizes.lens.conditions,
+            "steps": sizes.lens.descent_steps,
+            **{k: page.pack(x) for k, x in implicit.solver_errors(sizes.lens, seed).items()},
         },
         "sinusoid": _sinusoids(sizes.fits, seed),
         "game": _game(sizes.rounds, seed),
@@ -97,10 +98,13 @@ def compute(seed: int, sizes: Sizes) -> dict[str, Any]:
     }
 
 
+def _pack(found: dict[str, Any], positions: set[str]) -> dict[str, Any]:
+    return {k: page.pack(x, _POSITION if k in positions else None) for k, x in found.items()}
+
+
 def _landscape(size: plane.Sizes, seed: int) -> dict[str, Any]:
     positions = {"ends", "minima", "support_centres", "query_centres"}
-    found = landscape.compute(size, seed)
-    return {name: page.pack(x, _POSITION if name in positions else None) for name, x in found.items()}
+    return _pack(landscape.compute(size, seed), positions)
 
 
 def _runs(size: plane.Sizes, seed: int) -> dict[str, Any]:
@@ -111,10 +115,8 @@ def _runs(size: plane.Sizes, seed: int) -> dict[str, Any]:
     }
 
 
-def _inner_problem(size: plane.Sizes, seed: int) -> dict[str, Any]:
-    positions = {"paths", "minimum"}
-    found = implicit.inner_problem(size, seed)
-    return {name: page.pack(x, _POSITION if name in positions else None) for name, x in found.items()}
+def _inner_problem(size: implicit.Sizes, strengths: tuple[float, ...], seed: int) -> dict[str, Any]:
+    return _pack(implicit.inner_problem(size, strengths, seed), {"paths", "minimum"})
 
 
 def _sinusoids(size: sinusoids.Sizes, seed: int) -> dict[str, Any]:

@@ -3,6 +3,7 @@
 
 const data = JSON.parse(document.getElementById("data").textContent);
 const byId = (id) => document.getElementById(id);
+const SVG = document.querySelector("svg").namespaceURI;
 const range = (n) => Array.from({ length: n }, (_, i) => i);
 
 /* The numbers of a packed array: two bytes times a scale, or the upper three of a float32. */
@@ -119,7 +120,7 @@ function showCalls() {
 }
 
 function element(parent, name, attributes = {}, text = "") {
-  const made = document.createElementNS("http://www.w3.org/2000/svg", name);
+  const made = document.createElementNS(SVG, name);
   for (const [key, value] of Object.entries(attributes)) made.setAttribute(key, value);
   if (text !== "") made.textContent = text;
   parent.append(made);

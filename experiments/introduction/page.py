@@ -20,7 +20,7 @@ def pack(array: Any, scale: float | None = None) -> dict[str, Any]:
     Args:
       array: numbers, all finite.
       scale: None for floats of three bytes, the upper ones of little-endian float32 (relative error
-        below 1e-5); else they are kept as multiples of it in two bytes, at most 32767 of them.
+        at most 2e-5); else they are kept as multiples of it in two bytes, at most 32767 of them.
 
     Returns:
       `shape`, `data` and, where it is given, `scale`; `unpack` is the inverse.

@@ -92,9 +92,7 @@ def fits(sizes: Sizes, seed: int) -> dict[str, np.ndarray]:
     shown = jnp.asarray(curve_inputs(sizes))[:, None]
 
     def loss(params, batch):
-        return imaml_jax.mean_squared_error(
-            NETWORK.apply(params, batch.inputs), batch.targets
-        )
+        return imaml_jax.mean_squared_error(NETWORK.apply(params, batch.inputs), batch.targets)
 
     def fit(theta, strength, targets):
         support = imaml_jax.Batch(inputs, targets[:, None])
