@@ -137,6 +137,7 @@ class Plot {
     this.under = element(this.svg, "g", { "aria-hidden": "true" });
     this.layer = element(this.svg, "g");
     this.over = element(this.svg, "g");
+    this.arrows = element(this.svg, "g", { "pointer-events": "none" });
   }
   static place(value, [low, high], log) {
     const f = log ? Math.log10 : (v) => v;
@@ -147,7 +148,10 @@ class Plot {
     const share = Math.max(-0.2, Math.min(1.2, Plot.place(value, this.domainY, this.logY)));
     return this.height - this.bottom - share * (this.height - this.top - this.bottom);
   }
-  clear() { this.layer.replaceChildren(); }
+  clear() {
+    this.layer.replaceChildren();
+    this.arrows.replaceChildren();
+  }
   axes(ticksX, ticksY, titleX, titleY, show = String) {
     this.under.replaceChildren();
     const [left, base] = [this.left, this.height - this.bottom];
@@ -185,14 +189,23 @@ class Plot {
     const [ex, ey] = [dx / length, -dy / length];
     const [x1, y1] = [x0 + dx * share, y0 - dy * share];
     const size = Math.min(11, 0.6 * length);
-    element(this.layer, "line", { class: `arrow ${kind}`, x1: x0, y1: y0, x2: x1 - ex * size * 0.7,
+    const group = element(this.arrows, "g", { class: kind });
+    element(group, "line", { class: `arrow ${kind}`, x1: x0, y1: y0, x2: x1 - ex * size * 0.7,
       y2: y1 - ey * size * 0.7 });
     const wing = (side) => `${x1 - size * (ex + side * 0.45 * ey)},${y1 - size * (ey - side * 0.45 * ex)}`;
-    const points = `${x1},${y1} ${wing(1)} ${wing(-1)}`;
-    element(this.layer, "g", { class: kind }).append(element(this.layer, "polygon", { class: "head", points }));
-    const tag = element(this.layer, "g", { class: kind });
+    element(group, "polygon", { class: "head", points: `${x1},${y1} ${wing(1)} ${wing(-1)}` });
     const at = { class: "tag", x: x1 + 11 * ex, y: y1 + 11 * ey + 4, "text-anchor": "middle" };
-    element(tag, "text", at, (TAGS[kind] ?? "") + (share < 1 ? "✂" : ""));
+    element(group, "text", at, (TAGS[kind] ?? "") + (share < 1 ? "✂" : ""));
+  }
+  /* Names of lines above the plot, each beside a sample. */
+  legend(names, dashes) {
+    const step = Math.min(150, (this.width - this.left) / Object.keys(names).length);
+    Object.entries(names).forEach(([kind, name], i) => {
+      const group = element(this.under, "g", { class: kind });
+      const x = this.left + 4 + i * step;
+      element(group, "line", { class: "line", x1: x, x2: x + 28, y1: 8, y2: 8, "stroke-dasharray": dashes[kind] });
+      element(group, "text", { class: "tag", x: x + 35, y: 12.5 }, name);
+    });
   }
 }
 

@@ -65,8 +65,10 @@ function makeSinusoid() {
   const S = data.sinusoid;
   const kinds = ["none", "maml", "imaml"];
   const names = { none: "fresh", maml: "MAML", imaml: "iMAML" };
-  const plot = new Plot("sinusoid-plot", { x: [-5, 5], y: [-6, 6], pad: [20, 14, 44, 40] });
+  const dashes = { none: "2 6", maml: "", imaml: "10 5" };
+  const plot = new Plot("sinusoid-plot", { x: [-5, 5], y: [-6, 6], pad: [28, 14, 44, 40] });
   plot.axes([-4, -2, 0, 2, 4], [-6, -4, -2, 0, 2, 4, 6], "x", "", (t) => String(t).replace("-", "−"));
+  plot.legend(names, dashes);
   const knobs = S.points.map((x, k) => {
     const knob = handle(plot, `Support point at x = ${x}; up and down keys move it`);
     draggable(plot, knob,
@@ -82,12 +84,7 @@ function makeSinusoid() {
     const index = chosenSet();
     kinds.forEach((kind, i) => {
       const curve = lookup(S.fits, i, index, state.fitSteps);
-      const dash = { none: "2 6", maml: "", imaml: "10 5" }[kind];
-      plot.line([...curve].map((y, n) => [S.inputs[n], y]), kind, { "stroke-dasharray": dash });
-      const group = element(plot.layer, "g", { class: kind });
-      const sample = { x1: 60 + 110 * i, x2: 92 + 110 * i, y1: 10, y2: 10 };
-      element(group, "line", { class: "line", ...sample, "stroke-dasharray": dash });
-      group.append(plot.text(98 + 110 * i, 15, names[kind], "tag"));
+      plot.line([...curve].map((y, n) => [S.inputs[n], y]), kind, { "stroke-dasharray": dashes[kind] });
     });
     knobs.forEach((knob, k) => {
       const y = S.levels[state[`level${k}`]];

@@ -24,7 +24,7 @@ function makeInner() {
     plot.arrow(theta, [-found[0], -found[1]], "imaml");
     plot.arrow(theta, [-exact[0], -exact[1]], "exact");
     plot.dot(theta, "knob", 8);
-    plot.text(plot.x(theta[0]) + 12, plot.y(theta[1]) - 12, "θ", "tag");
+    plot.text(plot.x(theta[0]) + 12, plot.y(theta[1]) + 16, "θ", "tag");
     const [x, y] = solutions[s];
     plot.text(plot.x(x) + 10, plot.y(y) - 9, "φ*", "tag");
 
@@ -55,10 +55,13 @@ function makeInner() {
 function makeSolver() {
   const E = data.solver;
   const most = E.error.shape[2];
-  const plot = new Plot("solver-plot", { x: [1, most], y: [1e-8, 10], logY: true, pad: [28, 20, 44, 62] });
+  const plot = new Plot("solver-plot", { x: [1, most], y: [1e-8, 10], logY: true, pad: [52, 20, 44, 62] });
+  const names = { imaml: "error", maml: "inner residual", reptile: "solve residual" };
+  const dashes = { imaml: "", maml: "9 5", reptile: "2 5" };
   const powers = [-8, -6, -4, -2, 0];
   plot.axes([1, 5, 10, 15, 20].filter((k) => k <= most), powers.map((p) => 10 ** p), "CG steps",
-    "relative to 1", (v) => (Number.isInteger(v) ? String(v) : `1e${Math.round(Math.log10(v))}`.replace("-", "−")));
+    "relative size", (v) => (Number.isInteger(v) ? String(v) : `1e${Math.round(Math.log10(v))}`.replace("-", "−")));
+  plot.legend(names, dashes);
   return () => {
     const [c, t, k] = [state.condition, state.descentSteps, state.cgSteps];
     const points = (values) => [...values].map((y, i) => [i + 1, Math.max(y, 1e-9)]);
@@ -66,17 +69,9 @@ function makeSolver() {
     const x = plot.x(k + 1);
     element(plot.layer, "line", { class: "cursor", x1: x, x2: x, y1: plot.top, y2: plot.height - plot.bottom });
     const residual = lookup(E.inner_residual, c, t);
-    plot.line([[1, residual], [most, residual]], "maml", { "stroke-dasharray": "9 5" });
-    plot.line(points(lookup(E.solve_residual, c, t)), "reptile", { "stroke-dasharray": "2 5" });
+    plot.line([[1, residual], [most, residual]], "maml", { "stroke-dasharray": dashes.maml });
+    plot.line(points(lookup(E.solve_residual, c, t)), "reptile", { "stroke-dasharray": dashes.reptile });
     plot.line(points(lookup(E.error, c, t)), "imaml");
-    const label = (y, text, kind, share) => {
-      const group = element(plot.layer, "g", { class: kind });
-      group.append(plot.text(plot.x(1 + share * (most - 1)), plot.y(y) - 8, text, "tag", { "text-anchor": "end" }));
-    };
-    const at = (values, share) => Math.max(values[Math.round(share * (most - 1))], 1e-8);
-    label(residual, "inner residual", "maml", 0.99);
-    label(at(lookup(E.error, c, t), 0.72), "error", "imaml", 0.72);
-    label(at(lookup(E.solve_residual, c, t), 0.3), "solve residual", "reptile", 0.46);
     byId("solver-report").textContent =
       `After ${chosen("descentSteps")} inner and ${k + 1} CG steps: error ${format(lookup(E.error, c, t, k))}; ` +
       `reported inner residual ${format(residual)}, solve residual ${format(lookup(E.solve_residual, c, t, k))}.`;

@@ -1,6 +1,5 @@
 /* Figures b, c and d: arrows, curves and runs on the plane of two parameters. */
 
-const ARROW_SCALE = 0.5;
 const KINDS = ["maml", "fomaml", "reptile", "imaml"];
 const fineSide = 2 * P.side - 1;
 const square = { x: [-P.extent, P.extent], y: [-P.extent, P.extent], pad: [6, 6, 26, 34] };
@@ -74,7 +73,6 @@ function makeLandscape() {
   draggable(plot, knob,
     (x, y) => set({ column: nearest(axis, x), row: nearest(axis, y) }),
     (dx, dy) => set({ column: clamp(state.column + dx, P.side), row: clamp(state.row + dy, P.side) }));
-  byId("arrow-scale").textContent = ARROW_SCALE === 0.5 ? "half" : `${ARROW_SCALE}×`;
   return () => {
     const theta = [chosen("column"), chosen("row")];
     const [r, c] = [state.row, state.column];
@@ -92,7 +90,7 @@ function makeLandscape() {
     }
     const arrows = arrowsAt();
     for (const kind of [...KINDS, "exact"]) {
-      plot.arrow(theta, [-ARROW_SCALE * arrows[kind][0], -ARROW_SCALE * arrows[kind][1]], kind);
+      plot.arrow(theta, [-arrows[kind][0], -arrows[kind][1]], kind);
     }
     knob.setAttribute("transform", `translate(${plot.x(theta[0])},${plot.y(theta[1])})`);
     knob.setAttribute("aria-valuetext", theta.map(coordinate).join(", "));
@@ -127,7 +125,8 @@ function makeCurves() {
     element(plot.layer, "line", { class: "cursor", x1: x, x2: x, y1: plot.top, y2: plot.height - plot.bottom });
     const dashes = ["", "9 5", "2 5"];
     const labels = curves.map((curve, a) => ({ a, y: plot.y(curve[last]) })).sort((p, q) => p.y - q.y);
-    labels.forEach((label, i) => { if (i) label.y = Math.max(label.y, labels[i - 1].y + 17); });
+    let free = plot.height - plot.bottom - 4;
+    labels.reverse().forEach((label) => { label.y = Math.min(label.y, free); free = label.y - 17; });
     const kinds = ["maml", "imaml", "maml_recomputed"];
     curves.forEach((curve, a) => {
       plot.line([...curve].map((y, t) => [t, y]), kinds[a % 3], { "stroke-dasharray": dashes[a % 3] });
