@@ -18,8 +18,8 @@
 #     pip install -r requirements.txt jupyterlab
 #     pip install -e .
 #
-# These are figures of the interactive introduction, computed by the same functions on smaller grids.
-# The page itself, in which θ and much else can be dragged, is one HTML file, written by
+# These are figures of the interactive introduction, computed by the same functions on smaller
+# grids. The page itself, in which θ and much else can be dragged, is one HTML file, written by
 # `python -m experiments.introduction --output introduction.html`.
 
 # %%

@@ -9,13 +9,14 @@ import numpy as np
 import optax
 
 import imaml_jax
+from imaml_jax import mapping, metrics
 from imaml_jax.data import episodes, glyphs
-from imaml_jax.evaluation import evaluate
+from imaml_jax.evaluation import make_predictions
 from imaml_jax.learners.base import is_head
 from imaml_jax.networks import conv4
 from imaml_jax.training import train
 
-WAYS = 5
+WAYS, QUERIES = 5, 5
 
 
 class Sizes(NamedTuple):
@@ -25,7 +26,7 @@ class Sizes(NamedTuple):
       filters: of the network.
       meta_steps: of meta-training.
       rounds: tasks of the game, one query each.
-      test_tasks: tasks over which the model's accuracy is measured.
+      test_tasks: tasks over which the model's accuracy is measured, those of the game first.
     """
 
     filters: int = 32
@@ -57,45 +58,33 @@ def play(sizes: Sizes, seed: int) -> dict[str, Any]:
       and the half-width `ci95` over test tasks.
     """
     splits, learner = glyphs.load(), make_learner(sizes.filters)
-    draw = partial(episodes.sample_tasks, ways=WAYS, shots=1, invert=True)
+    draw = partial(episodes.sample_tasks, ways=WAYS, shots=1, queries=QUERIES, invert=True)
     key = jax.random.key(seed)
     theta = train(
         learner,
         optax.adam(3e-3),
-        partial(draw, dataset=splits.train, num_tasks=8, queries=5),
+        partial(draw, dataset=splits.train, num_tasks=8),
         key=key,
         num_steps=sizes.meta_steps,
         example_inputs=jnp.zeros((1, glyphs.SIDE, glyphs.SIDE, 1)),
         log_every=sizes.meta_steps,
         progress=False,
     ).meta_params
-    game_key, choice_key, test_key = jax.random.split(jax.random.fold_in(key, 1), 3)
-    tasks = draw(game_key, splits.test, num_tasks=sizes.rounds, queries=1)
-
-    def probabilities(task):
-        adapted, _ = learner.adapt(theta, task.support, key)
-        return jax.nn.softmax(learner.predict(adapted, task.query.inputs))
-
-    found = jax.jit(partial(jax.lax.map, probabilities))(tasks)
-    test = evaluate(
-        learner,
-        theta,
-        partial(draw, dataset=splits.test, num_tasks=min(50, sizes.test_tasks), queries=5),
-        test_key,
-        num_tasks=sizes.test_tasks,
-    )
-    chosen = np.asarray(jax.random.randint(choice_key, (sizes.rounds,), 0, WAYS))
+    test_key, choice_key = jax.random.split(jax.random.fold_in(key, 1))
+    sample = partial(draw, dataset=splits.test, num_tasks=sizes.rounds)
+    test = make_predictions(learner, sample, num_tasks=sizes.test_tasks)(theta, test_key)
+    mean, ci95 = metrics.mean_ci95(jax.vmap(metrics.accuracy)(test.outputs, test.targets))
+    tasks, _ = mapping.draw_tasks(sample, test_key, 0)  # the first of those
     rounds = np.arange(sizes.rounds)
+    chosen = np.asarray(jax.random.randint(choice_key, rounds.shape, 0, WAYS * QUERIES))
     order = np.argsort(np.asarray(tasks.support.targets), axis=1)
-    support = np.take_along_axis(
-        np.asarray(tasks.support.inputs), order[..., None, None, None], axis=1
-    )
+    support = np.asarray(tasks.support.inputs)[rounds[:, None], order]
     query = np.asarray(tasks.query.inputs)[rounds, chosen]
     images = 1 - np.concatenate([support, query[:, None]], 1)[..., 0]
     return {
         "images": np.round(255 * images).astype(np.uint8),
         "answers": np.asarray(tasks.query.targets)[rounds, chosen],
-        "probabilities": np.asarray(found)[rounds, chosen],
-        "accuracy": test.mean,
-        "ci95": test.ci95,
+        "probabilities": np.asarray(jax.nn.softmax(test.outputs))[rounds, chosen],
+        "accuracy": mean,
+        "ci95": ci95,
     }

@@ -31,7 +31,7 @@ class Sizes(NamedTuple):
       inputs: points of a curve.
     """
 
-    meta_steps: int = 2000
+    meta_steps: int = 1500
     points: tuple[float, ...] = (-3.0, 0.5, 3.0)
     levels: tuple[float, ...] = (-4.0, -2.0, 0.0, 2.0, 4.0)
     inputs: int = 41
