@@ -77,6 +77,7 @@ def compute(seed: int, sizes: Sizes) -> dict[str, Any]:
             **size._asdict(),
             "extent": plane.EXTENT,
             "outer_rate": landscape.OUTER_RATE,
+            "reach": landscape.REACH,
             **_landscape(size, seed),
         },
         "runs": _runs(size, seed),

@@ -259,7 +259,7 @@ const clamp = (i, count) => Math.max(0, Math.min(count - 1, i));
 
 function handle(plot, label) {
   const made = element(plot.over, "g", { class: "handle", tabindex: 0, role: "slider",
-    "aria-label": label });
+    "aria-label": label, "aria-valuemin": plot.domainY[0], "aria-valuemax": plot.domainY[1] });
   element(made, "circle", { class: "halo", r: 22 });
   element(made, "circle", { class: "knob", r: 8 });
   return made;

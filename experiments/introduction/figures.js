@@ -150,6 +150,7 @@ showCalls();
 byId("byline").textContent = `Every arrow, contour and curve was computed by imaml_jax ${data.versions.imaml_jax} ` +
   `(seed ${data.seed}); the page looks them up. Drag what is blue, or use the arrow keys.`;
 byId("meta-steps").textContent = P.meta_steps;
+byId("reach").textContent = P.reach;
 byId("outer-rate").textContent = P.outer_rate;
 byId("record-every").textContent = P.record_every;
 byId("machine").textContent = `${data.machine} (${data.device})`;

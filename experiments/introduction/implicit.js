@@ -64,12 +64,12 @@ function makeSolver() {
   plot.legend(names, dashes);
   return () => {
     const [c, t, k] = [state.condition, state.descentSteps, state.cgSteps];
-    const points = (values) => [...values].map((y, i) => [i + 1, Math.max(y, 1e-9)]);
+    const points = (values) => [...values].map((y, i) => [i + 1, Math.max(y, 1e-8)]);
     plot.clear();
     const x = plot.x(k + 1);
     element(plot.layer, "line", { class: "cursor", x1: x, x2: x, y1: plot.top, y2: plot.height - plot.bottom });
     const residual = lookup(E.inner_residual, c, t);
-    plot.line([[1, residual], [most, residual]], "maml", { "stroke-dasharray": dashes.maml });
+    plot.line(points(range(most).map(() => residual)), "maml", { "stroke-dasharray": dashes.maml });
     plot.line(points(lookup(E.solve_residual, c, t)), "reptile", { "stroke-dasharray": dashes.reptile });
     plot.line(points(lookup(E.error, c, t)), "imaml");
     byId("solver-report").textContent =

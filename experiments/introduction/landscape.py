@@ -13,6 +13,7 @@ from experiments.introduction.plane import Sizes
 from imaml_jax import Task
 
 OUTER_RATE = 0.3
+REACH = 7.9  # farther from the middle no run goes
 _UNROLLED = ("maml", "fomaml", "reptile")
 
 
@@ -129,6 +130,8 @@ def _pictures(sizes: Sizes, tasks: Task) -> dict[str, jax.Array]:
 def trajectories(sizes: Sizes, seed: int) -> dict[str, dict[str, np.ndarray]]:
     """Whole runs of meta-training by gradient descent on the mean over all tasks.
 
+    A run stays where its next step would lead beyond `REACH`: it diverges.
+
     Returns:
       `paths` of each algorithm, `[rates, steps, (strengths,) starts, recorded, 2]`, and `losses` at
       their ends: the mean query loss after the algorithm's own adaptation.
@@ -153,7 +156,9 @@ def _runs(sizes: Sizes, tasks: Task, steps: int) -> Any:
             theta, state = carry
             grads, _ = arrow(name, theta, tasks, rate, steps, strength)
             updates, state = tx.update(grads, state, theta)
-            return (optax.apply_updates(theta, updates), state), None
+            moved = jnp.asarray(optax.apply_updates(theta, updates))
+            within = jnp.all(jnp.abs(moved) <= REACH)
+            return (jnp.where(within, moved, theta), state), None
 
         def stretch(carry, _):
             return jax.lax.scan(step, carry, None, length=sizes.record_every)[0], carry[0]

@@ -93,6 +93,7 @@ function makeLandscape() {
       plot.arrow(theta, [-arrows[kind][0], -arrows[kind][1]], kind);
     }
     knob.setAttribute("transform", `translate(${plot.x(theta[0])},${plot.y(theta[1])})`);
+    knob.setAttribute("aria-valuenow", theta[0]);
     knob.setAttribute("aria-valuetext", theta.map(coordinate).join(", "));
     const rows = KINDS.map((kind) => {
       const off = compare(arrows[kind], arrows.exact);
@@ -166,7 +167,7 @@ function makeRuns() {
       const group = element(plot.layer, "g", { class: kind });
       path.forEach((point, i) => group.append(plot.dot(point, "mark", i === path.length - 1 ? 6 : 2.6)));
       const [x, y] = path[path.length - 1];
-      const away = Math.abs(x) > P.extent || Math.abs(y) > P.extent ? ", off the picture" : "";
+      const away = Math.max(Math.abs(x), Math.abs(y)) > P.extent ? " ↗" : "";
       group.append(plot.text(plot.x(x) + 10, plot.y(y) - 8, TAGS[kind], "tag"));
       return [kind, `${TAGS[kind]}  ${NAMES[kind]}`, `${coordinate(x)}, ${coordinate(y)}${away}`, format(loss)];
     });

@@ -93,7 +93,7 @@ def make_learner(name: str, rate: Any, steps: int, strength: Any = None) -> Meta
 
 
 def exact_learner(strength: Any) -> MetaLearner:
-    """Implicit MAML whose inner problem and linear system are solved to machine precision."""
+    """Implicit MAML that solves the inner problem, to a residual of 1e-7, and the linear system."""
     return imaml_jax.imaml(
         plane,
         valley,
