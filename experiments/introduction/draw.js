@@ -135,7 +135,11 @@ class Plot {
     [this.top, this.right, this.bottom, this.left] = pad;
     Object.assign(this, { width, height, domainX: x, domainY: y, logX, logY });
     this.under = element(this.svg, "g", { "aria-hidden": "true" });
-    this.layer = element(this.svg, "g");
+    this.layer = element(this.svg, "g", { "clip-path": `url(#${id}-clip)` });
+    this.frame = { x: this.left, y: this.top, width: width - this.left - this.right,
+      height: height - this.top - this.bottom };
+    element(element(this.svg, "clipPath", { id: `${id}-clip` }), "rect", this.frame);
+    this.words = element(this.svg, "g");
     this.over = element(this.svg, "g");
     this.arrows = element(this.svg, "g", { "pointer-events": "none" });
   }
@@ -145,11 +149,12 @@ class Plot {
   }
   x(value) { return this.left + Plot.place(value, this.domainX, this.logX) * (this.width - this.left - this.right); }
   y(value) {
-    const share = Math.max(-0.2, Math.min(1.2, Plot.place(value, this.domainY, this.logY)));
+    const share = Math.max(-9, Math.min(9, Plot.place(value, this.domainY, this.logY)));
     return this.height - this.bottom - share * (this.height - this.top - this.bottom);
   }
   clear() {
     this.layer.replaceChildren();
+    this.words.replaceChildren();
     this.arrows.replaceChildren();
   }
   axes(ticksX, ticksY, titleX, titleY, show = String) {
@@ -177,7 +182,7 @@ class Plot {
     return element(this.layer, "circle", { class: kind, cx: this.x(x), cy: this.y(y), r, ...extra });
   }
   text(x, y, content, kind = "label", extra = {}) {
-    return element(this.layer, "text", { class: kind, x, y, ...extra }, content);
+    return element(this.words, "text", { class: kind, x, y, ...extra }, content);
   }
   /* An arrow of the plane from a point along a vector; what leaves the plot is cut and marked. */
   arrow([x, y], [u, v], kind) {

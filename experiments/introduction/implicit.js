@@ -48,7 +48,7 @@ function makeInner() {
         ? "Not to be trusted: the rate is past the limit and the inner residual does not fall. Lower the rate."
         : residual > RESIDUAL_LIMIT
           ? "Not there yet: the inner residual is above 0.01. Take more steps."
-          : "The reports are in order, and the arrow agrees with the exact one.";
+          : "The reports are in order: stationary, solved, a minimum. What error is left comes from the inner residual.";
   };
 }
 

@@ -7,13 +7,8 @@ const square = { x: [-P.extent, P.extent], y: [-P.extent, P.extent], pad: [6, 6,
 function planePlot(id) {
   const plot = new Plot(id, square);
   plot.axes([-2, -1, 0, 1, 2], [-2, -1, 0, 1, 2], "", "", (t) => String(t).replace("-", "−"));
-  const frame = { x: plot.left, y: plot.top, width: plot.width - plot.left - plot.right };
-  frame.height = plot.height - plot.top - plot.bottom;
-  const clip = element(element(plot.svg, "clipPath", { id: `${id}-clip` }), "rect", frame);
-  clip.parentNode.setAttribute("clipPathUnits", "userSpaceOnUse");
-  plot.contours = element(plot.under, "g", {});
-  plot.layer.setAttribute("clip-path", `url(#${id}-clip)`);
-  element(plot.under, "rect", { class: "frame", ...frame });
+  plot.contours = element(plot.under, "g", { "clip-path": `url(#${id}-clip)` });
+  element(plot.under, "rect", { class: "frame", ...plot.frame });
   return plot;
 }
 
@@ -168,7 +163,7 @@ function makeRuns() {
       path.forEach((point, i) => group.append(plot.dot(point, "mark", i === path.length - 1 ? 6 : 2.6)));
       const [x, y] = path[path.length - 1];
       const away = Math.max(Math.abs(x), Math.abs(y)) > P.extent ? " ↗" : "";
-      group.append(plot.text(plot.x(x) + 10, plot.y(y) - 8, TAGS[kind], "tag"));
+      element(plot.words, "g", { class: kind }).append(plot.text(plot.x(x) + 10, plot.y(y) - 8, TAGS[kind], "tag"));
       return [kind, `${TAGS[kind]}  ${NAMES[kind]}`, `${coordinate(x)}, ${coordinate(y)}${away}`, format(loss)];
     });
     fillTable("runs-table", rows);
