@@ -42,6 +42,7 @@ REPORTS += (
     "feature_weights",
     "features",
     "hyper_cleaning",
+    "introduction",
     "leo",
     "market",
     "navigation",
@@ -97,7 +98,8 @@ def modules():
     with mock.patch.dict(os.environ, XLA_FLAGS=os.environ.get("XLA_FLAGS", "")):
         names = ("common", "demo", "few_shot", *COMMANDS)
         found = {name: importlib.import_module(f"experiments.{name}") for name in names}
-        return found | {"benchmark": importlib.import_module("experiments.benchmark.__main__")}
+        packages = ("benchmark", "introduction")
+        return found | {p: importlib.import_module(f"experiments.{p}.__main__") for p in packages}
 
 
 @pytest.fixture
@@ -424,6 +426,10 @@ REFUSED_REPORTS = {
     "feature_weights --splits 0": ("splits=0", "at least 1"),
     "feature_weights --outer-rate inf": ("outer_rate=inf", "positive"),
     "feature_weights --output .": ("output=.", "must name a file"),
+    "introduction --output .": ("output=.", "ends in .html"),
+    "introduction --output page.txt": ("output=page.txt", "ends in .html"),
+    "introduction --output /proc/introduction.html": ("output=/proc/introduction.html", "choose"),
+    "introduction --seed -1": ("seed=-1", "between 0 and"),
     "family --budget 0": ("budget=0.0", "above 0"),
     "family --algorithms mamal": ("algorithms='mamal'", "reptile"),
     "family --tasks": ("nothing to run",),

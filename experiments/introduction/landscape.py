@@ -1,0 +1,183 @@
+"""Arrows, losses and reports at every point of a grid; whole runs of meta-training."""
+
+from functools import partial
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import optax
+
+from experiments.introduction import plane
+from experiments.introduction.plane import Sizes
+from imaml_jax import Task
+
+OUTER_RATE = 0.3
+REACH = 7.9  # farther from the middle no run goes
+_UNROLLED = ("maml", "fomaml", "reptile")
+
+
+def compute(sizes: Sizes, seed: int) -> dict[str, np.ndarray]:
+    """What the figures on the plane show.
+
+    Axes are, where they are there, in the order rate, steps, strength, row, column, and then what
+    belongs to a point. Reptile's arrow is its displacement divided by rate times steps.
+    """
+    with jax.enable_x64(True):
+        tasks = plane.sample_tasks(jax.random.key(seed))
+        per_steps = [_at_steps(sizes, tasks, steps) for steps in sizes.steps]
+        found = {name: np.stack([each[name] for each in per_steps], 1) for name in per_steps[0]}
+        found |= _at_the_minimum(sizes, tasks)
+        found["curves"] = np.asarray(_curves(sizes, tasks))
+        found |= jax.device_get(_pictures(sizes, tasks))
+    return found
+
+
+def arrow(name: str, theta: jax.Array, tasks: Task, rate: Any, steps: int, strength: Any) -> Any:
+    """A mean meta-gradient `[2]`; Reptile's is of a gradient's length; and its report."""
+    learner = plane.make_learner(name, rate, steps, strength)
+    mean, info = plane.meta_gradient(learner, theta, tasks)
+    return (mean / (rate * steps) if name == "reptile" else mean), info
+
+
+def _at_steps(sizes: Sizes, tasks: Task, steps: int) -> dict[str, np.ndarray]:
+    """At one number of inner steps, for every rate and strength."""
+    rates, strengths = jnp.asarray(sizes.rates), jnp.asarray(sizes.strengths)
+
+    def unrolled(theta, rate):
+        maml = plane.make_learner("maml", rate, steps)
+        arrows = {name: arrow(name, theta, tasks, rate, steps, None)[0] for name in _UNROLLED}
+        exact = jax.jacfwd(lambda x: plane.query_loss(maml, x, tasks))(theta)
+        return arrows | {"exact_unrolled": exact, "ends": plane.adapt(maml, theta, tasks)}
+
+    def implicit(theta, rate, strength):
+        mean, info = arrow("imaml", theta, tasks, rate, steps, strength)
+        return {
+            "imaml": mean,
+            "inner_residual": info.inner_residual.max(),
+            "min_curvature": info.min_curvature.min(),
+        }
+
+    def loss(theta, rate):
+        return plane.query_loss(plane.make_learner("maml", rate, steps), theta, tasks)
+
+    @jax.jit
+    def run():
+        points, fine = plane.grid(sizes.side), plane.grid(2 * sizes.side - 1)
+
+        def at(rate):
+            by_strength = jax.vmap(
+                lambda strength: plane.over(points, lambda x: implicit(x, rate, strength))
+            )
+            losses = plane.over(fine, lambda x: loss(x, rate))
+            by_rate = plane.over(points, lambda x: unrolled(x, rate))
+            return by_rate | by_strength(strengths) | {"unrolled_loss": losses}
+
+        return jax.vmap(at)(rates)
+
+    return jax.device_get(run())
+
+
+def _at_the_minimum(sizes: Sizes, tasks: Task) -> dict[str, np.ndarray]:
+    """Where the inner problem is solved, for every strength."""
+
+    def at(theta, strength):
+        learner = plane.exact_learner(strength)
+        grad, info = plane.meta_gradient(learner, theta, tasks)
+        return {
+            "exact_implicit": grad,
+            "implicit_loss": info.query_loss.mean(),
+            "exact_residual": info.inner_residual.max(),
+            "minima": plane.adapt(learner, theta, tasks),
+        }
+
+    fine = plane.grid(2 * sizes.side - 1)
+    run = jax.jit(jax.vmap(lambda strength: plane.over(fine, lambda x: at(x, strength))))
+    found = jax.device_get(run(jnp.asarray(sizes.strengths)))
+    return {k: v if k == "implicit_loss" else v[:, ::2, ::2] for k, v in found.items()}
+
+
+def _curves(sizes: Sizes, tasks: Task) -> jax.Array:
+    """`[rates, side, side, steps + 1]`: the query loss after 0, 1, ... inner steps."""
+
+    def curve(theta, rate):
+        one = plane.make_learner("maml", rate, 1)
+
+        def step(params, _):
+            loss = jax.vmap(plane.valley)(params, tasks.query.targets).mean()
+            adapted = jax.vmap(one.adapt, (0, 0, None))(params, tasks.support, plane.KEY)[0]
+            return adapted.params, loss
+
+        start = jnp.broadcast_to(theta, (plane.NUM_TASKS, 2))
+        return jax.lax.scan(step, start, None, length=max(sizes.steps) + 1)[1]
+
+    points = plane.grid(sizes.side)
+    run = jax.vmap(lambda rate: plane.over(points, lambda x: curve(x, rate)))
+    return jax.jit(run)(jnp.asarray(sizes.rates))
+
+
+def _pictures(sizes: Sizes, tasks: Task) -> dict[str, jax.Array]:
+    """The tasks' own support losses and minima."""
+    fine = plane.grid(2 * sizes.side - 1)
+    losses = jax.vmap(lambda shape: plane.over(fine, partial(plane.valley, shape=shape)))
+    return {
+        "task_losses": losses(tasks.support.targets),
+        "support_centres": tasks.support.targets[:, :2],
+        "query_centres": tasks.query.targets[:, :2],
+    }
+
+
+def trajectories(sizes: Sizes, seed: int) -> dict[str, dict[str, np.ndarray]]:
+    """Whole runs of meta-training by gradient descent on the mean over all tasks.
+
+    A run stays where its next step would lead beyond `REACH`: it diverges.
+
+    Returns:
+      `paths` of each algorithm, `[rates, steps, (strengths,) starts, recorded, 2]`, and `losses` at
+      their ends: the mean query loss after the algorithm's own adaptation.
+    """
+    with jax.enable_x64(True):
+        tasks = plane.sample_tasks(jax.random.key(seed))
+        runs = [_runs(sizes, tasks, steps) for steps in sizes.steps]
+        return jax.tree.map(lambda *x: np.stack(x, axis=1), *runs)
+
+
+def starts(sizes: Sizes) -> jax.Array:
+    """`[starts, 2]`."""
+    return 0.9 * plane.grid(sizes.starts_side).reshape(-1, 2)
+
+
+def _runs(sizes: Sizes, tasks: Task, steps: int) -> Any:
+    tx = optax.sgd(OUTER_RATE)
+    rates, strengths = jnp.asarray(sizes.rates), jnp.asarray(sizes.strengths)
+
+    def train(name, start, rate, strength):
+        def step(carry, _):
+            theta, state = carry
+            grads, _ = arrow(name, theta, tasks, rate, steps, strength)
+            updates, state = tx.update(grads, state, theta)
+            moved = jnp.asarray(optax.apply_updates(theta, updates))
+            within = jnp.all(jnp.abs(moved) <= REACH)
+            return (jnp.where(within, moved, theta), state), None
+
+        def stretch(carry, _):
+            return jax.lax.scan(step, carry, None, length=sizes.record_every)[0], carry[0]
+
+        count = sizes.meta_steps // sizes.record_every
+        carry = (start, tx.init(start))
+        path = jax.lax.scan(stretch, carry, None, length=count + 1)[1]
+        learner = plane.make_learner(name, rate, steps, strength)
+        return path, plane.query_loss(learner, path[-1], tasks)
+
+    def each(name):
+        by_start = jax.vmap(partial(train, name), (0, None, None))
+        if name == "imaml":
+            by_strength = jax.vmap(by_start, (None, None, 0))
+            return jax.vmap(lambda rate: by_strength(starts(sizes), rate, strengths))(rates)
+        return jax.vmap(lambda rate: by_start(starts(sizes), rate, None))(rates)
+
+    found = jax.device_get(jax.jit(lambda: {name: each(name) for name in plane.ALGORITHMS})())
+    return {
+        "paths": {name: pair[0] for name, pair in found.items()},
+        "losses": {name: pair[1] for name, pair in found.items()},
+    }

@@ -1,0 +1,281 @@
+"""The introduction as a reader meets it: the whole page from a file, in headless Chromium."""
+
+import os
+import re
+import shutil
+import subprocess
+import sys
+from pathlib import Path
+from unittest import mock
+
+import numpy as np
+import pytest
+
+# Importing the experiments must not change the devices of the other tests.
+with mock.patch.dict(os.environ, XLA_FLAGS=os.environ.get("XLA_FLAGS", "")):
+    from experiments.introduction import page as pages
+
+pytestmark = [
+    pytest.mark.slow,
+    # Of Playwright, when a test fails while a browser is open.
+    pytest.mark.filterwarnings("ignore::pytest.PytestUnraisableExceptionWarning"),
+]
+ROOT = Path(__file__).resolve().parents[1]
+WIDTHS = {"wide": (1280, 900), "phone": (390, 844)}
+OPTIONS = (
+    *("--no-sandbox", "--disable-gpu", "--disable-background-networking", "--disable-sync"),
+    *("--disable-component-update", "--no-first-run"),
+)
+OF_SLIDERS = {
+    "rate": ("plane", "rates"),
+    "steps": ("plane", "steps"),
+    "strength": ("plane", "strengths"),
+    "innerRate": ("inner", "rates"),
+    "innerSteps": ("inner", "steps"),
+    "innerStrength": ("plane", "strengths"),
+    "condition": ("solver", "conditions"),
+    "descentSteps": ("solver", "steps"),
+    "costSteps": ("costs", "steps"),
+}
+
+
+@pytest.fixture(scope="module")
+def file(tmp_path_factory):
+    """The page, written by the command."""
+    output = tmp_path_factory.mktemp("page") / "introduction.html"
+    command = [sys.executable, "-m", "experiments.introduction", "--output", str(output)]
+    done = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, timeout=3600)
+    assert done.returncode == 0, done.stderr
+    assert str(output) in done.stdout
+    return output
+
+
+@pytest.fixture(scope="module")
+def data(file):
+    return pages.data_of(file.read_text(encoding="utf-8"))
+
+
+@pytest.fixture(scope="module")
+def browser():
+    playwright = pytest.importorskip(
+        "playwright.sync_api", reason="needs Playwright: pip install -e .[browser]"
+    )
+    names = ("chromium", "chromium-browser", "google-chrome")
+    path = next(filter(None, map(shutil.which, names)), None)
+    if path is None:
+        pytest.skip("needs Chromium, for instance from apt install chromium")
+    with playwright.sync_playwright() as driver:
+        opened = driver.chromium.launch(executable_path=path, args=list(OPTIONS))
+        yield opened
+        opened.close()
+
+
+@pytest.fixture
+def visit(browser, file):
+    """`visit(width, scheme) -> page`; afterwards no request and no complaint may have been."""
+    contexts, faults = [], []
+
+    def open_page(width="wide", scheme="light"):
+        size = dict(zip(("width", "height"), WIDTHS[width], strict=True))
+        context = browser.new_context(viewport=size, color_scheme=scheme, offline=True)
+        contexts.append(context)
+        page = context.new_page()
+
+        def allow_only_the_file(route):
+            address = route.request.url
+            if address == file.as_uri() or address.startswith("data:"):
+                return route.continue_()
+            faults.append(f"asked for {address}")
+            return route.abort()
+
+        page.route("**/*", allow_only_the_file)
+        page.on("console", lambda message: faults.append(message.text))
+        page.on("pageerror", lambda error: faults.append(str(error)))
+        page.goto(file.as_uri())
+        return page
+
+    yield open_page
+    for context in contexts:
+        context.close()
+    assert faults == []
+
+
+def number(text):
+    """A number as the page writes it."""
+    return float(text.replace("−", "-").rstrip("%°"))
+
+
+def state(page):
+    """The places of all sliders, by name; of those of one name the first."""
+    return page.evaluate(
+        "Object.fromEntries([...document.querySelectorAll('.slider')].reverse()"
+        ".map(box => [box.dataset.state, +box.querySelector('input').value]))"
+    )
+
+
+def cells(page, table):
+    """The rows of a table by their names, without the first column."""
+    rows = page.eval_on_selector_all(
+        f"#{table} tr[data-row]",
+        "rows => rows.map(r => [r.dataset.row, [...r.cells].slice(1).map(c => c.textContent)])",
+    )
+    return dict(rows)
+
+
+def test_the_page_is_small(file):
+    assert file.stat().st_size < 2_000_000
+
+
+def test_every_slider_moves_by_keyboard(visit, data):
+    page = visit()
+    sliders = page.locator(".slider")
+    assert sliders.count() > 15
+    for i in range(sliders.count()):
+        slider, name = sliders.nth(i), sliders.nth(i).get_attribute("data-state")
+        control, shown = slider.locator("input"), slider.locator("output")
+        control.focus()
+        page.keyboard.press("Home")
+        seen = [shown.text_content()]
+        for _ in range(int(control.get_attribute("max"))):
+            page.keyboard.press("ArrowRight")
+            seen.append(shown.text_content())
+        assert len(set(seen)) == len(seen)
+        assert control.get_attribute("aria-valuetext") == seen[-1]
+        if name in OF_SLIDERS:
+            group, values = OF_SLIDERS[name]
+            assert list(map(number, seen)) == data[group][values]
+        page.keyboard.press("ArrowLeft")
+
+
+def check_landscape(page, data, objective):
+    at, plane = state(page), data["plane"]
+    place = at["rate"], at["steps"], at["row"], at["column"]
+    of_implicit = (*place[:2], at["strength"], *place[2:])
+    exact = (
+        pages.unpack(plane["exact_unrolled"])[place]
+        if objective == "unrolled"
+        else pages.unpack(plane["exact_implicit"])[at["strength"], at["row"], at["column"]]
+    )
+    shown = cells(page, "landscape-table")
+    for name in ("maml", "fomaml", "reptile", "imaml"):
+        arrow = pages.unpack(plane[name])[of_implicit if name == "imaml" else place]
+        length, angle, _ = shown[name]
+        np.testing.assert_allclose(number(length), np.linalg.norm(arrow), rtol=6e-3)
+        cosine = arrow @ exact / np.linalg.norm(arrow) / np.linalg.norm(exact)
+        expected = np.degrees(np.arccos(np.clip(cosine, -1, 1)))
+        np.testing.assert_allclose(number(angle), expected, atol=0.3)
+    np.testing.assert_allclose(number(shown["exact"][0]), np.linalg.norm(exact), rtol=6e-3)
+    text = page.text_content("#landscape-report")
+    loss, residual = (number(x) for x in re.findall(r"(?:at θ|residual of) ([−\d.e]+\d)", text))
+    losses = pages.unpack(plane[f"{objective}_loss"])
+    where = (*place[:2], 2 * place[2], 2 * place[3])
+    where = where if objective == "unrolled" else (at["strength"], *where[2:])
+    np.testing.assert_allclose(loss, losses[where], rtol=6e-3)
+    reported = pages.unpack(plane["inner_residual"])[of_implicit]
+    np.testing.assert_allclose(residual, reported, rtol=6e-2)
+
+
+def test_read_outs_equal_the_data(visit, data):
+    page = visit()
+    rng = np.random.default_rng(0)
+    for objective in ("unrolled", "implicit"):
+        page.check(f"input[value={objective}]")
+        for _ in range(4):
+            for name in ("rate", "steps", "strength", "column", "row"):
+                control = page.locator(f"#landscape .slider[data-state={name}] input")
+                control.focus()
+                page.keyboard.press("Home")
+                for _ in range(rng.integers(int(control.get_attribute("max")) + 1)):
+                    page.keyboard.press("ArrowRight")
+            check_landscape(page, data, objective)
+    at = state(page)
+    place = 0, at["innerStrength"], at["innerRate"], at["innerSteps"]
+    for name in ("inner_residual", "solve_residual", "min_curvature"):
+        shown = number(cells(page, "inner-table")[name][0])
+        np.testing.assert_allclose(shown, pages.unpack(data["inner"][name])[place], rtol=6e-2)
+    place = at["condition"], at["descentSteps"], at["cgSteps"]
+    shown = re.search(r"error ([\d.e−]+\d)", page.text_content("#solver-report"))[1]
+    np.testing.assert_allclose(
+        number(shown), pages.unpack(data["solver"]["error"])[place], rtol=6e-2
+    )
+    for name in ("maml", "imaml"):
+        kib, ms = map(number, cells(page, "costs-table")[name])
+        row = data["costs"][name]
+        np.testing.assert_allclose(kib, row["bytes"][at["costSteps"]] / 1024, rtol=6e-3)
+        np.testing.assert_allclose(ms, 1e3 * row["seconds"][at["costSteps"]], rtol=6e-3)
+    at_start = at["rate"], at["steps"], at["start"]
+    path = pages.unpack(data["runs"]["paths"]["maml"])[at_start]
+    ends, loss = cells(page, "runs-table")["maml"]
+    np.testing.assert_allclose([*map(number, ends.rstrip(" ↗").split(","))], path[-1], atol=0.051)
+    expected = pages.unpack(data["runs"]["losses"]["maml"])[at_start]
+    np.testing.assert_allclose(number(loss), expected, rtol=6e-3)
+
+
+def test_theta_follows_the_pointer_and_the_keys(visit):
+    page = visit()
+    knob = page.locator("#landscape-plot .handle")
+    knob.scroll_into_view_if_needed()
+    box = page.locator("#landscape-plot").bounding_box()
+    knob.hover()
+    page.mouse.down()
+    page.mouse.move(box["x"] + 0.3 * box["width"], box["y"] + 0.4 * box["height"], steps=5)
+    page.mouse.up()
+    moved = state(page)
+    column, row = moved["column"], moved["row"]
+    assert 3 <= column <= 8 and 10 <= row <= 15
+    page.keyboard.press("ArrowRight")
+    page.keyboard.press("ArrowDown")
+    assert (state(page)["column"], state(page)["row"]) == (column + 1, row - 1)
+
+
+def test_points_of_the_sinusoid_move(visit, data):
+    page = visit()
+    point = page.locator("#sinusoid-plot .handle").first
+    point.focus()
+    for _ in data["sinusoid"]["levels"]:
+        page.keyboard.press("ArrowUp")
+    assert point.get_attribute("aria-valuenow") == str(round(data["sinusoid"]["levels"][-1]))
+    page.locator("#sinusoid .slider input").press("End")
+    page.locator("#sinusoid-plot .handle").last.press("ArrowUp")
+    places = [
+        data["sinusoid"]["levels"].index(float(handle.get_attribute("aria-valuenow")))
+        for handle in page.locator("#sinusoid-plot .handle").all()
+    ]
+    losses = pages.unpack(data["sinusoid"]["losses"])
+    index = np.ravel_multi_index(places, [len(data["sinusoid"]["levels"])] * len(places))
+    shown = re.findall(r"AML ([\d.e−]+\d)", page.text_content("#sinusoid-report"))
+    np.testing.assert_allclose([*map(number, shown)], losses[1:, index, -1], rtol=6e-2)
+
+
+def test_the_game_is_played(visit, data):
+    page = visit()
+    game = data["game"]
+    for k in range(3):
+        page.locator("#game-choices button").nth(game["answers"][k]).press("Enter")
+        model = int(np.argmax(game["probabilities"][k]))
+        verdict = page.text_content("#game-verdict")
+        assert verdict.startswith("Yes") and f"The model says {model + 1}" in verdict
+        page.locator("#game-next").press("Enter")
+    assert page.text_content("#game-score").startswith("You 3, model ")
+
+
+@pytest.mark.parametrize("scheme", ["light", "dark"])
+@pytest.mark.parametrize("width", WIDTHS)
+def test_nothing_is_wider_than_the_screen(visit, width, scheme):
+    page = visit(width, scheme)
+    assert page.evaluate("document.documentElement.scrollWidth <= innerWidth")
+    paper = page.evaluate("getComputedStyle(document.documentElement).backgroundColor")
+    brightness = sum(map(int, re.findall(r"\d+", paper)[:3])) / 3
+    assert brightness > 200 if scheme == "light" else brightness < 60
+
+
+def test_focus_is_visible(visit):
+    page = visit()
+    page.locator("#landscape-plot .handle").focus()
+    page.keyboard.press("ArrowLeft")
+    halo = page.locator("#landscape-plot .handle .halo")
+    assert float(halo.evaluate("x => getComputedStyle(x).strokeOpacity")) == 1
+    page.locator("#game-next").focus()
+    page.keyboard.press("Shift+Tab")
+    outline = page.evaluate("getComputedStyle(document.activeElement).outlineStyle")
+    assert outline != "none"
