@@ -59,7 +59,7 @@ COLORS = {"maml": "#0072b2", "fomaml": "#e69f00", "reptile": "#009e73", "imaml":
 # %%
 sizes = plane.Sizes(side=11, rates=(0.2,), steps=(1, 8), strengths=(0.5,), starts_side=2)
 found = landscape.compute(sizes, SEED)
-runs = landscape.trajectories(sizes, SEED)
+runs = landscape.trajectories(sizes._replace(steps=(8,)), SEED)
 
 coarse, fine = (np.linspace(-plane.EXTENT, plane.EXTENT, n) for n in (11, 21))
 row, column = 3, 8
@@ -102,7 +102,7 @@ curve.plot(found["curves"][0, row, column], "o-", color="k", markersize=4)
 curve.set(xlabel="inner steps", ylabel="query loss", ylim=(0, None))
 path.contour(fine, fine, found["unrolled_loss"][0, 1], 14, colors="0.75", linewidths=0.8)
 for name, color in COLORS.items():
-    points = runs["paths"][name][(0, 1, 0, 0) if name == "imaml" else (0, 1, 0)]
+    points = runs["paths"][name][(0, 0, 0, 0) if name == "imaml" else (0, 0, 0)]
     path.plot(*points.T, "o-", color=color, markersize=3, label=name)
 path.set(aspect="equal", xlim=(-2, 2), ylim=(-2, 2))
 _ = path.legend(fontsize=8)
@@ -116,9 +116,7 @@ _ = path.legend(fontsize=8)
 # gradient: it falls until the inner problem is the weaker part, at about the inner residual.
 
 # %%
-lens = implicit.Sizes(
-    rates=(0.1, 0.6), steps=(1, 4, 16), conditions=(50.0,), descent_steps=(16, 64)
-)
+lens = implicit.Sizes(rates=(0.1, 0.6), steps=(1, 16), conditions=(50.0,), descent_steps=(16, 64))
 inner = implicit.inner_problem(lens, (0.5,), SEED)
 solver = implicit.solver_errors(lens, SEED)
 figure, (picture, errors) = plt.subplots(1, 2, figsize=(10, 4.2), layout="constrained")
@@ -143,7 +141,7 @@ _ = errors.legend(fontsize=8)
 # on sinusoids for a short while.
 
 # %%
-fit_sizes = sinusoids.Sizes(meta_steps=600, levels=(-3.0, 3.0))
+fit_sizes = sinusoids.Sizes(meta_steps=400, levels=(-3.0, 3.0))
 fits = sinusoids.fits(fit_sizes, SEED)
 figure, panels = plt.subplots(1, 3, figsize=(10, 3), layout="constrained", sharey=True)
 chosen = 1  # the points at -3, -3 and 3
@@ -161,10 +159,10 @@ for axes, predictions, name in zip(panels, fits["fits"], ("fresh", "MAML", "iMAM
 # the last one only.
 
 # %%
-measured = costs.measure(costs.Sizes(num_steps=(2, 4, 8), rounds=1), SEED)
+measured = costs.measure(costs.Sizes(num_steps=(2, 8), rounds=1), SEED)
 plt.figure(figsize=(5, 3), layout="constrained")
 for name, cost in measured.items():
-    plt.plot((2, 4, 8), np.array(cost["bytes"]) / 1024, "o-", label=name, color=COLORS.get(name))
+    plt.plot((2, 8), np.array(cost["bytes"]) / 1024, "o-", label=name, color=COLORS.get(name))
 plt.xlabel("inner steps")
 plt.ylabel("KiB")
 plt.ylim(0, None)

@@ -1,4 +1,4 @@
-"""The introduction as a reader meets it: the whole page from a file, in headless Chromium."""
+"""The whole introduction: its numbers recomputed, and the page from a file in a browser."""
 
 import os
 import re
@@ -8,11 +8,14 @@ import sys
 from pathlib import Path
 from unittest import mock
 
+import jax
+import jax.numpy as jnp
 import numpy as np
 import pytest
 
 # Importing the experiments must not change the devices of the other tests.
 with mock.patch.dict(os.environ, XLA_FLAGS=os.environ.get("XLA_FLAGS", "")):
+    from experiments.introduction import implicit, landscape, plane, sinusoids
     from experiments.introduction import page as pages
 
 pytestmark = [
@@ -124,6 +127,83 @@ def cells(page, table):
 
 def test_the_page_is_small(file):
     assert file.stat().st_size < 2_000_000
+
+
+def test_random_points_recomputed(data, x64):
+    shown, tasks = data["plane"], plane.sample_tasks(jax.random.key(data["seed"]))
+    rng, points = np.random.default_rng(0), plane.grid(shown["side"])
+    for name in plane.ALGORITHMS:
+        for _ in range(3):
+            a, t, s, r, c = (int(rng.integers(n)) for n in pages.unpack(shown["imaml"]).shape[:5])
+            place = (a, t, s, r, c) if name == "imaml" else (a, t, r, c)
+            expected, _ = landscape.arrow(
+                name,
+                points[r, c],
+                tasks,
+                shown["rates"][a],
+                shown["steps"][t],
+                shown["strengths"][s],
+            )
+            found = pages.unpack(shown[name])[place]
+            np.testing.assert_allclose(found, expected, rtol=2e-5, atol=1e-7)
+
+
+def test_runs_follow_the_arrows(data, x64):
+    shown, tasks = data["plane"], plane.sample_tasks(jax.random.key(data["seed"]))
+    theta = jnp.asarray(landscape.starts(plane.Sizes()))[2]
+    for name in plane.ALGORITHMS:
+        place = (1, 2, 1, 2) if name == "imaml" else (1, 2, 2)
+        path = pages.unpack(data["runs"]["paths"][name])[place]
+        np.testing.assert_allclose(path[0], theta, atol=2e-4)
+        end = theta
+        for _ in range(shown["record_every"]):
+            arrow, _ = landscape.arrow(name, end, tasks, 0.2, 4, 0.5)
+            end = end - shown["outer_rate"] * arrow
+        np.testing.assert_allclose(path[1], end, atol=2e-4)
+        assert np.abs(pages.unpack(data["runs"]["paths"][name])).max() < shown["reach"] + 2e-4
+
+
+def test_reports_show_where_the_implicit_gradient_fails(data, x64):
+    inner = {name: pages.unpack(x) for name, x in data["inner"].items() if isinstance(x, dict)}
+    tasks = plane.sample_tasks(jax.random.key(data["seed"]))
+    phi, strength = inner["minimum"][0, 2], data["plane"]["strengths"][2]
+    curved = jax.hessian(plane.valley)(jnp.asarray(phi), tasks.support.targets[implicit.TASK])
+    limit = 2 / (np.linalg.eigvalsh(curved)[-1] + strength)
+    np.testing.assert_allclose(inner["rate_limit"][0, 2], limit, rtol=1e-3)
+    past = np.array(data["inner"]["rates"]) > inner["rate_limit"][..., None]
+    residual = inner["inner_residual"][..., -1]
+    assert past.any() and residual[past].min() > 0.5 and residual[~past].max() < 0.2
+    stopped = inner["min_curvature"] <= 0
+    assert stopped.any() and inner["solve_residual"][stopped].min() > 0.1
+    assert inner["solve_residual"][~stopped].max() < 1e-9
+
+
+def test_sinusoids_are_fitted(data):
+    shown = data["sinusoid"]
+    losses = pages.unpack(shown["losses"])
+    assert pages.unpack(shown["fits"]).shape == (*losses.shape, len(shown["inputs"]))
+    first = losses[:, :, 0]
+    assert (losses[1:, :, -1].mean(1) < 0.1 * first[1:].mean(1)).all()
+    assert losses[0, :, -1].mean() > 0.5 * first[0].mean()  # the fresh one
+    params = sinusoids.NETWORK.init(jax.random.key(data["seed"]), jnp.zeros((1, 1)))
+    outputs = sinusoids.NETWORK.apply(params, jnp.array(shown["points"])[:, None])[:, 0]
+    lowest = np.square(outputs - shown["levels"][0]).mean()
+    np.testing.assert_allclose(first[0, 0], lowest, rtol=1e-4)
+
+
+def test_memory_grows_with_unrolling_only(data):
+    growth = {
+        name: row["bytes"][-1] / row["bytes"][0]
+        for name, row in data["costs"].items()
+        if name != "steps"
+    }
+    assert growth["maml"] > 4 and max(growth[n] for n in ("fomaml", "reptile", "imaml")) < 1.2
+
+
+def test_the_model_plays_well(data):
+    game = data["game"]
+    assert game["accuracy"] - game["ci95"] > 0.8
+    np.testing.assert_allclose(np.sum(game["probabilities"], 1), 1, atol=1e-3)
 
 
 def test_every_slider_moves_by_keyboard(visit, data):
