@@ -275,7 +275,7 @@ def _are_opposite(first: float, second: float) -> bool:
 
 
 def _short(name: str) -> str:
-    return name if len(name) <= 14 else f"{name[:13]}…"
+    return name if len(name) <= 14 else f"{name[:6]}…{name[-7:]}"
 
 
 def _pictures(figure: Any, rows: int, columns: int, tiles: Sequence[tuple]) -> None:
