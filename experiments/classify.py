@@ -218,7 +218,10 @@ def draw(path: Path, support: Images, query: Images, results: dict[str, Any]) ->
         + (f"; {more} more in the table" if more else ""),
         fontsize=9,
     )
-    _pictures(top, rows[0], columns, [(support.pixels[i], support.labels[i], None) for i in first])
+    examples = [
+        (support.pixels[i], _short(name), None) for i, name in zip(first, classes, strict=True)
+    ]
+    _pictures(top, rows[0], columns, examples)
     tiles = []
     for i in range(shown):
         title = f"{_short(results['predicted'][i])}\n{results['probabilities'][i].max():.0%}"
