@@ -206,7 +206,7 @@ panels[1].axhline(1, color="gray", linestyle="--", label="nothing solved")
 _ = panels[1].legend(fontsize=8)
 
 # %% [markdown]
-# For two hundred meta-steps the loss of the two runs is the same. Each point is a mean over twenty
+# For two hundred meta-steps the losses of the two runs are alike. Each point is a mean over twenty
 # meta-steps of ten tasks: one task that diverges is enough to throw it off the scale, and its
 # gradient through the outer optimiser.
 #

@@ -129,9 +129,8 @@ assert error < 1e-6
 # %% [markdown]
 # ## Following it
 #
-# From the best common strength of a grid, Adam moves all forty. Test examples, which neither level
-# has seen, tell what the result is worth: so many strengths can be fitted too well to the
-# validation examples, so that the gain is smaller there.
+# From the best common strength of a grid, Adam moves all forty. So many can be fitted too well to
+# the validation examples; test examples, which neither level has seen, tell what they are worth.
 
 
 # %%
