@@ -11,11 +11,12 @@ VENV := .venv
 PY := $(VENV)/bin/python
 RUN := $(VENV)/.installed-run
 DEV := $(VENV)/.installed-dev
+DOCS := $(VENV)/.installed-docs
 REQUIREMENTS := requirements.txt setup.cfg pyproject.toml
 INSTALL := $(PY) -m pip install --quiet --disable-pip-version-check
 
 .DEFAULT_GOAL := help
-.PHONY: help demo test slow lint format notebooks clean
+.PHONY: help demo test slow lint format notebooks docs clean
 .NOTPARALLEL:
 
 help:  ## list the commands
@@ -39,11 +40,16 @@ format: $(DEV)  ## format the code and mend what ruff can mend
 	$(PY) -m ruff check --fix .
 	$(PY) -m ruff format .
 
-notebooks: $(DEV)  ## run every notebook and store its outputs in place
+notebooks: $(DEV)  ## make every notebook from its source, run it and store its outputs
+	$(VENV)/bin/jupytext --quiet --update --to ipynb notebooks/*.py
 	$(VENV)/bin/jupyter-execute --inplace notebooks/*.ipynb
 
+docs: $(DOCS)  ## build the documentation into docs/_build; warnings are errors
+	$(PY) -m sphinx -q -W --keep-going docs docs/_build/html
+	@echo "Open docs/_build/html/index.html"
+
 clean:  ## remove caches and build outputs (.venv, data and runs stay)
-	rm -rf build dist *.egg-info .pytest_cache .ruff_cache
+	rm -rf build dist docs/_build *.egg-info .pytest_cache .ruff_cache
 	find . -path ./$(VENV) -prune -o -type d \( -name __pycache__ -o -name .ipynb_checkpoints \) \
 	  -exec rm -rf {} +
 
@@ -65,4 +71,9 @@ $(RUN): $(REQUIREMENTS) | $(PY)
 $(DEV): $(REQUIREMENTS) | $(PY)
 	@echo "Installing imaml_jax and its test tools into $(VENV) (a minute or two)"
 	@$(INSTALL) -e '.[dev]'
+	@touch $(RUN) $@
+
+$(DOCS): $(REQUIREMENTS) | $(PY)
+	@echo "Installing imaml_jax and Sphinx into $(VENV) (a minute or two)"
+	@$(INSTALL) -e '.[docs]'
 	@touch $(RUN) $@

@@ -3,7 +3,7 @@
 With weights of its own for each task, `lax.conv` becomes a grouped convolution, which is slow on
 CPUs and a weak path on GPUs; and the derivatives of a patch-and-product written in `jnp` are slow
 scatters and badly laid-out products. So the three bilinear maps that a convolution and its
-derivatives consist of are primitives here, each the transpose of the others:
+derivatives consist of are primitives here, each the transpose of the others::
 
     convolve:    y = x * k
     input_grad:  dx = dy * k^T,   the transpose in x

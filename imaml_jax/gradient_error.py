@@ -2,7 +2,7 @@
 
 At a point `x` the inner gradient `s = grad objective(x)` should be zero, and so should the residual
 `r(x) = grad outer(x) - A(x) u` of the adjoint `u`. A Newton step for each gives to first order what
-is missing, with `H` the objective's Hessian, which `A` is too where no other matrix is chosen:
+is missing, with `H` the objective's Hessian, which `A` is too where no other matrix is chosen::
 
     x* - x = -d,    H d = s;        u* - u = e,    A e = r(x) - Dr(x) d;
 
@@ -139,7 +139,7 @@ def implicit_gradient_bound(
     """A bound on the error of the adjoint, which holds where the constants do.
 
     With `s`, `r` the norms of the two residuals and `m` the strong convexity, `||x - x*|| <= s / m`
-    and
+    and::
 
         ||u - u*|| <= (r + (outer_lipschitz + hessian_lipschitz ||u||) s / m) / m.
 

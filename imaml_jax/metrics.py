@@ -29,7 +29,7 @@ class Calibration(NamedTuple):
     """How far confidences are from the shares of examples that are right, by bins of confidence.
 
     Attributes:
-      ece: expected calibration error, the mean of |accuracy - confidence| over examples.
+      ece: expected calibration error, the mean of `|accuracy - confidence|` over examples.
       mce: maximum calibration error, the largest of a bin that holds an example.
       shares: `[bins]`, of the examples in each bin.
       confidences: `[bins]`, their mean confidences; 0 where there are none.

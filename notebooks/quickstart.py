@@ -13,17 +13,25 @@
 # %% [markdown]
 # # Quickstart
 #
-# Install the library and a notebook server first. In a clone of the repository:
+# [![Open in Colab][badge]](https://colab.research.google.com/)
 #
-#     pip install -r requirements.txt jupyterlab
-#     pip install -e .
+# A task; adaptation to it; a meta-gradient and a check that it is exact; a short training run; and
+# the same machinery on a problem that is not few-shot learning. Nothing is downloaded: the images
+# are characters rendered from fonts that matplotlib ships, which takes some seconds the first time.
 #
-# (`jax[cuda12]` or `jax[cuda13]` in the first line for an NVIDIA GPU.) This notebook needs no
-# download: its images are characters rendered from fonts that matplotlib ships, which takes some
-# seconds the first time.
-#
-# What follows: a task; adaptation to it; a meta-gradient and a check that it is exact; a short
-# training run; and the same machinery on a problem that is not few-shot learning.
+# [badge]: https://colab.research.google.com/assets/colab-badge.svg
+
+# %%
+# Where imaml_jax is missing, pip install it: from the clone around this notebook or, in Colab, from
+# an archive of the clone uploaded beside it (git archive --output imaml_jax.zip HEAD).
+import importlib.util
+from pathlib import Path
+
+from IPython import get_ipython
+
+if importlib.util.find_spec("imaml_jax") is None:
+    source = ".." if Path("../setup.cfg").exists() else "imaml_jax.zip"
+    get_ipython().run_line_magic("pip", f"install --quiet {source}")
 
 # %%
 import jax

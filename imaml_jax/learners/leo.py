@@ -50,7 +50,7 @@ def leo(
 ) -> MetaLearner:
     """Latent embedding optimization: gradient steps on the code from which weights are decoded.
 
-    For the `K` support features `x` of each of `N` classes, no layer with a bias:
+    For the `K` support features `x` of each of `N` classes, no layer with a bias::
 
         (m, u)_c = mean over the class's x and over all x' of relation(encoder x, encoder x')
         z        ~ N(m, s(u, 0)),     K codes a class,   s(u, o) = max(exp(u) - 1 + o, 1e-10)
@@ -58,7 +58,7 @@ def leo(
         z        <- z - a * dL/dz,    w <- w - b * dL/dw,     L the sum of the support losses
 
     The logits of `x` are its products with `w`, averaged over the K copies. Both rates, one for
-    each entry, are learned with the rest, by the exact derivative through all steps, of
+    each entry, are learned with the rest, by the exact derivative through all steps, of::
 
         query loss + kl_weight KL(z) + encoder_penalty mean (stop(z') - z)^2
                    + l2_penalty/2 |weights|^2 + orthogonality_penalty mean (C - I)^2,

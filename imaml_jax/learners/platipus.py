@@ -70,7 +70,7 @@ def platipus(
     """MAML with a learned distribution of the initialisation: samples of it are adapted.
 
     In training the initialisations come from a posterior that sees the query set, which a prior
-    that sees the support set only is drawn towards; at test they come from that prior:
+    that sees the support set only is drawn towards; at test they come from that prior::
 
         q = N(mu - gamma_q grad L^query(mu), v_q),  p = N(mu - gamma_p grad L^support(mu), sigma^2)
         loss = E_{theta ~ q} L^query(U(theta, support)) + kl_weight KL(q || p)

@@ -1,0 +1,106 @@
+"""The documentation names what exists, and builds without a warning."""
+
+import contextlib
+import dataclasses
+import importlib
+import importlib.util
+import re
+import runpy
+import shlex
+import subprocess
+import sys
+import typing
+from pathlib import Path
+
+import pytest
+
+import imaml_jax
+
+ROOT = Path(__file__).resolve().parents[1]
+DOCS = ROOT / "docs"
+PAGES = sorted(path for path in DOCS.rglob("*.md") if "_build" not in path.parts)
+PAPERS = (DOCS / "paper_to_code.md").read_text(encoding="utf-8")
+NAMES = sorted(set(re.findall(r"\{py:obj\}`([^`]*)`", PAPERS)))
+COMMANDS = sorted(set(re.findall(r"`(python -m [^`]*)`", PAPERS)))
+
+
+def documented_modules():
+    pages = "".join(path.read_text(encoding="utf-8") for path in (DOCS / "reference").glob("*.rst"))
+    return re.findall(r"^\.\. automodule:: (\S+)$", pages, re.MULTILINE)
+
+
+def test_the_settings_load(monkeypatch):
+    monkeypatch.setattr(sys, "path", list(sys.path))
+    settings = runpy.run_path(str(DOCS / "conf.py"))
+    assert settings["release"] == imaml_jax.__version__
+    assert settings["nb_execution_mode"] == "off"
+    assert not [name for name in settings["extensions"] if "intersphinx" in name]
+
+
+def test_every_page_has_its_place():
+    index = (DOCS / "index.md").read_text(encoding="utf-8")
+    trees = re.findall(r"```\{toctree\}\n(.*?)```", index, re.DOTALL)
+    entries = [line for tree in trees for line in tree.splitlines() if line and line[0] != ":"]
+    found = [path for entry in entries for path in DOCS.glob(entry + ".*")]
+    pages = {*PAGES, *DOCS.rglob("*.rst"), *(DOCS / "notebooks").glob("*.ipynb")}
+    missing = pages - {DOCS / "index.md"} - set(found)
+    assert not missing, f"name them in docs/index.md: {sorted(map(str, missing))}"
+
+
+@pytest.mark.parametrize("path", PAGES, ids=lambda path: path.stem)
+def test_an_included_section_is_there_once(path):
+    page = path.read_text(encoding="utf-8")
+    for source in re.findall(r"\{include\} (\S+)", page):
+        lines = (path.parent / source).read_text(encoding="utf-8").splitlines()
+        for marker in re.findall(r':(?:start-after|end-before): "(.*)"', page):
+            assert lines.count(marker) == 1, f"{marker!r} in {source}"
+
+
+def test_every_module_is_in_the_reference_once():
+    package = ROOT / "imaml_jax"
+    paths = [path for path in package.rglob("*.py") if path.stem != "__init__"]
+    modules = [".".join(path.relative_to(ROOT).with_suffix("").parts) for path in paths]
+    assert sorted(documented_modules()) == sorted(modules), "see docs/reference"
+
+
+@pytest.mark.parametrize("name", NAMES)
+def test_a_name_of_the_papers_page_exists(name):
+    parts = name.split(".")
+    for length in range(len(parts), 0, -1):  # a module, of which a package may hide the name
+        with contextlib.suppress(ModuleNotFoundError):
+            found = importlib.import_module(".".join(parts[:length]))
+            break
+    for part in parts[length:]:
+        found = getattr(found, part)
+
+
+@pytest.mark.parametrize("command", COMMANDS)
+def test_a_command_of_the_papers_page_exists(command):
+    _, _, module, *arguments = shlex.split(command)
+    assert importlib.util.find_spec(module), module
+    config = importlib.import_module(module).Config
+    types = typing.get_type_hints(config)
+    fields = {field.name for field in dataclasses.fields(config)}
+    for option, value in zip(arguments[::2], arguments[1::2], strict=True):
+        name = option.removeprefix("--").replace("-", "_")
+        assert name in fields, option
+        allowed = typing.get_args(types[name])
+        if typing.get_origin(types[name]) is typing.Literal:
+            assert value in map(str, allowed), f"{option} {value}: {allowed}"
+
+
+def test_the_papers_page_is_read():
+    assert len(NAMES) > 30 and len(COMMANDS) > 10
+
+
+@pytest.mark.slow
+def test_the_documentation_builds_without_a_warning(tmp_path):
+    for package in ("sphinx", "myst_nb", "furo"):
+        pytest.importorskip(package, reason="pip install -e .[docs]")
+    html = tmp_path / "html"
+    command = [sys.executable, "-m", "sphinx", "-q", "-W", "--keep-going", str(DOCS), str(html)]
+    done = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, timeout=900)
+    assert done.returncode == 0, done.stderr
+    assert not re.search(r"<script[^>]*src=.https?:", (html / "index.html").read_text("utf-8"))
+    page = (html / "notebooks" / "hyperparameters.html").read_text("utf-8")
+    assert "<math" in page
