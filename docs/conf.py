@@ -25,7 +25,9 @@ pygments_style, pygments_dark_style = "friendly", "monokai"
 myst_enable_extensions = ["dollarmath"]
 myst_heading_anchors = 3
 nb_execution_mode = "off"
-nitpick_ignore_regex = [("myst", r"(\.\./)*experiments/results(/\w+)?")]  # README names these folders
+nitpick_ignore_regex = [
+    ("myst", r"(\.\./)*experiments/results(/\w+)?")
+]  # README names these folders
 suppress_warnings = ["myst.header"]  # a section of the README may begin at its third level
 
 add_module_names = False

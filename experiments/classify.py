@@ -22,6 +22,7 @@ from experiments import common
 from imaml_jax import build, model_file, plots
 from imaml_jax.data import images, listings, own
 from imaml_jax.data.archives import DataError
+from imaml_jax.data.episodes import to_unit
 from imaml_jax.model_file import Description
 from imaml_jax.types import Batch
 
@@ -161,9 +162,9 @@ def classify(
         protocol = model_file.independent(protocol)
     learner = build.build_learner(protocol, model.description.ways)
     labels = jnp.array([classes.index(label) for label in support.labels if label], jnp.int32)
-    batch = Batch(_to_unit(support.pixels, protocol.invert), labels)
+    batch = Batch(to_unit(jnp.asarray(support.pixels), protocol.invert), labels)
     adapted, _ = jax.jit(learner.adapt)(model.meta_params, batch, jax.random.key(0))
-    inputs = _to_unit(query.pixels, protocol.invert)
+    inputs = to_unit(jnp.asarray(query.pixels), protocol.invert)
     block = len(inputs) if together else min(_BLOCK, len(inputs))
     predict = jax.jit(lambda adapted, x: jax.nn.softmax(learner.predict(adapted, x)))
     missing = -len(inputs) % block  # filled up, so that one program serves all blocks
@@ -175,7 +176,7 @@ def classify(
 def look_inverted(model: Description, support: Images, query: Images) -> str | None:
     """A warning where dark and light look turned round against the training images."""
     invert, trained = model.protocol.invert, model.brightness
-    shown, asked = (float(_to_unit(x.pixels, invert).mean()) for x in (support, query))
+    shown, asked = (float(to_unit(jnp.asarray(x.pixels), invert).mean()) for x in (support, query))
     odd = [n for n, x in (("support", shown), ("query", asked)) if _are_opposite(x, trained)]
     if not odd and _are_opposite(shown, asked):
         odd = ["query"]
@@ -265,12 +266,6 @@ def _read(folder: Path, sources: Sequence[tuple[str | None, Any]], model: Descri
 
 def _inverted(found: Images, invert: bool) -> Images:
     return found._replace(pixels=255 - found.pixels) if invert else found
-
-
-def _to_unit(pixels: np.ndarray, invert: bool) -> jax.Array:
-    """As `episodes.sample_tasks` makes them for training."""
-    inputs = jnp.asarray(pixels).astype(jnp.float32) / 255
-    return 1 - inputs if invert else inputs
 
 
 def _are_opposite(first: float, second: float) -> bool:

@@ -187,7 +187,7 @@ def batches(
         if flips:
             mirrored = jax.random.bernoulli(flip_key, shape=(batch_size, 1, 1, 1))
             images = jnp.where(mirrored, images[:, :, ::-1], images)
-        batch = Batch(_scale(images)[None], labels[None])
+        batch = Batch(episodes.to_unit(images)[None], labels[None])
         return Task(batch, batch)
 
     return sample
@@ -207,7 +207,7 @@ def embedder(
 
     @jax.jit
     def embed_block(params, reference, images):
-        inputs = _scale(jnp.concatenate([reference, images]))
+        inputs = episodes.to_unit(jnp.concatenate([reference, images]))
         return features(params, inputs, statistics_weights=weights)[len(reference) :]
 
     def embed(dataset):
@@ -272,10 +272,6 @@ def _gather(dataset: episodes.Dataset, indices: jax.Array) -> jax.Array:
     if isinstance(dataset.images, episodes.HostImages):
         return dataset.images.take(indices)
     return jnp.take(dataset.images, indices, axis=0, mode="clip")
-
-
-def _scale(images: jax.Array) -> jax.Array:
-    return images.astype(jnp.float32) / 255
 
 
 def _crop(key: jax.Array, images: jax.Array) -> jax.Array:

@@ -245,7 +245,7 @@ def sample_tasks(
             images = jnp.take(dataset.images, indices, axis=0, mode="clip")
         if rotations is not None:
             images = _rotate(images, jnp.repeat(turns, n, axis=1, total_repeat_length=ways * n))
-        images = _to_unit(images, invert)
+        images = to_unit(images, invert)
         return jnp.where(_expand(enough, images.ndim), images, jnp.float32(jnp.nan))
 
     def batch(indices):
@@ -292,11 +292,22 @@ def _rotate(images: Array, turns: Array) -> Array:
     return jnp.select([turns == k for k in range(3)], options[:3], options[3])
 
 
-def _to_unit(images: Array, invert: bool) -> Array:
+def to_unit(images: Array, invert: bool = False) -> Array:
+    """Images as the networks take them: float32, integers scaled to [0, 1] by their largest value.
+
+    A product, since compilers make one of a division, and not all of them and not everywhere.
+
+    Args:
+      images: of any shape.
+      invert: whether to turn dark and light round.
+
+    Returns:
+      float32, of the same shape.
+    """
+    scaled = images.astype(jnp.float32)
     if jnp.issubdtype(images.dtype, jnp.integer):
-        images = images.astype(jnp.float32) / jnp.float32(jnp.iinfo(images.dtype).max)
-    images = images.astype(jnp.float32)
-    return 1.0 - images if invert else images
+        scaled = scaled * jnp.float32(1 / jnp.iinfo(images.dtype).max)
+    return 1.0 - scaled if invert else scaled
 
 
 def _expand(x: Array, ndim: int) -> Array:
