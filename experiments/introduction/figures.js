@@ -37,7 +37,8 @@ function makeGame() {
       button.querySelector("i").style.width = `${100 * chances[i]}%`;
     });
     const chance = `${(100 * chances[model]).toFixed(0)}%`;
-    byId("game-verdict").textContent = `${guess === right ? "Yes" : `No, it is ${right + 1}`}. ` +
+    byId("game-verdict").textContent =
+      `${guess === right ? "Yes" : `No, it is ${right + 1}`}. ` +
       `The model says ${model + 1}, with probability ${chance}${model === right ? "" : ", and is wrong"}.`;
     byId("game-score").textContent = `You ${score.you}, model ${score.model}, of ${score.played}`;
   }
@@ -67,24 +68,34 @@ function makeSinusoid() {
   const names = { none: "fresh", maml: "MAML", imaml: "iMAML" };
   const dashes = { none: "2 6", maml: "", imaml: "10 5" };
   const plot = new Plot("sinusoid-plot", { x: [-5, 5], y: [-6, 6], pad: [28, 14, 44, 40] });
-  plot.axes([-4, -2, 0, 2, 4], [-6, -4, -2, 0, 2, 4, 6], "x", "", (t) => String(t).replace("-", "−"));
+  plot.axes([-4, -2, 0, 2, 4], [-6, -4, -2, 0, 2, 4, 6], "x", "", (t) =>
+    String(t).replace("-", "−"),
+  );
   plot.legend(names, dashes);
   const knobs = S.points.map((x, k) => {
     const knob = handle(plot, `Support point at x = ${x}; up and down keys move it`);
-    draggable(plot, knob,
+    draggable(
+      plot,
+      knob,
       (_, y) => set({ [`level${k}`]: nearest(S.levels, y) }),
-      (_, dy) => set({ [`level${k}`]: clamp(state[`level${k}`] + dy, S.levels.length) }));
+      (_, dy) => set({ [`level${k}`]: clamp(state[`level${k}`] + dy, S.levels.length) }),
+    );
     return knob;
   });
   byId("level-count").textContent = S.levels.length;
   byId("input-count").textContent = S.inputs.length;
-  const chosenSet = () => S.points.reduce((sum, _, k) => sum * S.levels.length + state[`level${k}`], 0);
+  const chosenSet = () =>
+    S.points.reduce((sum, _, k) => sum * S.levels.length + state[`level${k}`], 0);
   return () => {
     plot.clear();
     const index = chosenSet();
     kinds.forEach((kind, i) => {
       const curve = lookup(S.fits, i, index, state.fitSteps);
-      plot.line([...curve].map((y, n) => [S.inputs[n], y]), kind, { "stroke-dasharray": dashes[kind] });
+      plot.line(
+        [...curve].map((y, n) => [S.inputs[n], y]),
+        kind,
+        { "stroke-dasharray": dashes[kind] },
+      );
     });
     knobs.forEach((knob, k) => {
       const y = S.levels[state[`level${k}`]];
@@ -92,8 +103,12 @@ function makeSinusoid() {
       knob.setAttribute("aria-valuetext", String(y));
       knob.setAttribute("aria-valuenow", y);
     });
-    byId("sinusoid-report").textContent = `Mean squared error on the three points after ${state.fitSteps} steps: ` +
-      kinds.map((kind, i) => `${names[kind]} ${format(lookup(S.losses, i, index, state.fitSteps))}`).join(", ") + ".";
+    byId("sinusoid-report").textContent =
+      `Mean squared error on the three points after ${state.fitSteps} steps: ` +
+      kinds
+        .map((kind, i) => `${names[kind]} ${format(lookup(S.losses, i, index, state.fitSteps))}`)
+        .join(", ") +
+      ".";
   };
 }
 
@@ -101,40 +116,72 @@ function makeCosts() {
   const C = data.costs;
   const kinds = ["maml", "maml_recomputed", "fomaml", "reptile", "imaml"];
   const last = C.steps[C.steps.length - 1];
-  const panels = [["memory-plot", "bytes", 1 / 1024, "memory, KiB"], ["time-plot", "seconds", 1e3, "time, ms"]];
+  const panels = [
+    ["memory-plot", "bytes", 1 / 1024, "memory, KiB"],
+    ["time-plot", "seconds", 1e3, "time, ms"],
+  ];
   const plots = panels.map(([id, field, scale, title]) => {
     const top = 1.08 * scale * Math.max(...kinds.flatMap((kind) => C[kind][field]));
     const unit = 10 ** Math.floor(Math.log10(top));
-    const step = [1, 2, 5].map((m) => m * unit / 2).find((u) => top / u <= 6) || unit * 5;
-    const plot = new Plot(id, { x: [0, last], y: [0, top], pad: [28, 12, 44, 52] });
+    const step = [1, 2, 5].map((m) => (m * unit) / 2).find((u) => top / u <= 6) || unit * 5;
+    const plot = new Plot(id, { x: [0, 1.03 * last], y: [0, top], pad: [28, 12, 44, 52] });
     const ticks = range(Math.floor(top / step) + 1).map((i) => +(i * step).toPrecision(3));
     plot.axes([0, ...C.steps], ticks, "inner steps", title);
     return plot;
   });
-  const dashes = { maml: "", maml_recomputed: "9 5", fomaml: "2 5", reptile: "12 4 2 4", imaml: "" };
+  const dashes = {
+    maml: "",
+    maml_recomputed: "9 5",
+    fomaml: "2 5",
+    reptile: "12 4 2 4",
+    imaml: "",
+  };
   return () => {
     panels.forEach(([, field, scale], p) => {
       const plot = plots[p];
       plot.clear();
       const x = plot.x(chosen("costSteps"));
-      element(plot.layer, "line", { class: "cursor", x1: x, x2: x, y1: plot.top, y2: plot.height - plot.bottom });
+      element(plot.layer, "line", {
+        class: "cursor",
+        x1: x,
+        x2: x,
+        y1: plot.top,
+        y2: plot.height - plot.bottom,
+      });
       for (const kind of kinds) {
-        plot.line(C.steps.map((t, i) => [t, scale * C[kind][field][i]]), kind, { "stroke-dasharray": dashes[kind] });
+        plot.line(
+          C.steps.map((t, i) => [t, scale * C[kind][field][i]]),
+          kind,
+          { "stroke-dasharray": dashes[kind] },
+        );
         const group = element(plot.layer, "g", { class: kind });
-        C.steps.forEach((t, i) => group.append(plot.dot([t, scale * C[kind][field][i]], "mark", 3.5)));
+        C.steps.forEach((t, i) =>
+          group.append(plot.dot([t, scale * C[kind][field][i]], "mark", 3.5)),
+        );
       }
     });
-    const line = (kind) => `<svg viewBox="0 0 34 10" style="display:inline-block;width:34px;margin-right:8px"
+    const line = (
+      kind,
+    ) => `<svg viewBox="0 0 34 10" style="display:inline-block;width:34px;margin-right:8px"
       aria-hidden="true"><g class="${kind}"><line class="line" x1="2" x2="32" y1="6" y2="6"
       stroke-dasharray="${dashes[kind]}"/></g></svg>`;
     const i = state.costSteps;
-    fillTable("costs-table", kinds.map((kind) => [kind, line(kind) + NAMES[kind].replace(" ÷ αT", ""),
-      format(C[kind].bytes[i] / 1024), format(1e3 * C[kind].seconds[i])]));
+    fillTable(
+      "costs-table",
+      kinds.map((kind) => [
+        kind,
+        line(kind) + NAMES[kind].replace(" ÷ αT", ""),
+        format(C[kind].bytes[i] / 1024),
+        format(1e3 * C[kind].seconds[i]),
+      ]),
+    );
   };
 }
 
 /* Called from the top: state first, then each figure, then the words around them. */
-data.sinusoid.points.forEach((_, k) => { state[`level${k}`] = [1, 3, 0][k % 3]; });
+data.sinusoid.points.forEach((_, k) => {
+  state[`level${k}`] = [1, 3, 0][k % 3];
+});
 makeSliders();
 makeGame();
 figure(["objective", "rate", "steps", "strength", "row", "column"], makeLandscape());
@@ -147,7 +194,8 @@ figure(["costSteps"], makeCosts());
 figures.forEach((each) => each.draw());
 showCalls();
 
-byId("byline").textContent = `Every arrow, contour and curve was computed by imaml_jax ${data.versions.imaml_jax} ` +
+byId("byline").textContent =
+  `Every arrow, contour and curve was computed by imaml_jax ${data.versions.imaml_jax} ` +
   `(seed ${data.seed}); the page looks them up. Drag what is blue, or use the arrow keys.`;
 byId("meta-steps").textContent = P.meta_steps;
 byId("reach").textContent = P.reach;

@@ -12,7 +12,10 @@ function makeInner() {
     drawContours(plot, lookup(P.task_losses, E.task));
     const solutions = P.strengths.map((_, k) => [...lookup(E.minimum, i, k)]);
     const minimum = pairs(lookup(P.support_centres))[E.task];
-    plot.line([minimum, ...solutions, theta], "inner-path", { "stroke-dasharray": "1 5", "stroke-linecap": "round" });
+    plot.line([minimum, ...solutions, theta], "inner-path", {
+      "stroke-dasharray": "1 5",
+      "stroke-linecap": "round",
+    });
     solutions.forEach((point, k) => plot.dot(point, k === s ? "dot" : "ring", k === s ? 6 : 4));
     plot.dot(minimum, "dot", 3);
     const path = pairs(lookup(E.paths, i, s, a)).slice(0, chosen("innerSteps") + 1);
@@ -38,39 +41,61 @@ function makeInner() {
       ["inner_residual", "inner residual, reported", format(residual)],
       ["solve_residual", "solve residual, reported", format(solve)],
       ["min_curvature", "smallest curvature, reported", format(curvature)],
-      ["angle", "true error, angle", `${off.angle.toFixed(1)}°`],
+      ["angle", "true error, angle", off.length > 0 ? `${off.angle.toFixed(1)}°` : "no direction"],
       ["length", "true error, length", percent(off.ratio)],
     ]);
     const rate = chosen("innerRate");
-    byId("inner-status").textContent = curvature <= 0
-      ? "Not to be trusted: the curvature that the solver met is not positive, so it stopped. This point is no minimum; take more steps, or a stronger spring."
-      : rate > limit && residual > RESIDUAL_LIMIT
-        ? "Not to be trusted: the rate is past the limit and the inner residual does not fall. Lower the rate."
-        : residual > RESIDUAL_LIMIT
-          ? "Not there yet: the inner residual is above 0.01. Take more steps."
-          : "The reports are in order: stationary, solved, a minimum. What error is left comes from the inner residual.";
+    byId("inner-status").textContent =
+      curvature <= 0
+        ? "Not to be trusted: the curvature that the solver met is not positive, so it stopped. " +
+          "This point is no minimum; take more steps, or a stronger spring."
+        : rate > limit && residual > RESIDUAL_LIMIT
+          ? "Not to be trusted: the rate is past the limit and the inner residual does not fall. " +
+            "Lower the rate."
+          : residual > RESIDUAL_LIMIT
+            ? "Not there yet: the inner residual is above 0.01. Take more steps."
+            : "The reports are in order: stationary, solved, a minimum. " +
+              "What error is left comes from the inner residual.";
   };
 }
 
 function makeSolver() {
   const E = data.solver;
   const most = E.error.shape[2];
-  const plot = new Plot("solver-plot", { x: [1, most], y: [1e-8, 10], logY: true, pad: [52, 20, 44, 62] });
+  const plot = new Plot("solver-plot", {
+    x: [1, most],
+    y: [1e-8, 10],
+    logY: true,
+    pad: [52, 20, 44, 62],
+  });
   const names = { imaml: "error", maml: "inner residual", reptile: "solve residual" };
   const dashes = { imaml: "", maml: "9 5", reptile: "2 5" };
   const powers = [-8, -6, -4, -2, 0];
-  plot.axes([1, 5, 10, 15, 20].filter((k) => k <= most), powers.map((p) => 10 ** p), "CG steps",
-    "relative size", (v) => (Number.isInteger(v) ? String(v) : `1e${Math.round(Math.log10(v))}`.replace("-", "−")));
+  plot.axes(
+    [1, 5, 10, 15, 20].filter((k) => k <= most),
+    powers.map((p) => 10 ** p),
+    "CG steps",
+    "relative size",
+    (v) => (Number.isInteger(v) ? String(v) : `1e${Math.round(Math.log10(v))}`.replace("-", "−")),
+  );
   plot.legend(names, dashes);
   return () => {
     const [c, t, k] = [state.condition, state.descentSteps, state.cgSteps];
     const points = (values) => [...values].map((y, i) => [i + 1, Math.max(y, 1e-8)]);
     plot.clear();
     const x = plot.x(k + 1);
-    element(plot.layer, "line", { class: "cursor", x1: x, x2: x, y1: plot.top, y2: plot.height - plot.bottom });
+    element(plot.layer, "line", {
+      class: "cursor",
+      x1: x,
+      x2: x,
+      y1: plot.top,
+      y2: plot.height - plot.bottom,
+    });
     const residual = lookup(E.inner_residual, c, t);
     plot.line(points(range(most).map(() => residual)), "maml", { "stroke-dasharray": dashes.maml });
-    plot.line(points(lookup(E.solve_residual, c, t)), "reptile", { "stroke-dasharray": dashes.reptile });
+    plot.line(points(lookup(E.solve_residual, c, t)), "reptile", {
+      "stroke-dasharray": dashes.reptile,
+    });
     plot.line(points(lookup(E.error, c, t)), "imaml");
     byId("solver-report").textContent =
       `After ${chosen("descentSteps")} inner and ${k + 1} CG steps: error ${format(lookup(E.error, c, t, k))}; ` +

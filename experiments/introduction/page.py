@@ -11,7 +11,7 @@ import numpy as np
 from imaml_jax.workdir import write_whole
 
 _FOLDER = Path(__file__).parent
-_SCRIPTS = ("draw.js", "plane.js", "implicit.js", "figures.js")
+_SCRIPTS = ("state.js", "plot.js", "plane.js", "implicit.js", "figures.js")
 
 
 def pack(array: Any, scale: float | None = None) -> dict[str, Any]:

@@ -23,8 +23,14 @@ function drawContours(plot, values) {
       const at = (k) => -P.extent + (2 * P.extent * k) / (fineSide - 1);
       return `${plot.x(at(c)).toFixed(1)},${plot.y(at(r)).toFixed(1)}`;
     };
-    const d = contour(values, fineSide, level).map(([a, b]) => `M${place(a)}L${place(b)}`).join("");
-    element(plot.contours, "path", { class: "contour", d, "stroke-opacity": (0.95 - 0.055 * i).toFixed(2) });
+    const d = contour(values, fineSide, level)
+      .map(([a, b]) => `M${place(a)}L${place(b)}`)
+      .join("");
+    element(plot.contours, "path", {
+      class: "contour",
+      d,
+      "stroke-opacity": (0.95 - 0.055 * i).toFixed(2),
+    });
   });
 }
 
@@ -54,20 +60,29 @@ function compare([x, y], [u, v]) {
   const angle = (Math.abs(Math.atan2(u * y - v * x, u * x + v * y)) * 180) / Math.PI;
   return { length, angle, ratio: length / reference - 1 };
 }
-const percent = (x) => (Math.abs(x) < 5e-4 ? "0.0%" : Math.abs(x) > 99 ? `×${format(x + 1)}`
-  : `${x > 0 ? "+" : "−"}${(100 * Math.abs(x)).toFixed(Math.abs(x) < 1 ? 1 : 0)}%`);
+const percent = (x) =>
+  Math.abs(x) < 5e-4
+    ? "0.0%"
+    : Math.abs(x) > 99
+      ? `×${format(x + 1)}`
+      : `${x > 0 ? "+" : "−"}${(100 * Math.abs(x)).toFixed(Math.abs(x) < 1 ? 1 : 0)}%`;
 
 function contourLoss() {
-  return state.objective === "unrolled" ? lookup(P.unrolled_loss, state.rate, state.steps)
+  return state.objective === "unrolled"
+    ? lookup(P.unrolled_loss, state.rate, state.steps)
     : lookup(P.implicit_loss, state.strength);
 }
 
 function makeLandscape() {
   const plot = planePlot("landscape-plot");
   const knob = handle(plot, "Meta-parameters θ; arrow keys move it");
-  draggable(plot, knob,
+  draggable(
+    plot,
+    knob,
     (x, y) => set({ column: nearest(axis, x), row: nearest(axis, y) }),
-    (dx, dy) => set({ column: clamp(state.column + dx, P.side), row: clamp(state.row + dy, P.side) }));
+    (dx, dy) =>
+      set({ column: clamp(state.column + dx, P.side), row: clamp(state.row + dy, P.side) }),
+  );
   return () => {
     const theta = [chosen("column"), chosen("row")];
     const [r, c] = [state.row, state.column];
@@ -92,12 +107,22 @@ function makeLandscape() {
     knob.setAttribute("aria-valuetext", theta.map(coordinate).join(", "));
     const rows = KINDS.map((kind) => {
       const off = compare(arrows[kind], arrows.exact);
-      return [kind, `${TAGS[kind]}  ${NAMES[kind]}`, format(off.length), `${off.angle.toFixed(1)}°`, percent(off.ratio)];
+      return [
+        kind,
+        `${TAGS[kind]}  ${NAMES[kind]}`,
+        format(off.length),
+        `${off.angle.toFixed(1)}°`,
+        percent(off.ratio),
+      ];
     });
     rows.push(["exact", "exact (dotted)", format(Math.hypot(...arrows.exact)), "", ""]);
     fillTable("landscape-table", rows);
-    const loss = lookup(unrolled ? P.unrolled_loss : P.implicit_loss,
-      ...(unrolled ? [state.rate, state.steps] : [state.strength]), 2 * r, 2 * c);
+    const loss = lookup(
+      unrolled ? P.unrolled_loss : P.implicit_loss,
+      ...(unrolled ? [state.rate, state.steps] : [state.strength]),
+      2 * r,
+      2 * c,
+    );
     const at = [state.rate, state.steps, state.strength, r, c];
     byId("landscape-report").textContent =
       `Loss at θ ${format(loss)}. iMAML reports an inner residual of ` +
@@ -115,29 +140,61 @@ function makeCurves() {
     const unit = [0.1, 0.2, 0.5, 1, 2].find((u) => top / u <= 5) || 5;
     plot.domainY = [0, Math.ceil(top / unit) * unit];
     const ticks = range(Math.round(plot.domainY[1] / unit) + 1).map((i) => +(i * unit).toFixed(1));
-    plot.axes(range(last / 4 + 1).map((i) => 4 * i), ticks, "inner steps", "query loss");
+    plot.axes(
+      range(last / 4 + 1).map((i) => 4 * i),
+      ticks,
+      "inner steps",
+      "query loss",
+    );
     plot.clear();
     const x = plot.x(chosen("steps"));
-    element(plot.layer, "line", { class: "cursor", x1: x, x2: x, y1: plot.top, y2: plot.height - plot.bottom });
+    element(plot.layer, "line", {
+      class: "cursor",
+      x1: x,
+      x2: x,
+      y1: plot.top,
+      y2: plot.height - plot.bottom,
+    });
     const dashes = ["", "9 5", "2 5"];
-    const labels = curves.map((curve, a) => ({ a, y: plot.y(curve[last]) })).sort((p, q) => p.y - q.y);
+    const labels = curves
+      .map((curve, a) => ({ a, y: plot.y(curve[last]) }))
+      .sort((p, q) => p.y - q.y);
     let free = plot.height - plot.bottom - 4;
-    labels.reverse().forEach((label) => { label.y = Math.min(label.y, free); free = label.y - 17; });
+    labels.reverse().forEach((label) => {
+      label.y = Math.min(label.y, free);
+      free = label.y - 17;
+    });
     const kinds = ["maml", "imaml", "maml_recomputed"];
     curves.forEach((curve, a) => {
-      plot.line([...curve].map((y, t) => [t, y]), kinds[a % 3], { "stroke-dasharray": dashes[a % 3] });
-      element(plot.layer, "g", { class: kinds[a % 3] }).append(plot.dot([chosen("steps"), curve[chosen("steps")]], "mark", 5));
+      plot.line(
+        [...curve].map((y, t) => [t, y]),
+        kinds[a % 3],
+        { "stroke-dasharray": dashes[a % 3] },
+      );
+      element(plot.layer, "g", { class: kinds[a % 3] }).append(
+        plot.dot([chosen("steps"), curve[chosen("steps")]], "mark", 5),
+      );
     });
     labels.forEach(({ a, y }) => plot.text(plot.width - plot.right + 8, y + 4, `α ${P.rates[a]}`));
-    byId("curves-report").textContent = `θ = (${coordinate(chosen("column"))}, ${coordinate(chosen("row"))}), ` +
+    byId("curves-report").textContent =
+      `θ = (${coordinate(chosen("column"))}, ${coordinate(chosen("row"))}), ` +
       `after ${chosen("steps")} steps: ` +
-      curves.map((curve, a) => `${format(curve[chosen("steps")])} at α ${P.rates[a]}`).join(", ") + ".";
+      curves.map((curve, a) => `${format(curve[chosen("steps")])} at α ${P.rates[a]}`).join(", ") +
+      ".";
   };
 }
 
 function pathOf(kind) {
-  const index = [state.rate, state.steps, ...(kind === "imaml" ? [state.strength] : []), state.start];
-  return { path: pairs(lookup(data.runs.paths[kind], ...index)), loss: lookup(data.runs.losses[kind], ...index) };
+  const index = [
+    state.rate,
+    state.steps,
+    ...(kind === "imaml" ? [state.strength] : []),
+    state.start,
+  ];
+  return {
+    path: pairs(lookup(data.runs.paths[kind], ...index)),
+    loss: lookup(data.runs.losses[kind], ...index),
+  };
 }
 
 function makeRuns() {
@@ -145,8 +202,10 @@ function makeRuns() {
   const first = (i) => pairs(lookup(data.runs.paths.maml, 0, 0, i))[0];
   const starts = range(P.starts_side ** 2).map((i) => {
     const [x, y] = first(i);
-    const spot = element(plot.over, "g", { style: "cursor:pointer",
-      transform: `translate(${plot.x(x)},${plot.y(y)})` });
+    const spot = element(plot.over, "g", {
+      style: "cursor:pointer",
+      transform: `translate(${plot.x(x)},${plot.y(y)})`,
+    });
     element(spot, "circle", { r: 16, fill: "transparent" });
     spot.addEventListener("click", () => set({ start: i }));
     return element(spot, "circle", { class: "ring", r: 5 });
@@ -160,11 +219,20 @@ function makeRuns() {
       const { path, loss } = pathOf(kind);
       plot.line(path, kind);
       const group = element(plot.layer, "g", { class: kind });
-      path.forEach((point, i) => group.append(plot.dot(point, "mark", i === path.length - 1 ? 6 : 2.6)));
+      path.forEach((point, i) =>
+        group.append(plot.dot(point, "mark", i === path.length - 1 ? 6 : 2.6)),
+      );
       const [x, y] = path[path.length - 1];
       const away = Math.max(Math.abs(x), Math.abs(y)) > P.extent ? " ↗" : "";
-      element(plot.words, "g", { class: kind }).append(plot.text(plot.x(x) + 10, plot.y(y) - 8, TAGS[kind], "tag"));
-      return [kind, `${TAGS[kind]}  ${NAMES[kind]}`, `${coordinate(x)}, ${coordinate(y)}${away}`, format(loss)];
+      element(plot.words, "g", { class: kind }).append(
+        plot.text(plot.x(x) + 10, plot.y(y) - 8, TAGS[kind], "tag"),
+      );
+      return [
+        kind,
+        `${TAGS[kind]}  ${NAMES[kind]}`,
+        `${coordinate(x)}, ${coordinate(y)}${away}`,
+        format(loss),
+      ];
     });
     fillTable("runs-table", rows);
   };
