@@ -26,7 +26,7 @@ pygments_style, pygments_dark_style = "friendly", "monokai"
 myst_enable_extensions = ["dollarmath"]
 myst_heading_anchors = 3
 nb_execution_mode = "off"
-nitpick_ignore_regex = [("myst", r"(\.\./)*experiments/results(/\w+)?")]  # README names these folders
+nitpick_ignore_regex = [("myst", r"(\.\./)*experiments/results(/\w+)?")]  # see without_folders
 suppress_warnings = ["myst.header"]  # a section of the README may begin at its third level
 
 add_module_names = False
@@ -73,6 +73,15 @@ def without_badge(app, docname, source):
     source[0] = source[0].replace("[![Open in Colab][badge]]", "[Open in Colab]")
 
 
+def without_folders(app, doctree, docname):
+    """The README links to folders of the repository, which the pages do not have."""
+    from docutils.nodes import reference
+
+    for node in list(doctree.findall(reference)):
+        if re.match(r"#(\.\./)*experiments/", node.get("refuri", "#" + node.get("refid", ""))):
+            node.replace_self(node.children)
+
+
 def setup(app):
     """Called by Sphinx."""
     inline, block = (partial(visit_math, block=is_block) for is_block in (False, True))
@@ -80,3 +89,4 @@ def setup(app):
     app.connect("missing-reference", resolve_short_name)
     app.connect("autodoc-skip-member", skip_field)
     app.connect("source-read", without_badge)
+    app.connect("doctree-resolved", without_folders)
