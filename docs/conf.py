@@ -20,14 +20,13 @@ html_theme = "furo"
 html_title = f"imaml_jax {version}"
 html_copy_source = False
 html_math_renderer = "mathml"
+html_css_files, html_static_path = ["mathml.css"], ["static"]
 pygments_style, pygments_dark_style = "friendly", "monokai"
 
 myst_enable_extensions = ["dollarmath"]
 myst_heading_anchors = 3
 nb_execution_mode = "off"
-nitpick_ignore_regex = [
-    ("myst", r"(\.\./)*experiments/results(/\w+)?")
-]  # README names these folders
+nitpick_ignore_regex = [("myst", r"(\.\./)*experiments/results(/\w+)?")]  # see without_folders
 suppress_warnings = ["myst.header"]  # a section of the README may begin at its third level
 
 add_module_names = False
@@ -36,6 +35,7 @@ autodoc_preserve_defaults = True
 autodoc_typehints_format = "short"
 default_role = "py:obj"  # `name` in a docstring links to what it names, and is code elsewhere
 maximum_signature_line_length = 88
+napoleon_attr_annotations = False
 napoleon_numpy_docstring = False
 napoleon_use_ivar = True
 
@@ -54,15 +54,13 @@ def resolve_short_name(app, env, node, contnode):
     name = node.get("reftarget", "").removeprefix("imaml_jax.")
     if node.get("reftype") != "obj" or not re.fullmatch(r"\w+(\.\w+)*", name):
         return None
-    objects = env.get_domain("py").objects
-    found = [full for full in objects if full.endswith("." + name)]
+    domain = env.get_domain("py")
+    found = [full for full in domain.objects if full.endswith("." + name)]
+    # A learner's module has its name.
+    found = [full for full in found if domain.objects[full].objtype != "module"] or found
     if len(found) != 1:
         return None
-    node["reftarget"] = found[0]
-    where = node["refdoc"]
-    return env.get_domain("py").resolve_xref(
-        env, where, app.builder, "obj", found[0], node, contnode
-    )
+    return domain.resolve_xref(env, node["refdoc"], app.builder, "obj", found[0], node, contnode)
 
 
 def skip_field(app, what, name, obj, skip, options):
@@ -75,6 +73,15 @@ def without_badge(app, docname, source):
     source[0] = source[0].replace("[![Open in Colab][badge]]", "[Open in Colab]")
 
 
+def without_folders(app, doctree, docname):
+    """The README links to folders of the repository, which the pages do not have."""
+    from docutils.nodes import reference
+
+    for node in list(doctree.findall(reference)):
+        if re.match(r"#(\.\./)*experiments/", node.get("refuri", "#" + node.get("refid", ""))):
+            node.replace_self(node.children)
+
+
 def setup(app):
     """Called by Sphinx."""
     inline, block = (partial(visit_math, block=is_block) for is_block in (False, True))
@@ -82,3 +89,4 @@ def setup(app):
     app.connect("missing-reference", resolve_short_name)
     app.connect("autodoc-skip-member", skip_field)
     app.connect("source-read", without_badge)
+    app.connect("doctree-resolved", without_folders)

@@ -21,7 +21,7 @@
 #
 # [badge]: https://colab.research.google.com/assets/colab-badge.svg
 
-# %%
+# %% tags=["remove-cell"]
 # Where imaml_jax is missing, pip install it: from the clone around this notebook or, in Colab, from
 # an archive of the clone uploaded beside it (git archive --output imaml_jax.zip HEAD).
 import importlib.util
@@ -51,7 +51,7 @@ jax.config.update("jax_enable_x64", True)  # so that the check below is sharp
 # Logistic regression on forty features, of which five carry information. The inner problem is the
 # training, the outer one the choice of $a \in \mathbb{R}^{40}$ by the validation loss:
 #
-# $$w^*(a) = \arg\min_w\; L_\text{train}(w) + \tfrac12 \sum_i e^{a_i} w_i^2,
+# $$w^*(a) = \arg\min_w\; L_\text{train}(w) + \frac{1}{2} \sum_i e^{a_i} w_i^2,
 #   \qquad \min_a\; F(a) = L_\text{validation}(w^*(a)).$$
 #
 # With $A$ the Hessian of the inner objective at $w^*$, the implicit function theorem gives

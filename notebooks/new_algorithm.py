@@ -21,7 +21,7 @@
 #
 # [badge]: https://colab.research.google.com/assets/colab-badge.svg
 
-# %%
+# %% tags=["remove-cell"]
 # Where imaml_jax is missing, pip install it: from the clone around this notebook or, in Colab, from
 # an archive of the clone uploaded beside it (git archive --output imaml_jax.zip HEAD).
 import importlib.util
@@ -57,8 +57,8 @@ from imaml_jax.training import train
 # "Meta-learning with differentiable closed-form solvers", ICLR 2019). The features and the
 # strength of the penalty are meta-learned:
 #
-# $$W = \arg\min_W \tfrac1{2n} \lVert f_\theta(X)\, W - Y\rVert^2
-#   + \tfrac{\lambda}{2} \lVert W\rVert^2.$$
+# $$W = \arg\min_W \frac{1}{2n} \lVert f_\theta(X)\, W - Y\rVert^2
+#   + \frac{\lambda}{2} \lVert W\rVert^2.$$
 #
 # ## The contract
 #

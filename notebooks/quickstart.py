@@ -21,7 +21,7 @@
 #
 # [badge]: https://colab.research.google.com/assets/colab-badge.svg
 
-# %%
+# %% tags=["remove-cell"]
 # Where imaml_jax is missing, pip install it: from the clone around this notebook or, in Colab, from
 # an archive of the clone uploaded beside it (git archive --output imaml_jax.zip HEAD).
 import importlib.util
