@@ -116,9 +116,10 @@ assert errors["300 steps of adaptive_gd"] < errors["30 steps of adaptive_gd"]
 #
 # ## Errors in place of residuals
 #
-# A residual is not an error: in a flat direction a small gradient can be far from the minimum. With
-# `accuracy`, `imaml` estimates the error of each meta-gradient and goes on in rounds until that is
-# small enough; `gradient_error` in `info` is the estimate. It costs some solves a round.
+# A residual is not an error: in a flat direction a small gradient can be far from the minimum, and
+# 300 steps of `adaptive_gd` above left far more error than residual. With `accuracy`, `imaml`
+# estimates the error of each meta-gradient and goes on in rounds until that is small enough;
+# `gradient_error` in `info` is the estimate. It costs some solves a round.
 
 # %%
 with jax.enable_x64(True):
@@ -207,8 +208,8 @@ _ = panels[1].legend(fontsize=8)
 
 # %% [markdown]
 # For two hundred meta-steps the losses of the two runs are alike. Each point is a mean over twenty
-# meta-steps of ten tasks: one task that diverges is enough to throw it off the scale, and its
-# gradient through the outer optimiser.
+# meta-steps of ten tasks: one task that diverges is enough to throw it off the scale, and to throw
+# the outer optimiser with its gradient.
 #
 # ## What to do
 #
