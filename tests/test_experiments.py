@@ -161,6 +161,7 @@ def test_glyphs(run, tmp_path, algorithm):
     assert (tmp_path / "reliability.png").stat().st_size > 0
 
 
+@pytest.mark.slow
 def test_an_ensemble_of_checkpoints(run, tmp_path):
     tiny = "--meta-steps 3 --log-every 1 --validate-every 1 --num-steps 1 --meta-batch 2".split()
     tiny += "--validation-tasks 2 --test-tasks 2 --ensemble 2 --workdir".split()
@@ -205,6 +206,7 @@ def test_navigation(run, tmp_path, algorithm, outer):
     assert (tmp_path / "trajectories.png").stat().st_size > 0
 
 
+@pytest.mark.slow
 def test_features_and_leo(run, tmp_path):
     """From images, mostly of a pattern a class, to features, and from these to LEO."""
     rng, arrays = np.random.default_rng(0), {}

@@ -11,7 +11,7 @@ from nbclient import NotebookClient
 
 FOLDER = Path(__file__).resolve().parents[1] / "notebooks"
 NOTEBOOKS = sorted(FOLDER.glob("*.ipynb"))
-SLOW = pytest.mark.slow  # all but the quickstart
+SLOW = pytest.mark.slow  # all but the quickest one
 
 
 def code_cells(notebook):
@@ -51,7 +51,7 @@ def test_the_stored_notebook_is_that_of_its_source(path):
 @pytest.mark.parametrize(
     "path",
     [
-        pytest.param(path, id=path.stem, marks=[] if path.stem == "quickstart" else SLOW)
+        pytest.param(path, id=path.stem, marks=[] if path.stem == "hyperparameters" else SLOW)
         for path in NOTEBOOKS
     ],
 )

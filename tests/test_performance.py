@@ -58,6 +58,7 @@ ENTRY %main {
     assert kinds["e.3"] == kinds["s.4"] == "elementwise"
 
 
+@pytest.mark.slow
 def test_cells_are_timed_once_and_agree(tiny, tmp_path, capsys):
     config = platform_defaults.Config(
         workloads=("reference",),

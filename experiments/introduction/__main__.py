@@ -28,7 +28,7 @@ class Config:
     output: Path = Path("introduction.html")
     """The HTML file to write."""
     seed: int = 0
-    """Seed of the tasks, the initialisations and the training runs."""
+    """Seed of the tasks, the initialisations and the training runs, at least 0."""
 
 
 class Sizes(NamedTuple):
