@@ -19,6 +19,7 @@ import jax.numpy as jnp
 import numpy as np
 
 from experiments import common
+from experiments.saved_model import percent
 from imaml_jax import build, model_file, plots
 from imaml_jax.data import images, listings, own
 from imaml_jax.data.archives import DataError
@@ -241,10 +242,9 @@ def report(
     mean, ci95 = (model.test_accuracy, model.test_ci95)
     if not config.together:
         mean, ci95 = (model.test_accuracy_alone, model.test_ci95_alone)
-    measured = f"{100 * mean:.2f}" + ("%" if ci95 is None else f" ± {100 * ci95:.2f}%")
     lines = [
         f"model: {model.ways}-way {model.shots}-shot {model.protocol.algorithm} trained on "
-        f"{model.dataset}; accuracy there on unseen classes {measured} (95% CI over "
+        f"{model.dataset}; accuracy there on unseen classes {percent(mean, ci95)} (95% CI over "
         f"{model.test_tasks} tasks)",
         f"support: {len(counts)} classes of {shots} images ({', '.join(results['classes'])})",
     ]

@@ -183,7 +183,7 @@ def batches(
         index_key, crop_key, flip_key = jax.random.split(key, 3)
         indices = jax.random.randint(index_key, (batch_size,), 0, dataset.images.shape[0])
         labels = jnp.searchsorted(dataset.offsets, indices, side="right") - 1
-        images = _crop(crop_key, _gather(dataset, indices))
+        images = _crop(crop_key, episodes.take(dataset, indices))
         if flips:
             mirrored = jax.random.bernoulli(flip_key, shape=(batch_size, 1, 1, 1))
             images = jnp.where(mirrored, images[:, :, ::-1], images)
@@ -199,7 +199,7 @@ def embedder(
     """`dataset -> [N, D]` features, with the norm statistics of some training images."""
     total = train_set.images.shape[0]
     chosen = jax.random.choice(jax.random.key(0), total, (min(total, _REFERENCE),), replace=False)
-    reference = _gather(train_set, chosen)
+    reference = episodes.take(train_set, chosen)
     weights = (jnp.arange(len(reference) + _BLOCK) < len(reference)).astype(jnp.float32)
 
     features = network.features
@@ -214,7 +214,9 @@ def embedder(
         size, blocks = dataset.images.shape[0], []
         for start in range(0, size, _BLOCK):
             indices = jnp.minimum(start + jnp.arange(_BLOCK), size - 1)
-            blocks.append(np.asarray(embed_block(params, reference, _gather(dataset, indices))))
+            blocks.append(
+                np.asarray(embed_block(params, reference, episodes.take(dataset, indices)))
+            )
         return np.concatenate(blocks)[:size]
 
     return embed
@@ -266,12 +268,6 @@ def _score(
     key = common.fixed_key(common.TEST_KEY)
     scored: Evaluation = evaluate(nearest_centroid(ways=ways), {}, sample, key, num_tasks=num_tasks)
     return scored.mean, scored.ci95
-
-
-def _gather(dataset: episodes.Dataset, indices: jax.Array) -> jax.Array:
-    if isinstance(dataset.images, episodes.HostImages):
-        return dataset.images.take(indices)
-    return jnp.take(dataset.images, indices, axis=0, mode="clip")
 
 
 def _crop(key: jax.Array, images: jax.Array) -> jax.Array:

@@ -92,14 +92,15 @@ def report(saved: tuple[Path, Description]) -> str:
     """The model in words."""
     path, found = saved
     return (
-        f"model in {path}: test accuracy {_percent(found.test_accuracy, found.test_ci95)} in "
+        f"model in {path}: test accuracy {percent(found.test_accuracy, found.test_ci95)} in "
         f"float16, {100 * found.test_accuracy_unrounded:.2f}% before; "
-        f"{_percent(found.test_accuracy_alone, found.test_ci95_alone)} where each query image is "
+        f"{percent(found.test_accuracy_alone, found.test_ci95_alone)} where each query image is "
         "normalised without the others, as experiments.classify does"
     )
 
 
-def _percent(mean: float, ci95: float | None) -> str:
+def percent(mean: float, ci95: float | None) -> str:
+    """An accuracy with its interval, if it has one, in words."""
     return f"{100 * mean:.2f}" + ("%" if ci95 is None else f" ± {100 * ci95:.2f}%")
 
 
@@ -109,11 +110,5 @@ def _or_none(ci95: float) -> float | None:
 
 def _brightness(dataset: episodes.Dataset, invert: bool) -> float:
     total = dataset.images.shape[0]
-    indices = np.linspace(0, total - 1, min(total, _SOME)).astype(np.int32)
-    if isinstance(dataset.images, episodes.HostImages):
-        images = dataset.images.images[indices]
-    else:
-        images = np.asarray(jnp.take(dataset.images, indices, axis=0))
-    scale = np.iinfo(images.dtype).max if np.issubdtype(images.dtype, np.integer) else 1
-    mean = float(np.mean(images, dtype=np.float64) / scale)
-    return 1 - mean if invert else mean
+    indices = jnp.linspace(0, total - 1, min(total, _SOME)).astype(jnp.int32)
+    return float(episodes.to_unit(episodes.take(dataset, indices), invert).mean())

@@ -45,49 +45,42 @@ def build_learner(protocol: Protocol, ways: int) -> MetaLearner:
         **settings,
     )
     loss_fn = learners.cross_entropy
+    shared: dict[str, Any] = {
+        "num_steps": protocol.num_steps,
+        "eval_num_steps": protocol.eval_num_steps,
+        "statistics": protocol.statistics,
+    }
     if protocol.cg_damping is not None:
         return learners.imaml_dev(
             network,
             loss_fn,
+            **shared,
             inner_rate=protocol.inner_rate,
-            num_steps=protocol.num_steps,
-            eval_num_steps=protocol.eval_num_steps,
             reg_strength=protocol.reg_strength,
             cg_damping=protocol.cg_damping,
             cg_steps=protocol.cg_steps,
-            statistics=protocol.statistics,
         )
     norms_rest = None if protocol.adapts_norm else _is_not_norm
     if protocol.algorithm == "mamlpp":
         return learners.mamlpp(
             network,
             loss_fn,
+            **shared,
             inner_rate=protocol.inner_rate,
-            num_steps=protocol.num_steps,
-            eval_num_steps=protocol.eval_num_steps,
             learn_rates=protocol.learn_rates,
             multi_step_epochs=protocol.multi_step_epochs,
             first_order_epochs=protocol.first_order_epochs,
             per_step=is_norm if protocol.per_step_norm else None,
             fast=norms_rest,
-            statistics=protocol.statistics,
         )
-    shared: dict[str, Any] = {
+    shared |= {
         "inner": _make_inner(protocol),
-        "num_steps": protocol.num_steps,
-        "eval_num_steps": protocol.eval_num_steps,
         "fast": is_head if protocol.algorithm in _HEAD_ONLY else norms_rest,
-        "statistics": protocol.statistics,
     }
     if protocol.algorithm == "platipus":
         return learners.platipus(network, loss_fn, **shared, num_samples=protocol.num_samples)
     if protocol.algorithm == "bmaml":
-        return learners.bmaml(
-            network,
-            loss_fn,
-            **shared,
-            num_particles=protocol.num_samples,
-        )
+        return learners.bmaml(network, loss_fn, **shared, num_particles=protocol.num_samples)
     if protocol.algorithm in ("anil", "maml"):
         return learners.maml(network, loss_fn, **shared)
     if protocol.algorithm == "fomaml":

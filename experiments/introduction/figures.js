@@ -140,14 +140,7 @@ function makeCosts() {
     panels.forEach(([, field, scale], p) => {
       const plot = plots[p];
       plot.clear();
-      const x = plot.x(chosen("costSteps"));
-      element(plot.layer, "line", {
-        class: "cursor",
-        x1: x,
-        x2: x,
-        y1: plot.top,
-        y2: plot.height - plot.bottom,
-      });
+      plot.cursor(chosen("costSteps"));
       for (const kind of kinds) {
         plot.line(
           C.steps.map((t, i) => [t, scale * C[kind][field][i]]),

@@ -83,14 +83,7 @@ function makeSolver() {
     const [c, t, k] = [state.condition, state.descentSteps, state.cgSteps];
     const points = (values) => [...values].map((y, i) => [i + 1, Math.max(y, 1e-8)]);
     plot.clear();
-    const x = plot.x(k + 1);
-    element(plot.layer, "line", {
-      class: "cursor",
-      x1: x,
-      x2: x,
-      y1: plot.top,
-      y2: plot.height - plot.bottom,
-    });
+    plot.cursor(k + 1);
     const residual = lookup(E.inner_residual, c, t);
     plot.line(points(range(most).map(() => residual)), "maml", { "stroke-dasharray": dashes.maml });
     plot.line(points(lookup(E.solve_residual, c, t)), "reptile", {

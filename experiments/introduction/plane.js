@@ -147,14 +147,7 @@ function makeCurves() {
       "query loss",
     );
     plot.clear();
-    const x = plot.x(chosen("steps"));
-    element(plot.layer, "line", {
-      class: "cursor",
-      x1: x,
-      x2: x,
-      y1: plot.top,
-      y2: plot.height - plot.bottom,
-    });
+    plot.cursor(chosen("steps"));
     const dashes = ["", "9 5", "2 5"];
     const labels = curves
       .map((curve, a) => ({ a, y: plot.y(curve[last]) }))

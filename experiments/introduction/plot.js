@@ -79,6 +79,11 @@ class Plot {
     element(this.under, "text", { ...end, y: base + 36 }, titleX);
     element(this.under, "text", { class: "label", x: left, y: this.top - 10 }, titleY);
   }
+  cursor(value) {
+    const x = this.x(value);
+    const [y1, y2] = [this.top, this.height - this.bottom];
+    return element(this.layer, "line", { class: "cursor", x1: x, x2: x, y1, y2 });
+  }
   line(points, kind, extra = {}) {
     const d = points.map(
       ([x, y], i) => `${i ? "L" : "M"}${this.x(x).toFixed(1)},${this.y(y).toFixed(1)}`,

@@ -239,10 +239,7 @@ def sample_tasks(
     def gather(indices):  # [num_tasks, ways, n] -> float32 [num_tasks, ways * n, H, W, C]
         n = indices.shape[-1]
         indices = indices.reshape(num_tasks, ways * n)
-        if isinstance(dataset.images, HostImages):
-            images = dataset.images.take(indices)
-        else:
-            images = jnp.take(dataset.images, indices, axis=0, mode="clip")
+        images = take(dataset, indices)
         if rotations is not None:
             images = _rotate(images, jnp.repeat(turns, n, axis=1, total_repeat_length=ways * n))
         images = to_unit(images, invert)
@@ -290,6 +287,13 @@ def _rotate(images: Array, turns: Array) -> Array:
     axes = (images.ndim - 3, images.ndim - 2)
     options = [jnp.rot90(images, k, axes) for k in range(4)]
     return jnp.select([turns == k for k in range(3)], options[:3], options[3])
+
+
+def take(dataset: Dataset, indices: Array) -> Array:
+    """Images of a data set as they are stored, `[..., H, W, C]` for `indices [...]`."""
+    if isinstance(dataset.images, HostImages):
+        return dataset.images.take(indices)
+    return jnp.take(dataset.images, indices, axis=0, mode="clip")
 
 
 def to_unit(images: Array, invert: bool = False) -> Array:
