@@ -65,17 +65,19 @@ def scores(predictions: Predictions) -> dict[str, float]:
     """Accuracy over tasks, and how well its probabilities are calibrated over all examples."""
     outputs, labels, _ = predictions
     mean, ci95 = metrics.mean_ci95((outputs.argmax(-1) == labels).mean(-1))
-    errors = calibration(predictions)
-    return {
-        "test_accuracy": mean,
-        "test_ci95": ci95,
-        "test_nll": float(cross_entropy(outputs, labels)),
-        "test_brier": float(metrics.brier(outputs, labels)),
-        "test_ece": float(errors.ece),
-        "test_mce": float(errors.mce),
-    }
+
+    @jax.jit
+    def over_examples(outputs, labels):
+        errors = calibration(Predictions(outputs, labels, {}))
+        proper = cross_entropy(outputs, labels), metrics.brier(outputs, labels)
+        return *proper, errors.ece, errors.mce
+
+    names = ("test_nll", "test_brier", "test_ece", "test_mce")
+    values = map(float, over_examples(outputs, labels))
+    return {"test_accuracy": mean, "test_ci95": ci95, **dict(zip(names, values, strict=True))}
 
 
+@jax.jit
 def calibration(predictions: Predictions) -> metrics.Calibration:
     """Over the examples of all tasks."""
     confidences, correct = metrics.confidence_and_correct(predictions.outputs, predictions.targets)

@@ -272,21 +272,26 @@ def _samples(predictions: Predictions) -> jax.Array:
 def _likelihood(chosen_on: Predictions, test: Predictions) -> dict[str, float]:
     """NLL over tasks, coverage over points, and the error of a single sample."""
 
-    def nll(predictions, std):
-        return jax.vmap(partial(metrics.gaussian_mixture_nll, noise_std=std))(
-            _samples(predictions), predictions.targets
-        )
+    @jax.jit
+    def score(predictions, std):
+        samples = _samples(predictions)
 
-    on_validation = jax.lax.map(lambda std: nll(chosen_on, std).mean(), jnp.asarray(_WIDTHS))
+        def each(metric):
+            return jax.vmap(partial(metric, noise_std=std))(samples, predictions.targets)
+
+        inside = each(partial(metrics.coverage, level=0.9)).mean()
+        return each(metrics.gaussian_mixture_nll), inside
+
+    on_validation = jax.lax.map(lambda std: score(chosen_on, std)[0].mean(), jnp.asarray(_WIDTHS))
     std = float(_WIDTHS[np.argmin(on_validation)])
-    mean, ci95 = metrics.mean_ci95(nll(test, std))
+    nll, inside = score(test, std)
+    mean, ci95 = metrics.mean_ci95(nll)
     samples, targets = _samples(test), test.targets
-    inside = jax.vmap(partial(metrics.coverage, noise_std=std, level=0.9))(samples, targets)
     return {
         "noise_std": std,
         "test_nll": mean,
         "test_nll_ci95": ci95,
-        "coverage": float(inside.mean()),
+        "coverage": float(inside),
         "test_mse_of_samples": float(jnp.square(samples - targets[:, None]).mean()),
     }
 
@@ -299,8 +304,13 @@ def _draw(config: Config, learner: MetaLearner, meta_params: Any) -> None:
     support, query = jax.tree.map(lambda x: x[0], drawn)
     order = query.inputs[:, 0].argsort()
     inputs, truth = (x[order] for x in query)
-    adapted, _ = learner.adapt(meta_params, support, key)
-    outputs = learner.predict(adapted, inputs)
+
+    @jax.jit
+    def predict(meta_params):
+        adapted, _ = learner.adapt(meta_params, support, key)
+        return learner.predict(adapted, inputs)
+
+    outputs = predict(meta_params)
     samples = outputs if outputs.ndim > truth.ndim else outputs[None]
     assert config.workdir is not None
     path = config.workdir / "bands.png"

@@ -59,7 +59,7 @@ def init_state(tx: optax.GradientTransformation, meta_params: PyTree) -> TrainSt
 
 def init_meta_params(learner: MetaLearner, key: Array, example_inputs: Any) -> PyTree:
     """The meta-parameters from which `train` starts with this key."""
-    return learner.init(jax.random.fold_in(key, _INIT_INDEX), example_inputs)
+    return jax.jit(learner.init)(jax.random.fold_in(key, _INIT_INDEX), example_inputs)
 
 
 def make_train_step(

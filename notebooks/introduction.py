@@ -13,14 +13,27 @@
 # %% [markdown]
 # # An introduction in pictures
 #
-# Install the library and a notebook server first. In a clone of the repository:
-#
-#     pip install -r requirements.txt jupyterlab
-#     pip install -e .
+# [![Open in Colab][badge]](https://colab.research.google.com/)
 #
 # These are figures of the interactive introduction, computed by the same functions on smaller
 # grids. The page itself, in which θ and much else can be dragged, is one HTML file, written by
 # `python -m experiments.introduction --output introduction.html`.
+#
+# [badge]: https://colab.research.google.com/assets/colab-badge.svg
+
+# %% tags=["remove-cell"]
+# Where imaml_jax is missing, pip install it: from the clone around this notebook or, in Colab, from
+# an archive of the clone uploaded beside it (git archive --output imaml_jax.zip HEAD).
+import importlib.util
+import sys
+from pathlib import Path
+
+from IPython import get_ipython
+
+if importlib.util.find_spec("imaml_jax") is None:
+    source = ".." if Path("../setup.cfg").exists() else "imaml_jax.zip"
+    get_ipython().run_line_magic("pip", f"install --quiet {source}")
+    sys.path.append(source)  # for its experiments
 
 # %%
 import sys
@@ -35,10 +48,32 @@ import imaml_jax
 
 sys.path.insert(0, str(Path(imaml_jax.__file__).parents[1]))  # the clone, for its experiments
 
-from experiments.introduction import costs, implicit, landscape, plane, sinusoids
+from experiments.introduction import costs, game, implicit, landscape, plane, sinusoids
 
 SEED = 0
 COLORS = {"maml": "#0072b2", "fomaml": "#e69f00", "reptile": "#009e73", "imaml": "#ad1f7d"}
+
+# %% [markdown]
+# ## What a few-shot task is
+#
+# One image of each of five characters, and one of them written again: which is it? The model, whose
+# answer stands under each query, was meta-trained on other characters. The page asks the reader
+# first.
+
+# %%
+played = game.play(game.Sizes(filters=16, meta_steps=100, rounds=4, test_tasks=100), SEED)
+guesses = played["probabilities"].argmax(1)
+figure, rows = plt.subplots(4, 6, figsize=(7, 5), layout="constrained")
+for r, row_axes in enumerate(rows):
+    for c, axes in enumerate(row_axes):
+        axes.imshow(played["images"][r, c], cmap="gray", vmin=0, vmax=255)
+        axes.set(xticks=[], yticks=[])
+        if c < 5:
+            axes.set_xlabel(f"{c + 1}")
+    right = "right" if guesses[r] == played["answers"][r] else "wrong"
+    row_axes[5].set_xlabel(f"{guesses[r] + 1}, {right}")
+    row_axes[5].set_title("which?" if r == 0 else "")
+print(f"{100 * played['accuracy']:.1f} ± {100 * played['ci95']:.1f}% of 100 such tasks")
 
 # %% [markdown]
 # ## Four answers to one question

@@ -13,14 +13,24 @@
 # %% [markdown]
 # # Own data in ten lines
 #
-# From a folder of images to a few-shot classifier of classes that it has never seen. Install the
-# library and a notebook server first. In a clone of the repository:
+# [![Open in Colab][badge]](https://colab.research.google.com/)
 #
-#     pip install -r requirements.txt jupyterlab
-#     pip install -e .
+# From a folder of images to a few-shot classifier of classes that it has never seen. The same from
+# the command line: `python -m experiments.folder --data-dir FOLDER`.
 #
-# (`jax[cuda12]` or `jax[cuda13]` in the first line for an NVIDIA GPU.) The same from the command
-# line: `python -m experiments.folder --data-dir FOLDER`.
+# [badge]: https://colab.research.google.com/assets/colab-badge.svg
+
+# %% tags=["remove-cell"]
+# Where imaml_jax is missing, pip install it: from the clone around this notebook or, in Colab, from
+# an archive of the clone uploaded beside it (git archive --output imaml_jax.zip HEAD).
+import importlib.util
+from pathlib import Path
+
+from IPython import get_ipython
+
+if importlib.util.find_spec("imaml_jax") is None:
+    source = ".." if Path("../setup.cfg").exists() else "imaml_jax.zip"
+    get_ipython().run_line_magic("pip", f"install --quiet {source}")
 
 # %%
 import tempfile

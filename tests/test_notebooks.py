@@ -45,7 +45,10 @@ def test_the_stored_notebook_is_that_of_its_source(path):
         (c.cell_type, c.source) for c in source.cells
     ], remedy
     assert any("image/png" in o.get("data", {}) for c in code_cells(stored) for o in c.outputs)
-    assert any("pip install" in cell.source for cell in stored.cells[:2])
+    title, install = stored.cells[:2]
+    assert "[![Open in Colab][badge]]" in title.source
+    assert install.cell_type == "code"
+    assert "pip install" in install.source
 
 
 @pytest.mark.parametrize(
