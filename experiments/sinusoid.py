@@ -33,6 +33,7 @@ from experiments.sinusoid_learners import (
     Tasks,
     build_learner,
     settings_of,
+    unadapted_params,
 )
 from imaml_jax import metrics, plots
 from imaml_jax.data import sinusoid
@@ -89,7 +90,10 @@ def main(config: Config) -> dict[str, Any]:
         outer = optax.adam(settings.outer_rate)
 
     unadapted = learner._replace(
-        adapt=lambda meta_params, support, key: (_before(meta_params), MetaInfo())
+        adapt=lambda meta_params, support, key: (
+            Adapted(unadapted_params(config.algorithm, meta_params), None),
+            MetaInfo(),
+        )
     )
     scorer = partial(_on_tasks, config=config, make=_make_evaluate)
     validate = scorer(learner, num_tasks=config.validation_tasks, seed=common.VALIDATION_KEY)
@@ -207,13 +211,6 @@ def report(results: dict[str, Any]) -> str:
         f"band (95% CI over {results['test_tasks']} tasks; best checkpoint, step "
         f"{results['best_step']} of {results['trained_meta_steps']}; {results['seconds']:.0f} s)"
     )
-
-
-def _before(meta_params: Any) -> Any:
-    """What `adapt` would return if it did nothing."""
-    if isinstance(meta_params, imaml_jax.PlatipusParams):
-        return jax.tree.map(lambda x: x[None], Adapted(meta_params.mean, None))
-    return Adapted(getattr(meta_params, "params", meta_params), None)
 
 
 def _training_tasks(config: Config, tasks: Tasks) -> Callable[[jax.Array], Task]:

@@ -5,6 +5,7 @@ from collections.abc import Callable
 from functools import partial
 from typing import Any, Literal, NamedTuple
 
+import jax
 import optax
 
 import imaml_jax
@@ -113,6 +114,15 @@ TASKS = {
 def settings_of(algorithm: Algorithm, setting: str) -> Settings:
     """An algorithm's settings on these tasks."""
     return SETTINGS[algorithm]._replace(**TASKS[setting].settings.get(algorithm, {}))
+
+
+def unadapted_params(algorithm: Algorithm, meta_params: Any) -> Any:
+    """The parameters, those of all samples where there are some, that adaptation starts from."""
+    if algorithm == "mamlpp":
+        return meta_params.params
+    if algorithm in ("platipus", "implicit_platipus"):
+        return jax.tree.map(lambda x: x[None], meta_params.mean)
+    return meta_params
 
 
 def build_learner(
