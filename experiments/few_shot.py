@@ -221,8 +221,8 @@ def describe(config: Config, protocol: Protocol, dataset: str) -> str:
         own = (
             f"; rates {'learned' if protocol.learn_rates else 'fixed'}, norms "
             f"{'for each step' if protocol.per_step_norm else 'for all steps'}, losses after every "
-            f"step in {protocol.multi_step_epochs} epochs, first order in "
-            f"{protocol.first_order_epochs}"
+            f"step in {protocol.multi_step_epochs}% of the meta-steps, first order in "
+            f"{protocol.first_order_epochs}%"
         )
     elif protocol.num_samples > 1:
         own = f"; {protocol.num_samples} samples, all else of {protocol.algorithm} by default"

@@ -64,7 +64,7 @@ def _over_tasks(
 def scores(predictions: Predictions) -> dict[str, float]:
     """Accuracy over tasks, and how well its probabilities are calibrated over all examples."""
     outputs, labels, _ = predictions
-    mean, ci95 = metrics.mean_ci95((outputs.argmax(-1) == labels).mean(-1))
+    mean, ci95 = metrics.mean_ci95(metrics.is_right(outputs, labels).mean(-1))
 
     @jax.jit
     def over_examples(outputs, labels):

@@ -26,6 +26,7 @@ _INITIALIZERS = {
 }
 _GRANULARITIES = {None: False, "one": True, "leaf": "leaf", "parameter": "parameter"}
 _HEAD_ONLY = ("anil", "bmaml", "implicit_anil")
+_EPOCHS = 100  # of a MAML++ run, whatever its length
 _SOLVERS = {
     "cg": lambda steps: partial(solve_cg, tol=0.0, max_steps=steps),
     "cg_steihaug": lambda steps: partial(solve_cg_steihaug, tol=0.0, max_steps=steps),
@@ -70,6 +71,7 @@ def build_learner(protocol: Protocol, ways: int) -> MetaLearner:
             learn_rates=protocol.learn_rates,
             multi_step_epochs=protocol.multi_step_epochs,
             first_order_epochs=protocol.first_order_epochs,
+            epoch_length=max(1, protocol.meta_steps // _EPOCHS),
             per_step=is_norm if protocol.per_step_norm else None,
             fast=norms_rest,
         )

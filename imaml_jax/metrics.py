@@ -15,14 +15,24 @@ import numpy as np
 from imaml_jax.types import Array
 
 
+def is_right(outputs: Array, targets: Array) -> Array:
+    """Which examples have the largest logit at their label; none with a logit that is NaN.
+
+    Args:
+      outputs: `[..., classes]` logits.
+      targets: `[...]` integer labels.
+    """
+    return (outputs.argmax(-1) == targets) & ~jnp.isnan(outputs).any(-1)
+
+
 def accuracy(outputs: Array, targets: Array) -> Array:
-    """The share of examples whose largest logit is that of their label.
+    """The share of examples that are right, see `is_right`.
 
     Args:
       outputs: `[n, classes]` logits.
       targets: `[n]` integer labels.
     """
-    return jnp.mean(jnp.argmax(outputs, axis=-1) == targets, dtype=jnp.float32)
+    return jnp.mean(is_right(outputs, targets), dtype=jnp.float32)
 
 
 class Calibration(NamedTuple):
@@ -100,7 +110,7 @@ def confidence_and_correct(logits: Array, labels: Array) -> tuple[Array, Array]:
     Returns:
       The largest probabilities `[...]`, and whether their classes are the labels.
     """
-    return jax.nn.softmax(logits).max(-1), jnp.argmax(logits, -1) == labels
+    return jax.nn.softmax(logits).max(-1), is_right(logits, labels)
 
 
 def brier(logits: Array, labels: Array) -> Array:

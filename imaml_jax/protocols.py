@@ -52,7 +52,8 @@ class Protocol(NamedTuple):
       eval_batch_size: of Reptile: the same at validation and test.
       learn_rates: of MAML++: whether inner rates are learned, for each array and step.
       per_step_norm: of MAML++: whether the norms have a scale and offset for each step.
-      multi_step_epochs: of MAML++: epochs of 500 meta-steps with a loss after every inner step.
+      multi_step_epochs: of MAML++: epochs, which are hundredths of `meta_steps`, with a loss after
+        every inner step.
       num_samples: of PLATIPUS: samples of the initialisation in training; of BMAML: particles.
       ensemble: of MAML++: how many of the best validated meta-parameters have their logits averaged
         at test, beside the best alone.

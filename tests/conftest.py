@@ -1,8 +1,10 @@
 """Settings and fixtures of the whole suite."""
 
 import os
+import shutil
 import signal
 import socket
+import tempfile
 from pathlib import Path
 
 # Several test processes may share one GPU: none may take all of its memory.
@@ -11,9 +13,26 @@ os.environ.setdefault("XLA_PYTHON_CLIENT_PREALLOCATE", "false")
 import jax
 import pytest
 
+_PROGRAMS = "IMAML_JAX_TEST_PROGRAMS"
+
 jax.config.update("jax_numpy_rank_promotion", "raise")
 jax.config.update("jax_default_matmul_precision", "highest")  # GPUs would round to TF32
-jax.config.update("jax_enable_compilation_cache", False)
+jax.config.update("jax_persistent_cache_min_compile_time_secs", 0.0)
+
+
+def pytest_configure(config):
+    """The processes of a run share what they compile, and with no other run."""
+    if not hasattr(config, "workerinput"):
+        folder = os.environ[_PROGRAMS] = tempfile.mkdtemp(prefix="imaml_jax_")
+        config.add_cleanup(lambda: shutil.rmtree(folder))
+    jax.config.update("jax_compilation_cache_dir", os.environ[_PROGRAMS])
+
+
+@pytest.fixture(autouse=True, scope="module")
+def forgotten_programs():
+    """What a module compiled leaves the memory with it."""
+    yield
+    jax.clear_caches()
 
 
 @pytest.fixture(autouse=True, scope="session")

@@ -10,6 +10,11 @@ import pytest
 from imaml_jax import cross_entropy, metrics, mixture_logits
 
 
+def test_nothing_is_right_about_nan():
+    outputs = jnp.array([[jnp.nan, 0.0], [1.0, jnp.nan], [1.0, 0.0]])
+    assert metrics.is_right(outputs, jnp.zeros(3, int)).tolist() == [False, False, True]
+
+
 def test_accuracy_counts_the_largest_logit():
     logits = jnp.array([[2.0, 1.0, 0.0], [0.0, 1.0, 2.0], [0.0, 3.0, 1.0], [5.0, 0.0, 0.0]])
     assert metrics.accuracy(logits, jnp.array([0, 2, 1, 1])) == 0.75

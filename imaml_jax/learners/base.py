@@ -10,6 +10,7 @@ import jax
 import jax.numpy as jnp
 import optax
 
+from imaml_jax import metrics
 from imaml_jax.inner import MinimizeInfo
 from imaml_jax.types import Array, Batch, Params, PyTree, Task
 
@@ -82,6 +83,7 @@ class Problem(NamedTuple):
       support_loss: `(fast, slow, batch) -> scalar`.
       query_loss: `(fast, slow, task) -> (scalar, accuracy or None)`.
       support_outputs: `(fast, slow, batch) -> outputs`, whose `loss_fn` is `support_loss`.
+      query_outputs: `(fast, slow, task) -> outputs`, whose `loss_fn` is `query_loss`.
       finish: `(fast, slow, support) -> Adapted`.
       predict: `(adapted, inputs) -> outputs`.
     """
@@ -92,6 +94,7 @@ class Problem(NamedTuple):
     support_loss: Callable[[PyTree, PyTree, Batch], Array]
     query_loss: Callable[[PyTree, PyTree, Task], tuple[Array, Array | None]]
     support_outputs: Callable[[PyTree, PyTree, Batch], Any]
+    query_outputs: Callable[[PyTree, PyTree, Task], Any]
     finish: Callable[[PyTree, PyTree, Batch], Adapted]
     predict: Callable[[Adapted, Any], Any]
 
@@ -164,7 +167,7 @@ def accuracy_of(outputs: Array, targets: Array) -> Array | None:
     """The share of integer targets whose logit is the largest; None for other targets."""
     if not jnp.issubdtype(targets.dtype, jnp.integer):
         return None
-    return jnp.mean(jnp.argmax(outputs, -1) == targets)
+    return metrics.accuracy(outputs, targets)
 
 
 def partition(params: Params, fast: FastPredicate) -> tuple[PyTree, PyTree]:
@@ -256,12 +259,14 @@ def supervised(
     def support_loss(fast, slow, batch):
         return loss_fn(support_outputs(fast, slow, batch), batch.targets)
 
-    def query_loss(fast, slow, task):
+    def query_outputs(fast, slow, task):
         if isinstance(slow, Encoded):
-            outputs = network.head(combine(fast, slow.params), slow.query)
-        else:
-            params = combine(fast, slow)
-            outputs = outputs_given_support(params, task.support.inputs, task.query.inputs)
+            return network.head(combine(fast, slow.params), slow.query)
+        params = combine(fast, slow)
+        return outputs_given_support(params, task.support.inputs, task.query.inputs)
+
+    def query_loss(fast, slow, task):
+        outputs = query_outputs(fast, slow, task)
         return loss_fn(outputs, task.query.targets), accuracy_of(outputs, task.query.targets)
 
     def finish(fast, slow, support):
@@ -278,6 +283,7 @@ def supervised(
         support_loss,
         query_loss,
         support_outputs,
+        query_outputs,
         finish,
         predict,
     )

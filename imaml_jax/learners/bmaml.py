@@ -22,7 +22,7 @@ from imaml_jax.learners.base import (
 from imaml_jax.learners.ensemble import ensemble
 from imaml_jax.learners.posterior import Posterior
 from imaml_jax.svgd import Kernel, check_kernel, svgd_objective
-from imaml_jax.types import Batch, MetaLearner
+from imaml_jax.types import Batch, MetaLearner, Task
 
 MetaLoss = Literal["chaser", "query"]
 
@@ -123,6 +123,7 @@ def bmaml(
     def chaser_loss(chaser, slow, task):
         start, slow = lax.stop_gradient((chaser, slow))
         both = Batch(*map(jnp.concatenate, zip(task.support, task.query, strict=True)))
+        slow = problem.encode(slow, Task(both, None))
         last, _ = descend(start, slow, both, tx=leader or inner, num_steps=leader_steps)
         difference = optax.tree.sub(*map(problem.compared, (chaser, last)))
         return optax.tree.norm(difference, squared=True)
@@ -131,8 +132,9 @@ def bmaml(
         del key, step
 
         def loss(particles, slow):
-            adapted, info = descend(particles, slow, task.support, tx=inner, num_steps=num_steps)
-            query_loss, accuracy = problem.query_loss(adapted, slow, task)
+            encoded = problem.encode(slow, task)
+            adapted, info = descend(particles, encoded, task.support, tx=inner, num_steps=num_steps)
+            query_loss, accuracy = problem.query_loss(adapted, encoded, task)
             value = query_loss if meta_loss == "query" else chaser_loss(adapted, slow, task)
             return value, (query_loss, accuracy, info)
 

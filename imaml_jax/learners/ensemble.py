@@ -105,22 +105,19 @@ def ensemble(
 
         return jax.vmap(log_density)(particles)
 
-    def sample_outputs(adapted, inputs):
+    def predict(adapted, inputs):
         particles, slow = problem.split(adapted.params)
 
-        def outputs(particle):
+        def sample_outputs(particle):
             one = Adapted(combine(particle, slow), adapted.support_inputs)
             return problem.predict(one, inputs)
 
-        return jax.vmap(outputs)(particles)
-
-    def predict(adapted, inputs):
-        outputs = sample_outputs(adapted, inputs)
+        outputs = jax.vmap(sample_outputs)(particles)
         return outputs if average is None else one_prediction(outputs)
 
     def query_loss(particles, slow, task):
-        adapted = problem.finish(particles, slow, task.support)
-        outputs = one_prediction(sample_outputs(adapted, task.query.inputs))
+        outputs = jax.vmap(lambda particle: problem.query_outputs(particle, slow, task))(particles)
+        outputs = one_prediction(outputs)
         targets = task.query.targets
         return loss_fn(outputs, targets), accuracy_of(outputs, targets)
 

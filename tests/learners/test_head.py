@@ -12,6 +12,7 @@ from jax.flatten_util import ravel_pytree
 from imaml_jax import (
     Batch,
     Task,
+    bmaml,
     cross_entropy,
     fomaml,
     imaml,
@@ -22,7 +23,7 @@ from imaml_jax import (
     solve_woodbury,
 )
 from imaml_jax.learners.base import Encoded, supervised
-from imaml_jax.networks import Network, mlp
+from imaml_jax.networks import Network, conv4, mlp
 
 pytestmark = pytest.mark.usefixtures("x64_module")
 
@@ -58,6 +59,7 @@ LEARNERS = {
     "imaml": partial(imaml, inner=SGD, num_steps=3, **CG),
     "imaml_learned": partial(imaml, inner=SGD, num_steps=3, learn_reg_strength=True, **CG),
     "mamlpp": partial(mamlpp, inner_rate=0.2, num_steps=2),
+    "bmaml": partial(bmaml, num_particles=2, inner=SGD, num_steps=2, init_spread=0.1),
 }
 
 
@@ -93,6 +95,22 @@ def test_only_a_head_alone_is_given_features(problem):
     joint = supervised(network, cross_entropy, fast=is_head, statistics="joint")
     assert joint.encode(joint.split(params)[1], task) is not None
     assert not isinstance(joint.encode(joint.split(params)[1], task), Encoded)
+
+
+def test_support_and_query_are_normalised_apart():
+    network = conv4(3, filters=2)
+    keys = jax.random.split(KEY, 3)
+    support, query = (1 + i + (1 + i) * jax.random.normal(keys[i], (3, 16, 16, 1)) for i in (0, 1))
+    params = network.init(keys[2], support)
+    problem = supervised(network, cross_entropy, fast=is_head)
+    fast, slow = problem.split(params)
+    task = Task(Batch(support, None), Batch(query, None))
+    encoded = problem.encode(slow, task)
+    for inputs, outputs in (
+        (support, problem.support_outputs(fast, encoded, task.support)),
+        (query, problem.query_outputs(fast, encoded, task)),
+    ):
+        np.testing.assert_allclose(outputs, network.apply(params, inputs), rtol=1e-5, atol=1e-6)
 
 
 def test_anil_is_maml_with_rate_zero_for_the_body(problem):
