@@ -44,6 +44,7 @@ from imaml_jax.types import MetaLearner, Task
 TRAIN_QUERIES, _TEST_QUERIES = 10, 100
 _WIDTHS = np.geomspace(0.01, 3.0, 60)
 _WITH_STRENGTH = ("imaml", "implicit_anil", "implicit_bmaml", "implicit_platipus")
+_WITH_KERNEL = ("bmaml", "implicit_bmaml")
 _WITH_SAMPLES = ("bmaml", "implicit_bmaml", "implicit_platipus", "platipus")
 
 
@@ -65,6 +66,8 @@ class Config(common.RunConfig):
     """Inner optimiser."""
     num_samples: int | None = None
     """Particles of BMAML, or samples of PLATIPUS in training, which has 10 at test; at least 1."""
+    kernel: Literal["exact", "official"] | None = None
+    """BMAML's: exact, or the constants of its published code."""
 
 
 def main(config: Config) -> dict[str, Any]:
@@ -149,7 +152,11 @@ def resolve(config: Config) -> Settings:
     )
     if config.algorithm == "mamlpp" and config.eval_num_steps is None:
         settings = settings._replace(eval_num_steps=settings.num_steps)
-    for name, owners in (("reg_strength", _WITH_STRENGTH), ("num_samples", _WITH_SAMPLES)):
+    for name, owners in (
+        ("reg_strength", _WITH_STRENGTH),
+        ("num_samples", _WITH_SAMPLES),
+        ("kernel", _WITH_KERNEL),
+    ):
         if config.algorithm not in owners and getattr(settings, name) is not None:
             raise ValueError(
                 f"{name}={getattr(settings, name)} is a setting of {', '.join(owners)}; leave it "
@@ -192,7 +199,7 @@ def describe(config: Config, settings: Settings) -> str:
     own += f", {settings.num_samples} samples" if settings.num_samples else ""
     own += f", KL weight {settings.kl_weight:g}" if settings.kl_weight else ""
     own += f", leader {settings.leader_steps} steps on" if settings.leader_steps else ""
-    own += f", {settings.posterior}" if settings.posterior else ""
+    own += f", {settings.posterior}, {settings.kernel} kernel" if settings.posterior else ""
     return (
         f"sinusoid {config.shots}-shot, {config.algorithm}: amplitude in [0.1, 5], {tasks.said}, "
         f"points in [-5, 5], {_TEST_QUERIES} query points at test, inner "

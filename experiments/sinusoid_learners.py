@@ -47,6 +47,7 @@ class Settings(NamedTuple):
     kl_weight: float | None = None
     leader_steps: int | None = None
     posterior: Literal["learned_precisions", "likelihood"] | None = None
+    kernel: Literal["exact", "official"] | None = None
 
 
 SETTINGS: dict[Algorithm, Settings] = {
@@ -62,7 +63,16 @@ SETTINGS: dict[Algorithm, Settings] = {
         "adaptive_gd", 0.01, 8, 16, 3e-3, 5_000, reg_strength=2.0, num_samples=2, kl_weight=0.03
     ),
     "bmaml": Settings(
-        "sgd", 0.01, 5, 5, 1e-3, 10_000, num_samples=10, leader_steps=5, posterior="likelihood"
+        "sgd",
+        0.01,
+        5,
+        5,
+        1e-3,
+        10_000,
+        num_samples=10,
+        leader_steps=5,
+        posterior="likelihood",
+        kernel="exact",
     ),
     "implicit_bmaml": Settings(
         "adaptive_gd",
@@ -74,6 +84,7 @@ SETTINGS: dict[Algorithm, Settings] = {
         reg_strength=20.0,
         num_samples=5,
         posterior="likelihood",
+        kernel="exact",
     ),
 }
 
@@ -160,6 +171,7 @@ def build_learner(
         "num_particles": settings.num_samples,
         "average": average,
         "posterior": _POSTERIORS[settings.posterior or "likelihood"],
+        "kernel": settings.kernel or "exact",
     }
     factories: dict[str, Callable[..., MetaLearner]] = {
         "maml": imaml_jax.maml,
