@@ -376,6 +376,7 @@ REFUSED_WITH_DATA = {
     "--map-tasks 0": ("map_tasks", "got 0"),
 }
 REFUSED_SINUSOID = {
+    "--kernel official": ("kernel=official", "bmaml, implicit_bmaml"),
     "--shots 0": ("shots=0", "positive"),
     "--meta-steps 1500": ("meta_steps=1500", "multiple of log_every=1000"),
     "--reg-strength 0": ("reg_strength=0", "positive"),
