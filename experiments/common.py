@@ -151,10 +151,9 @@ def check_positive(config: Any, *names: str) -> None:
             raise ValueError(f"{name}={getattr(config, name)} must be positive")
 
 
-def best_validation(history: Sequence[dict[str, Any]]) -> float | None:
-    """The highest validation score of a run; None where there was none."""
-    scores = [row["validation"] for row in history if row.get("validation") is not None]
-    return max(scores, default=None)
+def best_validation(result: TrainResult) -> float | None:
+    """The validation score of the best checkpoint; None where there was no validation."""
+    return result.best[0].score if result.best else None
 
 
 def task_devices(limit: int | None, num_tasks: int) -> Sequence[Any] | None:

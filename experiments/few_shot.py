@@ -121,7 +121,7 @@ def run(
     test = scores.predictions_on(learner, *on_test)(result.best_meta_params)
     results = _recorded(config, protocol, dataset) | common.provenance()
     results |= common.outcome(result, started) | {
-        "validation_accuracy": common.best_validation(result.history),
+        "validation_accuracy": common.best_validation(result),
         "test_info": test.info,
         **scores.scores(test),
     }

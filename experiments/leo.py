@@ -159,7 +159,7 @@ def main(config: Config) -> dict[str, Any]:
             config=results | {"variant": name},
         )
         rows[name] = {
-            "validation_accuracy": common.best_validation(result.history),
+            "validation_accuracy": common.best_validation(result),
             **_tested(config, learner, splits, result.best_meta_params),
             **common.outcome(result, started),
         }

@@ -142,7 +142,7 @@ def main(config: Config) -> dict[str, Any]:
     scores = [mean_ci95(column) for column in returns.T]
     results = recorded | common.provenance() | common.outcome(result, started)
     results |= {
-        "validation_return": common.best_validation(result.history),
+        "validation_return": common.best_validation(result),
         "test_return": [mean for mean, _ in scores],
         "test_ci95": [half_width for _, half_width in scores],
         "published": PUBLISHED | {"oracle": _ORACLE},

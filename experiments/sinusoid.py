@@ -122,7 +122,7 @@ def main(config: Config) -> dict[str, Any]:
     predict = partial(_on_tasks, stacked, config=config, make=make_predictions)
     chosen_on = predict(num_tasks=config.validation_tasks, seed=common.VALIDATION_KEY)(best)
     predicted = predict(num_tasks=config.test_tasks, seed=common.TEST_KEY)(best)
-    validation = common.best_validation(result.history)
+    validation = common.best_validation(result)
     results = recorded | common.provenance()
     results |= common.outcome(result, started) | {
         "validation_mse": -validation if validation is not None else None,
