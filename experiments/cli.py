@@ -21,6 +21,11 @@ from imaml_jax.writers import WriterName
 LOST_STATUS = 76
 INTERRUPTED_STATUS = 75  # EX_TEMPFAIL: a scheduler that knows it starts the run again
 _STOPPED_STATUS = 130  # as a shell has it for SIGINT
+# Algorithms with a command of their own, which say so wherever one is chosen by name.
+_ELSEWHERE = {
+    "leo": "learns from features: python -m experiments.features makes them, "
+    "python -m experiments.leo trains on them"
+}
 _OF_NONE = "A setting whose default is None has the value of the protocol, algorithm or machine."
 
 
@@ -139,7 +144,12 @@ def _settings(config: type, description: str | None, args: Sequence[str]) -> Any
 
     finder = argparse.ArgumentParser(add_help=False, allow_abbrev=False)
     finder.add_argument("--config", nargs="?", type=Path)
-    path = finder.parse_known_args(args)[0].config
+    finder.add_argument("--algorithm", nargs="?")
+    known = finder.parse_known_args(args)[0]
+    path = known.config
+    fields = dataclasses.fields(config)
+    if known.algorithm in _ELSEWHERE and "algorithm" in [field.name for field in fields]:
+        raise ValueError(f"algorithm={known.algorithm} {_ELSEWHERE[known.algorithm]}")
     help_text = "YAML file of settings, by the names of these; the command line overrides them."
     config_option = tyro.conf.arg(metavar="FILE.yaml", help=help_text)
     whole = dataclasses.make_dataclass(
@@ -151,7 +161,6 @@ def _settings(config: type, description: str | None, args: Sequence[str]) -> Any
     )
     default = None
     if path is not None:
-        fields = dataclasses.fields(config)
         required = [field.name for field in fields if field.default is dataclasses.MISSING]
         values = config_file.read(path, config)
         default = whole(**{**dict.fromkeys(required, tyro.MISSING), **values, "config": path})
@@ -167,7 +176,7 @@ def _settings(config: type, description: str | None, args: Sequence[str]) -> Any
         default=default,
         config=(tyro.conf.DisallowNone,),  # so that bool | None is a pair of flags, as bool is
     )
-    return config(**{f.name: getattr(found, f.name) for f in dataclasses.fields(config)})
+    return config(**{f.name: getattr(found, f.name) for f in fields})
 
 
 def _is_ours(error: BaseException) -> bool:

@@ -259,8 +259,9 @@ def write_report(
 
 
 def write_results(workdir: str | os.PathLike | None, results: dict[str, Any]) -> None:
-    """Writes `results.json` into the workdir, if there is one."""
+    """Writes `results.json` into the workdir, if there is one; made where it is missing."""
     if workdir is not None and processes.is_first():
+        Path(workdir).mkdir(parents=True, exist_ok=True)
         write_json(Path(workdir) / "results.json", results)
 
 

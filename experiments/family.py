@@ -9,10 +9,10 @@ The table is written to OUTPUT.json and OUTPUT.md after each, and printed at the
 """
 
 import dataclasses
-import functools
 import json
 import math
 from collections.abc import Callable, Iterator
+from functools import partial
 from pathlib import Path
 from typing import Any, Literal, NamedTuple
 
@@ -25,6 +25,8 @@ from experiments import (
     few_shot,
     glyphs,
     leo,
+    mini_imagenet,
+    mini_imagenet_table,
     navigation,
     omniglot,
     omniglot_table,
@@ -33,11 +35,20 @@ from experiments import (
 )
 from imaml_jax import build
 from imaml_jax.non_finite import NonFiniteError
-from imaml_jax.protocols import Protocol
 from imaml_jax.types import Batch, MetaLearner, Task
 
-TaskName = Literal["glyphs", "leo", "navigation", "omniglot", "sinusoid"]
-LEO_PUBLISHED = {1: (61.76, 0.08), 5: (77.59, 0.12)}
+TaskName = Literal["glyphs", "leo", "mini_imagenet", "navigation", "omniglot", "sinusoid"]
+# Of each kind of images: the experiment, its protocol, what is in print, and the images' shape.
+_IMAGES: dict[str, tuple[Any, Callable[[Any], Any], accuracy_table.Published, tuple]] = {
+    "glyphs": (glyphs, glyphs.resolve, {}, (28, 28, 1)),
+    "mini_imagenet": (
+        mini_imagenet,
+        mini_imagenet.resolve,
+        mini_imagenet_table.PUBLISHED,
+        (84, 84, 3),
+    ),
+    "omniglot": (omniglot, few_shot.resolve, omniglot_table.PUBLISHED, (28, 28, 1)),
+}
 
 
 class Run(NamedTuple):
@@ -46,20 +57,23 @@ class Run(NamedTuple):
     Attributes:
       task: what is learned.
       algorithm: by what.
+      protocol: its name, or "own" for that of the experiment.
       workdir: its folder.
       main: makes `results.json` there.
       full_meta_steps: of its whole budget.
-      memory: temporary bytes of the meta-gradient of one task, None where it is not measured.
+      memory: `results -> temporary bytes of the meta-gradient of one task`, None where it is not
+        measured.
       score: `results -> (mean, half-width of the 95% interval, NLL or None)`.
       published: in words.
     """
 
     task: str
     algorithm: str
+    protocol: str
     workdir: Path
     main: Callable[[], Any]
     full_meta_steps: int
-    memory: Callable[[], int | None]
+    memory: Callable[[dict[str, Any]], int | None]
     score: Callable[[dict[str, Any]], tuple[float, float, float | None]]
     published: str
 
@@ -69,7 +83,7 @@ class Config:
     """Which rows to make, and for how long."""
 
     tasks: tuple[TaskName, ...] = ("sinusoid", "glyphs", "navigation")
-    """What is learned; omniglot needs data, leo features."""
+    """What is learned; omniglot and mini_imagenet need data, leo features."""
     algorithms: tuple[str, ...] = ()
     """Which algorithms, by the names that the tables print; default all."""
     budget: float = 1.0
@@ -85,7 +99,8 @@ class Config:
     sinusoid_shots: int = 10
     """Points of a sinusoid, at least 1."""
     data_dir: Path | None = None
-    """Directory of Omniglot's zips; default the environment variable IMAML_DATA_DIR."""
+    """Directory of Omniglot's or mini-ImageNet's files; default the environment variable
+    IMAML_DATA_DIR."""
     features: Path | None = None
     """What LEO learns from, see `python -m experiments.features`."""
     workdir: Path = Path("runs/family")
@@ -110,6 +125,10 @@ def main(config: Config) -> list[dict[str, Any]]:
     for name in config.algorithms:
         if name not in every:
             raise ValueError(f"algorithms={name!r} must be of {', '.join(sorted(every))}")
+    if "leo" in config.tasks and config.features is None:
+        raise ValueError(
+            "features=None: tasks=leo needs the folder that python -m experiments.features writes"
+        )
     runs = [
         run
         for task in config.tasks
@@ -118,10 +137,6 @@ def main(config: Config) -> list[dict[str, Any]]:
     ]
     if not runs:
         raise ValueError("nothing to run: tasks and algorithms need values that go together")
-    if "leo" in config.tasks and config.features is None:
-        raise ValueError(
-            "features=None: tasks=leo needs the folder that python -m experiments.features writes"
-        )
     common.check_output(config.output)
     rows = []
     for run in runs:
@@ -136,19 +151,20 @@ def main(config: Config) -> list[dict[str, Any]]:
 
 def markdown(rows: list[dict[str, Any]]) -> str:
     """The table in Markdown."""
-    header = ["task", "algorithm", "score", "NLL", "published", "meta-steps", "seconds", "MiB"]
+    header = ["task", "algorithm", "protocol", "score", "NLL", "published"]
+    header += ["meta-steps", "seconds", "MiB"]
     lines = [header, ["---"] * len(header)]
     for row in rows:
+        named = [row["task"], row["algorithm"], row["protocol"]]
         if "diverged_at" in row:
             said = f"diverged at step {row['diverged_at']}"
-            lines.append([row["task"], row["algorithm"], said, "", row["published"], "", "", ""])
+            lines.append([*named, said, "", row["published"], "", "", ""])
             continue
         mean, half, nll = row["score"], row["ci95"], row["nll"]
         steps = f"{row.get('trained_meta_steps', 0)} of {row['full_meta_steps']}"
         lines.append(
             [
-                row["task"],
-                row["algorithm"],
+                *named,
                 f"{mean:.4g} ± {half:.2g}",
                 "" if nll is None else f"{nll:.3f}",
                 row["published"],
@@ -160,14 +176,16 @@ def markdown(rows: list[dict[str, Any]]) -> str:
     note = (
         "Score: accuracy in per cent on unseen classes, mean squared error, or return after one "
         "update, with its 95% interval over test tasks. NLL of the averaged predictive. MiB: "
-        "temporary memory of the meta-gradient of one task. Published values belong to their own "
-        "protocols, which are in the JSON file beside ours."
+        "temporary memory of the meta-gradient of one task. Protocol: that of this row's run, by "
+        "its name in imaml_jax.protocols or the experiment's own; its settings are in the JSON "
+        "file. Published values were measured under the protocols of their papers."
     )
     return "\n".join(f"| {' | '.join(line)} |" for line in lines) + f"\n\n{note}\n"
 
 
 def _row(run: Run) -> dict[str, Any]:
-    named = {"task": run.task, "algorithm": run.algorithm, "workdir": str(run.workdir)}
+    named = {"task": run.task, "algorithm": run.algorithm, "protocol": run.protocol}
+    named |= {"workdir": str(run.workdir)}
     try:
         run.main()  # goes on where it was, refuses another config, and trains no finished run again
     except NonFiniteError as error:
@@ -175,7 +193,7 @@ def _row(run: Run) -> dict[str, Any]:
     results = json.loads((run.workdir / "results.json").read_text(encoding="utf-8"))
     results |= results.get("rows", {}).get(run.algorithm, {})  # several algorithms, one run
     mean, ci95, nll = run.score(results)
-    memory = run.memory()
+    memory = run.memory(results)
     names = ("trained_meta_steps", "seconds", "command", "date", "device", "versions", "settings")
     return named | {
         "score": mean,
@@ -213,10 +231,11 @@ def _sinusoids(config: Config) -> Iterator[Run]:
         yield Run(
             f"sinusoid, setting {own.setting}, {own.shots}-shot",
             algorithm,
+            "own",
             own.workdir or Path(),
             lambda own=own: sinusoid.main(own),
             settings.meta_steps,
-            lambda learner=learner, points=points: _memory(
+            lambda _, learner=learner, points=points: _memory(
                 learner, Task(*(Batch(x, x) for x in points))
             ),
             lambda results: (results["test_mse"], results["test_ci95"], results["test_nll"]),
@@ -224,10 +243,12 @@ def _sinusoids(config: Config) -> Iterator[Run]:
         )
 
 
-def _classifiers(config: Config, task: Literal["glyphs", "omniglot"]) -> Iterator[Run]:
+def of_images(config: Config, task: str) -> Iterator[Run]:
+    """The runs of all that classify images."""
+    experiment, resolve, published, image = _IMAGES[task]
     for algorithm in accuracy_table.NAMES:
         shape = {"algorithm": algorithm, "ways": config.ways, "shots": config.shots}
-        full = few_shot.resolve(few_shot.Config(**shape)).meta_steps
+        full = resolve(experiment.Config(**shape, meta_steps=None)).meta_steps
         steps = _steps(config, full, 50)
         folder = f"{task}_{config.ways}way_{config.shots}shot_{algorithm}_{steps}steps"
         settings = {
@@ -238,27 +259,25 @@ def _classifiers(config: Config, task: Literal["glyphs", "omniglot"]) -> Iterato
             "max_seconds": config.max_seconds,
             "workdir": config.workdir / folder,
         }
-        if task == "glyphs":
-            own: Any = glyphs.Config(**settings)
-            protocol, run, published = glyphs.resolve(own), glyphs.main, ""
-        else:
-            own = omniglot.Config(**settings, data_dir=config.data_dir)
-            protocol, run = few_shot.resolve(own), omniglot.main
-            value = omniglot_table.PUBLISHED[algorithm].get((config.ways, config.shots), ("", None))
-            published = accuracy_table.printed(*value)
+        if task != "glyphs":  # which need no data
+            settings["data_dir"] = config.data_dir
+        own = experiment.Config(**settings)
+        protocol = resolve(own)
+        learner = build.build_learner(protocol, config.ways)
+        per_class = (protocol.train_shots, protocol.train_queries)
+        value = published.get(algorithm, {}).get((config.ways, config.shots), ("", None))
         yield Run(
             f"{task} {config.ways}-way {config.shots}-shot",
             algorithm,
+            protocol.name,
             config.workdir / folder,
-            lambda own=own, run=run: run(own),
+            partial(experiment.main, own),
             full,
-            lambda protocol=protocol, ways=config.ways: _memory_of_classifier(protocol, ways),
-            lambda results: (
-                100 * results["test_accuracy"],
-                100 * results["test_ci95"],
-                results["test_nll"],
+            lambda _, learner=learner, per_class=per_class: _memory_of_classifier(
+                learner, config.ways, per_class, image
             ),
-            published,
+            _of_accuracy,
+            accuracy_table.printed(*value),
         )
 
 
@@ -274,16 +293,20 @@ def _navigators(config: Config) -> Iterator[Run]:
         yield Run(
             "2D navigation",
             algorithm,
+            "own",
             own.workdir or Path(),
             lambda own=own: navigation.main(own),
             settings.meta_steps,
-            lambda: None,
+            lambda _: None,
             lambda results: (results["test_return"][1], results["test_ci95"][1], None),
             "-11.7" if algorithm == "maml" else "",
         )
 
 
-def _leo(config: Config) -> Iterator[Run]:
+def of_features(config: Config) -> Iterator[Run]:
+    """The runs of LEO and of the nearest class mean."""
+    assert config.features is not None
+    shape = f"{config.ways}way_{config.shots}shot"
     steps = _steps(config, leo.META_STEPS, 1000)
     own = leo.Config(
         features=config.features,
@@ -292,37 +315,56 @@ def _leo(config: Config) -> Iterator[Run]:
         variants=("leo",),
         meta_steps=steps,
         max_seconds=config.max_seconds,
-        workdir=config.workdir / f"leo_{config.ways}way_{config.shots}shot_{steps}steps",
+        workdir=config.workdir / f"leo_{shape}_{steps}steps",
     )
-    once = functools.cache(lambda: leo.main(own))  # it tests the nearest class mean too
-    value = LEO_PUBLISHED.get(config.shots, ("", None)) if config.ways == 5 else ("", None)
-    published = {"leo": accuracy_table.printed(*value)}
-    for algorithm in ("nearest_centroid", "leo"):
+    baseline = dataclasses.replace(
+        own, variants=(), workdir=config.workdir / f"nearest_centroid_{shape}"
+    )
+
+    def memory(results):
+        learner = leo.build_learner(own, leo.resolve(own), stochastic=True)
+        per_class = (own.shots, leo.QUERIES)
+        return _memory_of_classifier(learner, own.ways, per_class, (1, 1, results["width"]))
+
+    value = leo.published(config.features, config.ways, config.shots) or ("", None)
+    for algorithm, of_run, full, memory_of, published in (
+        ("nearest_centroid", baseline, 0, lambda _: None, ""),
+        ("leo", own, leo.META_STEPS, memory, accuracy_table.printed(*value)),
+    ):
         yield Run(
             f"features {config.ways}-way {config.shots}-shot",
             algorithm,
-            own.workdir or Path(),
-            once,
-            leo.META_STEPS if algorithm == "leo" else 0,
-            lambda: None,
-            lambda results: (100 * results["test_accuracy"], 100 * results["test_ci95"], None),
-            published.get(algorithm, ""),
+            "own",
+            of_run.workdir or Path(),
+            partial(leo.main, of_run),
+            full,
+            memory_of,
+            _of_accuracy,
+            published,
         )
 
 
+def _of_accuracy(results: dict[str, Any]) -> tuple[float, float, float | None]:
+    return 100 * results["test_accuracy"], 100 * results["test_ci95"], results["test_nll"]
+
+
 _RUNS: dict[TaskName, Callable[[Config], Iterator[Run]]] = {
-    "glyphs": lambda config: _classifiers(config, "glyphs"),
-    "leo": _leo,
+    "glyphs": partial(of_images, task="glyphs"),
+    "leo": of_features,
+    "mini_imagenet": partial(of_images, task="mini_imagenet"),
     "navigation": _navigators,
-    "omniglot": lambda config: _classifiers(config, "omniglot"),
+    "omniglot": partial(of_images, task="omniglot"),
     "sinusoid": _sinusoids,
 }
 
 
-def _memory_of_classifier(protocol: Protocol, ways: int) -> int | None:
-    sizes = (ways * n for n in (protocol.train_shots, protocol.train_queries))
-    task = Task(*(Batch(jnp.zeros((n, 28, 28, 1)), jnp.arange(n) % ways) for n in sizes))
-    return _memory(build.build_learner(protocol, ways), task)
+def _memory_of_classifier(
+    learner: MetaLearner, ways: int, per_class: tuple[int, int], shape: tuple[int, ...]
+) -> int | None:
+    """`per_class` are the support and the query examples."""
+    sizes = (ways * n for n in per_class)
+    task = Task(*(Batch(jnp.zeros((n, *shape)), jnp.arange(n) % ways) for n in sizes))
+    return _memory(learner, task)
 
 
 def _memory(learner: MetaLearner, task: Task) -> int | None:

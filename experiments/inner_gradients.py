@@ -9,8 +9,8 @@ import numpy as np
 from jax.flatten_util import ravel_pytree
 
 from imaml_jax import mapping
+from imaml_jax.inner import mini_batches
 from imaml_jax.learners.base import MetaInfo
-from imaml_jax.learners.reptile import mini_batches
 from imaml_jax.types import Batch, MetaLearner, Task
 
 NUM_BATCHES = 4

@@ -18,6 +18,7 @@ tiered-ImageNet; 61.48, 76.53, 66.18 and 82.06% deterministic.
 """
 
 import dataclasses
+import json
 import os
 import time
 from collections.abc import Callable
@@ -30,13 +31,14 @@ import jax.numpy as jnp
 import optax
 
 import imaml_jax
-from experiments import common
+from experiments import common, scores
 from imaml_jax.data import episodes, features
-from imaml_jax.evaluation import Evaluation, make_evaluate
+from imaml_jax.evaluation import make_evaluate, make_predictions
 from imaml_jax.types import MetaLearner
 
-META_STEPS = 100_000
-_QUERIES, _CLIP, _TASKS_A_CALL = 15, 0.1, 100
+META_STEPS, QUERIES = 100_000, 15
+PUBLISHED = {1: (61.76, 0.08), 5: (77.59, 0.12)}  # 5-way, on the authors' mini-ImageNet features
+_CLIP, _TASKS_A_CALL = 0.1, 100
 
 
 class Constants(NamedTuple):
@@ -77,7 +79,8 @@ class Config(common.RunConfig):
     constants: Literal["mini_imagenet", "tiered_imagenet"] = "mini_imagenet"
     """Data set whose published constants are taken: those of 1 shot, or of 5 for more than one."""
     variants: tuple[Literal["leo", "deterministic"], ...] = ("leo", "deterministic")
-    """What is trained, one after the other, each for meta_steps and max_seconds."""
+    """What is trained, one after the other, each for meta_steps and max_seconds; none for the
+    nearest class mean alone."""
     centred: bool = False
     """Subtract the mean feature of the training classes before features are scaled to norm 1."""
     ways: int = 5
@@ -151,7 +154,7 @@ def main(config: Config) -> dict[str, Any]:
             dataclasses.replace(config, workdir=workdir),
             learner,
             outer(constants.outer_rate),
-            sampler(config, splits.train, config.meta_batch, _QUERIES),
+            sampler(config, splits.train, config.meta_batch, QUERIES),
             num_steps=config.meta_steps or META_STEPS,
             example_inputs=jnp.zeros((1, *splits.train.images.shape[1:])),
             validate=validate,
@@ -191,13 +194,26 @@ def resolve(config: Config) -> Constants:
             f"meta_steps={meta_steps} must be a multiple of log_every={config.log_every}; "
             "change either"
         )
-    if not config.variants:
-        raise ValueError(f"variants=() must name at least one of {', '.join(VARIANTS)}")
     if config.kl_weight is not None and "leo" not in config.variants:
         raise ValueError(f"kl_weight={config.kl_weight} has no effect without variants=leo")
     published = CONSTANTS[config.constants, 1 if config.shots == 1 else 5]
     overrides = {name: getattr(config, name) for name in Constants._fields}
     return published._replace(**{n: value for n, value in overrides.items() if value is not None})
+
+
+def published(features: Path, ways: int, shots: int) -> tuple[float, float] | None:
+    """What is in print of LEO on such tasks, None where features are not of mini-ImageNet.
+
+    Which they are of is told by what `experiments.features` wrote beside them, or by the names of
+    the authors' folders.
+    """
+    made, name = features / "results.json", "miniImageNet"
+    if made.exists():
+        fits = json.loads(made.read_text(encoding="utf-8")).get("dataset") == "mini_imagenet"
+    else:
+        below = (features / name, features / "embeddings" / name)
+        fits = name in features.resolve().parts or any(folder.is_dir() for folder in below)
+    return PUBLISHED.get(shots) if fits and ways == 5 else None
 
 
 def build_learner(config: Config, constants: Constants, stochastic: bool) -> MetaLearner:
@@ -239,12 +255,16 @@ def sampler(
 
 
 def scorer(
-    config: Config, learner: MetaLearner, dataset: episodes.Dataset, seed: tuple[int, int]
-) -> Callable[[Any], Evaluation]:
-    """Accuracy on tasks that only the key and the features decide."""
+    config: Config,
+    learner: MetaLearner,
+    dataset: episodes.Dataset,
+    seed: tuple[int, int],
+    make: Callable[..., Any] = make_evaluate,
+) -> Callable[[Any], Any]:
+    """Accuracy, or what else `make` is for, on tasks that only the key and features decide."""
     is_test = seed == common.TEST_KEY
     num_tasks = config.test_tasks if is_test else config.validation_tasks
-    score = make_evaluate(
+    score = make(
         learner,
         sampler(config, dataset, min(num_tasks, _TASKS_A_CALL), config.test_queries),
         num_tasks=num_tasks,
@@ -255,14 +275,17 @@ def scorer(
 def describe(config: Config, constants: Constants, splits: episodes.Splits) -> str:
     """The protocol in words, printed beside every number."""
     named = ", ".join(f"{name} {value:g}" for name, value in constants._asdict().items())
+    trained = (
+        f"; LEO of {config.num_latents} latents, {named}, {config.meta_batch} tasks a meta-step, "
+        f"{QUERIES} queries a class in training"
+    )
     counts = [0 if part is None else episodes.num_classes(part) for part in splits]
     return (
-        f"LEO {config.ways}-way {config.shots}-shot on features of width "
+        f"{config.ways}-way {config.shots}-shot on features of width "
         f"{splits.train.images.shape[-1]} in {_folder(config)}, "
         f"{'centred and ' if config.centred else ''}scaled to norm 1; "
-        f"{'/'.join(map(str, counts))} classes; {config.num_latents} latents, {named}; "
-        f"{config.meta_batch} tasks a meta-step, {_QUERIES} queries a class in training and "
-        f"{config.test_queries} at test"
+        f"{'/'.join(map(str, counts))} classes; {config.test_queries} queries a class at test"
+        + (trained if config.variants else "")
     )
 
 
@@ -290,12 +313,12 @@ def _folder(config: Config) -> str:
 def _tested(
     config: Config, learner: MetaLearner, splits: episodes.Splits, meta_params: Any
 ) -> dict[str, float]:
-    test = scorer(config, learner, splits.test, common.TEST_KEY)(meta_params)
-    return {"test_accuracy": test.mean, "test_ci95": test.ci95}
+    predict = scorer(config, learner, splits.test, common.TEST_KEY, make_predictions)
+    return scores.scores(predict(meta_params))
 
 
 def _check_data(config: Config, splits: episodes.Splits) -> None:
-    for dataset, queries in zip(splits, (_QUERIES, *[config.test_queries] * 2), strict=True):
+    for dataset, queries in zip(splits, (QUERIES, *[config.test_queries] * 2), strict=True):
         if dataset is not None:
             episodes.check_task_shape(
                 dataset, ways=config.ways, shots=config.shots, queries=queries

@@ -93,7 +93,11 @@ def main(config: Config) -> list[dict[str, Any]]:
             **changes,
         )
         protocol = few_shot.resolve(settings)
-        trial = {"settings": protocol._asdict(), "seed": config.seed}
+        trial = {
+            "settings": protocol._asdict(),
+            "seed": config.seed,
+            "validation_tasks": config.validation_tasks,
+        }
         if any(all(row[k] == v for k, v in trial.items()) for row in rows):
             continue
         splits = omniglot.load(config.data_dir, split=protocol.split)
@@ -104,7 +108,6 @@ def main(config: Config) -> list[dict[str, Any]]:
                 "algorithm": config.algorithm,
                 "changes": changes,
                 **trial,
-                "validation_tasks": config.validation_tasks,
                 "validation": history[-1]["validation"],
                 "validation_ci95": history[-1]["validation_ci95"],
                 "inner_residual": history[-1].get("inner_residual"),

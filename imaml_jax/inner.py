@@ -111,6 +111,26 @@ def _with_args(fun: Callable[..., Any], args: tuple[PyTree, ...], params: PyTree
     return fun(params, *args)
 
 
+def mini_batches(key: Array, examples: PyTree, num_batches: int, batch_size: int) -> PyTree:
+    """Mini-batches drawn by passing through one shuffle of the examples after another.
+
+    Args:
+      key: random key.
+      examples: tree of arrays `[n, ...]`.
+      num_batches: batches.
+      batch_size: examples a batch; a batch may reach into the next shuffle.
+
+    Returns:
+      Tree of arrays `[num_batches, batch_size, ...]`.
+    """
+    num_examples = jax.tree.leaves(examples)[0].shape[0]
+    passes = -(-num_batches * batch_size // num_examples)
+    keys = jax.random.split(key, passes)
+    order = jax.vmap(lambda k: jax.random.permutation(k, num_examples))(keys).reshape(-1)
+    order = order[: num_batches * batch_size].reshape(num_batches, batch_size)
+    return jax.tree.map(lambda x: x[order], examples)
+
+
 def proximal_objective(loss: Callable[..., Array]) -> Callable[..., Array]:
     """Adds the proximal term of iMAML to a loss.
 

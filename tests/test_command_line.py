@@ -145,6 +145,13 @@ def test_a_wrong_file_is_refused_by_key(tmp_path, capsys, text, fragments):
     assert all(fragment in said for fragment in fragments), said
 
 
+@pytest.mark.parametrize("name", ["folder", "glyphs", "mini_imagenet", "omniglot"])
+def test_leo_is_pointed_to_its_own_commands(capsys, name):
+    status, said = refusal(capsys, print, CONFIGS[name], ["--algorithm", "leo"])
+    assert (status, said.count("\n")) == (2, 1) and said.startswith("error: algorithm=leo ")
+    assert "python -m experiments.features" in said and "python -m experiments.leo" in said
+
+
 def test_statuses(tmp_path, capsys):
     def interrupted(config):
         raise KeyboardInterrupt

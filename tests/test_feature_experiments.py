@@ -1,5 +1,6 @@
 """The parts of the experiments on features; their command lines are in test_experiments."""
 
+from functools import partial
 from pathlib import Path
 from unittest import mock
 
@@ -7,10 +8,12 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import optax
+import pytest
 
-from experiments import features, leo
+from experiments import accuracy_table, common, family, features, leo
 from imaml_jax.convolution import convolve
 from imaml_jax.data import episodes
+from imaml_jax.data import features as cached
 from imaml_jax.networks import conv4
 
 
@@ -69,3 +72,68 @@ def test_published_constants():
     assert leo.resolve(leo.Config()).outer_rate == 2.739071e-4
     many = leo.resolve(leo.Config(shots=5, constants="tiered_imagenet", dropout=0.1))
     assert (many.kl_weight, many.dropout) == (1.622811, 0.1)
+
+
+@pytest.mark.parametrize(
+    "place, dataset, is_printed",
+    [
+        ("made", "mini_imagenet", True),
+        ("made", "omniglot", False),
+        ("miniImageNet/made", "folder:x", False),
+        ("miniImageNet/center", None, True),
+        ("tieredImageNet/center", None, False),
+        ("release", None, False),
+    ],
+)
+def test_published_values_stand_beside_features_of_mini_imagenet(
+    tmp_path, place, dataset, is_printed
+):
+    folder = tmp_path / place
+    folder.mkdir(parents=True)
+    if dataset is not None:
+        common.write_results(folder, {"dataset": dataset})
+    assert leo.published(folder, 5, 1) == ((61.76, 0.08) if is_printed else None)
+    assert leo.published(folder, 20, 1) is leo.published(folder, 5, 2) is None
+    runs = family.of_features(family.Config(features=folder))
+    assert [run.published for run in runs] == ["", "61.76 ± 0.08" if is_printed else ""]
+    (tmp_path / "release" / "embeddings" / "miniImageNet").mkdir(parents=True)
+    assert leo.published(tmp_path / "release", 5, 5) == (77.59, 0.12)
+
+
+def test_the_nearest_centroid_needs_no_training_of_leo(tmp_path):
+    rng = np.random.default_rng(0)
+    for split in ("train", "test"):
+        cached.save(tmp_path, split, rng.normal(size=(90, 3)), np.arange(0, 91, 18))
+    config = family.Config(
+        tasks=("leo",),
+        algorithms=("nearest_centroid",),
+        features=tmp_path,
+        workdir=tmp_path / "runs",
+        output=tmp_path / "table",
+    )
+    with (
+        mock.patch.object(leo, "Config", partial(leo.Config, test_tasks=100)),
+        mock.patch.object(common, "cache_compilations"),
+        mock.patch.object(common, "run_training", side_effect=AssertionError("trained")),
+    ):
+        (row,) = family.main(config)
+    assert row["protocol"] == "own" and 0 < row["score"] < 40 and row["memory_mib"] is None
+    assert row["nll"] > 0
+    head, _, line, *_ = (tmp_path / "table.md").read_text(encoding="utf-8").splitlines()
+    assert head.startswith("| task | algorithm | protocol | score | NLL |")
+    assert line.startswith("| features 5-way 1-shot | nearest_centroid | own | ")
+
+
+@pytest.mark.slow
+def test_memory_of_leo(tmp_path):
+    _, run = family.of_features(family.Config(features=tmp_path))
+    assert run.algorithm == "leo" and (run.memory({"width": 3}) or 0) > 0
+
+
+def test_photographs_in_the_family():
+    runs = list(family.of_images(family.Config(), "mini_imagenet"))
+    assert [run.algorithm for run in runs] == list(accuracy_table.NAMES)
+    assert {(run.task, run.protocol) for run in runs} == {("mini_imagenet 5-way 1-shot", "common")}
+    assert (runs[0].published, runs[0].full_meta_steps) == ("48.7 ± 1.84", 5_000)
+    glyphs = next(family.of_images(family.Config(), "glyphs"))
+    assert (glyphs.published, glyphs.full_meta_steps) == ("", 5_000)

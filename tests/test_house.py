@@ -116,17 +116,37 @@ def house_faults(source, module, is_package=False):
 
 
 SHARED = {"base", "ensemble", "policy_problem", "posterior"}  # by several algorithms, or with TRPO
+ALGORITHMS = {path.stem for path in (PACKAGE / "learners").glob("[a-z]*.py")} - SHARED
+
+
+def imported_algorithms(path):
+    """Of which algorithms' files a module imports a name."""
+    found = set()
+    for name, *_ in read_imports(path.read_text(encoding="utf-8"), dotted_name(path)):
+        algorithm = re.fullmatch(r"imaml_jax\.(?:learners\.)?(\w+)(?:\.\w+)?", name)
+        if algorithm and algorithm[1] in ALGORITHMS:
+            found.add(algorithm[1])
+    return found
 
 
 def test_an_algorithm_knows_no_other():
     """So that any file can be deleted with its row, but MAML, which PLATIPUS adapts by."""
-    found = set()
-    for path in (PACKAGE / "learners").glob("[a-z]*.py"):
-        for name, *_ in read_imports(path.read_text(encoding="utf-8"), dotted_name(path)):
-            other = re.fullmatch(r"imaml_jax\.learners\.(\w+)\.\w+", name)
-            if path.stem not in SHARED and other and other[1] not in SHARED | {path.stem}:
-                found.add((path.stem, other[1]))
+    found = {
+        (name, other)
+        for name in ALGORITHMS
+        for other in imported_algorithms(PACKAGE / "learners" / f"{name}.py") - {name}
+    }
     assert found == {("platipus", "maml")}
+
+
+def test_what_serves_all_algorithms_imports_none():
+    """They are called by name in their rows; but features are scored by their baseline."""
+    learners = PACKAGE / "learners"
+    sources = [path for path in SOURCES if path.parent != learners and path.stem != "__init__"]
+    sources += [learners / f"{name}.py" for name in SHARED]
+    sources += sorted((ROOT / "experiments").rglob("*.py"))
+    found = {(path.stem, name) for path in sources for name in imported_algorithms(path)}
+    assert found == {("features", "nearest_centroid")}
 
 
 @pytest.mark.parametrize("path", SOURCES, ids=dotted_name)

@@ -8,7 +8,8 @@ import numpy as np
 import optax
 import pytest
 
-from imaml_jax.inner import adaptive_gd, minimize, newton_cg, proximal_objective
+from imaml_jax.inner import adaptive_gd, mini_batches, minimize, newton_cg, proximal_objective
+from imaml_jax.types import Batch
 
 pytestmark = pytest.mark.usefixtures("x64")
 
@@ -337,3 +338,19 @@ def test_unrolled_adaptive_steps_at_a_stationary_point_have_a_derivative():
         return minimize(loss, anchor, anchor, tx=adaptive_gd(0.1), num_steps=3)[0]
 
     np.testing.assert_allclose(jax.jacobian(adapted)(jnp.arange(3.0)), np.eye(3), atol=1e-6)
+
+
+@pytest.mark.parametrize("num_batches, size", [(3, 2), (6, 3), (5, 4), (1, 6), (2, 9), (7, 1)])
+def test_every_pass_covers_every_example_once(num_batches, size):
+    examples = Batch(jnp.arange(6), 10 * jnp.arange(6))
+    draw = jax.jit(mini_batches, static_argnums=(2, 3))
+    drawn = draw(jax.random.key(0), examples, num_batches, size)
+    assert drawn.inputs.shape == (num_batches, size)
+    np.testing.assert_array_equal(drawn.targets, 10 * drawn.inputs)
+    order = np.asarray(drawn.inputs).ravel()
+    passes = [order[i : i + 6] for i in range(0, len(order), 6)]
+    for examples_of_pass in passes[:-1]:
+        assert sorted(examples_of_pass) == list(range(6))
+    assert len(set(passes[-1])) == len(passes[-1])
+    if len(order) >= 12:
+        assert (passes[0] != passes[1]).any()

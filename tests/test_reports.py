@@ -74,6 +74,20 @@ def test_every_algorithm_gets_the_same_number_of_valid_trials():
             few_shot.resolve(few_shot.Config(algorithm=algorithm, **changes))
 
 
+def test_a_trial_is_done_if_it_was_judged_on_as_many_tasks(tmp_path):
+    row = {"validation": 0.5, "validation_ci95": 0.1}
+    with (
+        mock.patch.object(tune.omniglot, "load"),
+        mock.patch.object(few_shot, "meta_train") as meta_train,
+    ):
+        meta_train.return_value.history = [row]
+        for validation_tasks, trained in ((300, 4), (300, 4), (1000, 8), (300, 8)):
+            config = tune.Config(validation_tasks=validation_tasks, output=tmp_path)
+            rows = tune.main(config)
+            assert meta_train.call_count == len(rows) == trained
+    assert [row["validation_tasks"] for row in rows] == [300] * 4 + [1000] * 4
+
+
 def finished(accuracy=0.875, steps=100, residual=None):
     """What a run returns, as far as the table reads it."""
     rest = dict.fromkeys(("seconds", "command", "date", "device", "versions"), "")

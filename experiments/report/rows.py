@@ -9,7 +9,6 @@ from typing import Any, NamedTuple
 
 from experiments import (
     accuracy_table,
-    family,
     leo,
     mini_imagenet_table,
     navigation,
@@ -247,7 +246,7 @@ def _published(results: dict[str, Any]) -> Published | None:
     dataset, ways, shots = _shape(results)
     algorithm: Any = results.get("algorithm")
     if results.get("constants") == "mini_imagenet" and algorithm == "leo" and ways == 5:
-        found = family.LEO_PUBLISHED.get(shots or 0)
+        found = leo.PUBLISHED.get(shots or 0)
         return found and Published(*found, "95% interval, on its authors' features")
     if dataset == "navigation" or results.get("task") == "2D navigation":
         value = navigation.PUBLISHED["published, MAML"][1]

@@ -199,6 +199,11 @@ def is_head(path: str) -> bool:
     return path.startswith("head/")
 
 
+def is_norm(path: str) -> bool:
+    """Whether a parameter is the scale or offset of a norm, as `networks` names them."""
+    return path.endswith(("/scale", "/offset"))
+
+
 def path_string(path: tuple) -> str:
     """A tree path as "block_0/scale"."""
     return jax.tree_util.keystr(path, simple=True, separator="/")

@@ -14,6 +14,7 @@ from imaml_jax.learners.base import (
     MetaInfo,
     Statistics,
     check_steps,
+    is_norm,
     path_string,
     supervised,
 )
@@ -31,11 +32,6 @@ class LearnedRates(NamedTuple):
 
     params: PyTree
     rates: PyTree
-
-
-def is_norm(path: str) -> bool:
-    """Whether a parameter is the scale or offset of a norm, as `networks` names them."""
-    return path.endswith(("/scale", "/offset"))
 
 
 def multi_step_weights(epoch: Array | int, num_steps: int, num_epochs: int) -> Array:

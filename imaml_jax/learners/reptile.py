@@ -6,7 +6,7 @@ import jax
 import jax.numpy as jnp
 import optax
 
-from imaml_jax.inner import minimize
+from imaml_jax.inner import mini_batches, minimize
 from imaml_jax.learners.base import (
     FastPredicate,
     LossFn,
@@ -99,23 +99,3 @@ def reptile(
 
     adapt = make_adapt(problem, run_at_evaluation)
     return MetaLearner(problem.init, adapt, problem.predict, meta_grad)
-
-
-def mini_batches(key: jax.Array, examples: Any, num_batches: int, batch_size: int) -> Any:
-    """Mini-batches drawn by passing through one shuffle of the examples after another.
-
-    Args:
-      key: random key.
-      examples: tree of arrays `[n, ...]`.
-      num_batches: batches.
-      batch_size: examples a batch; a batch may reach into the next shuffle.
-
-    Returns:
-      Tree of arrays `[num_batches, batch_size, ...]`.
-    """
-    num_examples = jax.tree.leaves(examples)[0].shape[0]
-    passes = -(-num_batches * batch_size // num_examples)
-    keys = jax.random.split(key, passes)
-    order = jax.vmap(lambda k: jax.random.permutation(k, num_examples))(keys).reshape(-1)
-    order = order[: num_batches * batch_size].reshape(num_batches, batch_size)
-    return jax.tree.map(lambda x: x[order], examples)

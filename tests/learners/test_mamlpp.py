@@ -10,9 +10,9 @@ import optax
 import pytest
 from jax.flatten_util import ravel_pytree
 
-from imaml_jax import Batch, Task, cross_entropy, maml, mamlpp
-from imaml_jax.learners.base import combine, partition
-from imaml_jax.learners.mamlpp import LearnedRates, is_norm, multi_step_weights
+from imaml_jax import Batch, Task, build, cross_entropy, maml, mamlpp, protocols
+from imaml_jax.learners.base import combine, is_norm, partition
+from imaml_jax.learners.mamlpp import LearnedRates, multi_step_weights
 from imaml_jax.networks import Network
 
 pytestmark = pytest.mark.usefixtures("x64_module")
@@ -200,6 +200,15 @@ def test_rows_and_rates_can_be_off_one_by_one(problem):
     assert isinstance(with_rates, LearnedRates)
     assert with_rates.params["block_0"]["scale"].shape == (4,)
     assert with_rates.rates["block_0"]["scale"].shape == (STEPS,)
+
+
+def test_learned_rates_are_not_clipped():
+    protocol = protocols.get("mamlpp_code", algorithm="mamlpp", ways=5, shots=1)
+    protocol = protocol._replace(outer="sgd", outer_rate=1.0, schedule="constant", outer_clip=2.0)
+    grads = LearnedRates({"w": np.array([5.0])}, {"w": np.array([5.0])})
+    outer = build.make_outer(protocol, 1)
+    updates, _ = outer.update(grads, outer.init(grads))
+    assert updates.params["w"] == -2 and updates.rates["w"] == -5
 
 
 @pytest.mark.parametrize(

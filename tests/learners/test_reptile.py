@@ -10,7 +10,7 @@ import pytest
 from jax.flatten_util import ravel_pytree
 
 from imaml_jax import Batch, Task, mean_squared_error, reptile
-from imaml_jax.learners.reptile import mini_batches
+from imaml_jax.inner import mini_batches
 from imaml_jax.networks import Network, mlp
 
 pytestmark = pytest.mark.usefixtures("x64_module")
@@ -96,21 +96,6 @@ def test_mini_batches_are_what_the_loop_sees(problem):
     assert_close(adapted.params, adam_by_hand(params, batches(KEY, 3, 2)))
     one, two = (meta_grad(params, task, jax.random.key(s), 0)[0]["bias"] for s in (1, 2))
     assert (one != two).all()
-
-
-@pytest.mark.parametrize("num_batches, size", [(3, 2), (6, 3), (5, 4), (1, 6), (2, 9), (7, 1)])
-def test_every_pass_covers_every_example_once(num_batches, size):
-    examples = Batch(jnp.arange(6), 10 * jnp.arange(6))
-    drawn = jit(mini_batches, static_argnums=(2, 3))(KEY, examples, num_batches, size)
-    assert drawn.inputs.shape == (num_batches, size)
-    np.testing.assert_array_equal(drawn.targets, 10 * drawn.inputs)
-    order = np.asarray(drawn.inputs).ravel()
-    passes = [order[i : i + 6] for i in range(0, len(order), 6)]
-    for examples_of_pass in passes[:-1]:
-        assert sorted(examples_of_pass) == list(range(6))
-    assert len(set(passes[-1])) == len(passes[-1])
-    if len(order) >= 12:
-        assert (passes[0] != passes[1]).any()
 
 
 def test_slow_parameters_stay(problem):
