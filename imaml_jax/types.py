@@ -45,7 +45,9 @@ class LowRank(NamedTuple):
 
 
 class LinearOperator(NamedTuple):
-    """A symmetric linear map on parameter-shaped pytrees, `A = B + diag(sum of dampings)`.
+    """A linear map on parameter-shaped pytrees, `A = B + diag(sum of dampings)`.
+
+    Symmetric, as most solvers of `linear_solve` need it, but where a root is differentiated.
 
     Attributes:
       matvec: `v -> A v`; input and output share their tree structure, shapes and dtypes.
@@ -87,6 +89,7 @@ class MetaLearner(NamedTuple):
       predict: `(adapted, inputs) -> outputs`.
       meta_grad: `(meta_params, task, key, step) -> (grads, info)` with the training settings, for
         one task. `grads` has the structure of `meta_params`; feed its mean over tasks to Optax.
+      is_gradient: whether `grads` are the gradient of a loss, exact or not; Reptile's are not.
 
     `info` is a NamedTuple of scalars (None where a quantity does not exist).
     """
@@ -95,3 +98,4 @@ class MetaLearner(NamedTuple):
     adapt: Callable[[PyTree, Any, Array], tuple[PyTree, Any]]
     predict: Callable[[PyTree, Any], Any]
     meta_grad: Callable[[PyTree, Task, Array, Array], tuple[PyTree, Any]]
+    is_gradient: bool = True

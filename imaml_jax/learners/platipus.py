@@ -1,5 +1,6 @@
 """PLATIPUS: probabilistic MAML, which adapts samples of the initialisation."""
 
+import inspect
 import math
 from collections.abc import Callable
 from typing import Any, NamedTuple
@@ -131,15 +132,26 @@ def platipus(
     if average is not None:
         one_prediction = fitting_average("platipus", average, loss_fn)
     problem = supervised(network, loss_fn, fast=fast, statistics=statistics)
-    learner = adaptation(
-        network,
-        loss_fn,
+    settings = dict(
         inner=inner,
         num_steps=num_steps,
         eval_num_steps=eval_num_steps,
         fast=fast,
         statistics=statistics,
     )
+    try:
+        inspect.signature(adaptation).bind(network, loss_fn, **settings)
+    except TypeError as error:
+        raise ValueError(
+            f"platipus: adaptation={adaptation} must be a factory with the signature of maml, such "
+            f"as fomaml or imaml: {error}"
+        ) from error
+    learner = adaptation(network, loss_fn, **settings)
+    if not learner.is_gradient:
+        raise ValueError(
+            f"platipus: adaptation={adaptation} gives no gradient to pull back to the samples; "
+            "use maml, fomaml or imaml"
+        )
 
     def init(key, example_inputs):
         mean = problem.init(key, example_inputs)
@@ -208,7 +220,9 @@ def platipus(
         grads, info = jax.vmap(learner.meta_grad, (0, None, 0, None))(inits, task, keys, step)
         cotangent = optax.tree.scale(1 / num_samples, grads), jnp.full_like(kl, kl_weight)
         (grads,) = pullback(cotangent)
-        return grads, _over_samples(info)._replace(kl_divergence=kl)
+        info = _over_samples(info)
+        meta_loss = jnp.asarray(info.query_loss) + kl_weight * kl
+        return grads, info._replace(kl_divergence=kl, meta_loss=meta_loss)
 
     return MetaLearner(init, adapt, predict, meta_grad)
 

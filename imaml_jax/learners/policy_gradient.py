@@ -46,7 +46,8 @@ def policy_gradient(problem: PolicyProblem) -> MetaLearner:
         adaptation, query = problem.collect(meta_params, task, key)
         return meta_gradient(problem, meta_params, adaptation, query)
 
-    return MetaLearner(problem.policy.init, adapt, problem.policy.apply, meta_grad)
+    is_gradient = problem.algorithm != "reptile"
+    return MetaLearner(problem.policy.init, adapt, problem.policy.apply, meta_grad, is_gradient)
 
 
 def meta_gradient(

@@ -98,7 +98,7 @@ def reptile(
         return grads, inner_report(info, query_loss=loss, query_accuracy=accuracy)
 
     adapt = make_adapt(problem, run_at_evaluation)
-    return MetaLearner(problem.init, adapt, problem.predict, meta_grad)
+    return MetaLearner(problem.init, adapt, problem.predict, meta_grad, is_gradient=False)
 
 
 def mini_batches(key: jax.Array, examples: Any, num_batches: int, batch_size: int) -> Any:

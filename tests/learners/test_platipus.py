@@ -17,10 +17,12 @@ from imaml_jax import (
     custom_argmin,
     imaml,
     maml,
+    mamlpp,
     mean_outputs,
     mean_squared_error,
     mixture_logits,
     platipus,
+    reptile,
     solve_cg_steihaug,
     solve_dense,
 )
@@ -149,8 +151,9 @@ def test_the_loss_written_out_and_finite_differences(problem, variant):
         return training_loss(network, unravel(x), task, adaptation)
 
     loss = jit(jax.value_and_grad(loss, has_aux=True))
-    (_, (query_loss, kl)), expected = loss(flat)
+    (value, (query_loss, kl)), expected = loss(flat)
     np.testing.assert_allclose([info.query_loss, info.kl_divergence], [query_loss, kl], rtol=1e-9)
+    np.testing.assert_allclose(info.meta_loss, value, rtol=1e-9)
     steps = 1e-5 * np.eye(flat.size)
     slopes = [(loss(flat + step)[0][0] - loss(flat - step)[0][0]) / 2e-5 for step in steps]
     expected, slopes = unravel(expected), unravel(jnp.stack(slopes))
@@ -308,6 +311,7 @@ def test_classifiers_with_batch_norm(x64_module):
         (dict(num_steps=0), "num_steps=0"),
         (dict(eval_num_steps=-1), "eval_num_steps=-1"),
         (dict(num_samples=0), "num_samples=0"),
+        (dict(num_samples=None), "num_samples=None"),
         (dict(eval_num_samples=2.5), "eval_num_samples=2.5"),
         (dict(kl_weight=-0.1), "kl_weight=-0.1"),
         (dict(kl_weight=float("nan")), "kl_weight=nan"),
@@ -318,6 +322,8 @@ def test_classifiers_with_batch_norm(x64_module):
         (dict(posterior_variance=-1.0), "posterior_variance=-1.0"),
         (dict(statistics="running"), "statistics='running'"),
         (dict(adaptation=partial(imaml, reg_strength=0.0)), "reg_strength=0.0"),
+        (dict(adaptation=reptile), "reptile.* gives no gradient.*; use maml"),
+        (dict(adaptation=mamlpp), "must be a factory with the signature of maml.*'inner"),
     ],
 )
 def test_bad_settings_are_named(bad, message):
