@@ -470,6 +470,9 @@ def test_implicit_maml_reports_curvature_that_its_strength_does_not_lift(params,
         (dict(eval_num_trajectories=-1), "eval_num_trajectories=-1"),
         (dict(reg_strength=0.0), "reg_strength=0.0"),
         (dict(temperature=float("inf")), "temperature=inf"),
+        (dict(num_trajectories=None), "num_trajectories=None"),
+        (dict(temperature=0.5), "temperature and solve are settings of algorithm='imaml', not"),
+        (dict(algorithm="fomaml", solve=solve_dense), "not of 'fomaml'; leave them out"),
     ],
 )
 def test_bad_settings_are_named(settings, words):
