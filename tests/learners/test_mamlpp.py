@@ -14,13 +14,13 @@ from imaml_jax import Batch, Task, cross_entropy, maml, mamlpp
 from imaml_jax.learners.base import combine, partition
 from imaml_jax.learners.mamlpp import LearnedRates, is_norm, multi_step_weights
 from imaml_jax.networks import Network
+from tests.learners.conftest import jit, relative_error
 
 pytestmark = pytest.mark.usefixtures("x64_module")
 
 KEY = jax.random.key(0)
 RATE, STEPS = 0.3, 3
 SWITCHES_OFF = dict(learn_rates=False, multi_step_epochs=0, per_step=None)
-jit = partial(jax.jit, compiler_options={"xla_backend_optimization_level": 0})
 
 
 def apply(params, inputs):
@@ -60,11 +60,6 @@ def moved(problem):
     rng = np.random.default_rng(3)
     meta_params = learner.init(KEY, task.support.inputs)
     return jax.tree.map(lambda p: p + 0.1 * rng.normal(size=p.shape), meta_params)
-
-
-def relative_error(actual, expected):
-    actual, expected = (ravel_pytree(x)[0] for x in (actual, expected))
-    return float(jnp.linalg.norm(actual - expected) / jnp.linalg.norm(expected))
 
 
 def loop(network, meta_params, task, weights):

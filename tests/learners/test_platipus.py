@@ -26,14 +26,15 @@ from imaml_jax import (
     solve_cg_steihaug,
     solve_dense,
 )
+from imaml_jax.learners.base import is_head
 from imaml_jax.learners.platipus import Gaussian, kl_divergence
 from imaml_jax.networks import conv4, mlp
+from tests.learners.conftest import jit, relative_error
 
 pytestmark = pytest.mark.usefixtures("x64_module")
 
 KEY = jax.random.key(0)
 RATE, STRENGTH, SAMPLES, KL_WEIGHT = 0.2, 2.0, 2, 0.05
-jit = partial(jax.jit, compiler_options={"xla_backend_optimization_level": 0})
 converged = dict(
     inner=adaptive_gd(0.1),
     num_steps=80,
@@ -46,15 +47,6 @@ settings |= dict(kl_weight=KL_WEIGHT, prior_rate=0.15, posterior_rate=0.1)
 settings |= dict(prior_variance=0.03, posterior_variance=0.02, eval_num_samples=4)
 degenerate = dict(prior_variance=1e-40, posterior_variance=1e-40, kl_weight=0.0)
 degenerate |= dict(prior_rate=1e-40, posterior_rate=1e-40)
-
-
-def is_head(path):
-    return path.startswith("head")
-
-
-def relative_error(actual, expected):
-    actual, expected = (ravel_pytree(x)[0] for x in (actual, expected))
-    return float(jnp.linalg.norm(actual - expected) / jnp.linalg.norm(expected))
 
 
 @pytest.fixture(scope="module")

@@ -32,10 +32,10 @@ from imaml_jax.networks import Network, mlp
 from imaml_jax.policy_losses import surrogate_loss, weighted_regression
 from imaml_jax.returns import Experience, discounted_sums, estimate_advantages
 from imaml_jax.trajectories import Trajectories, mean_return, rollout
+from tests.learners.conftest import jit
 
 pytestmark = pytest.mark.usefixtures("x64_module")
 
-jit = partial(jax.jit, compiler_options={"xla_backend_optimization_level": 0})
 KEY = jax.random.key(0)
 HORIZON, RATE = 3, 0.8
 raw_returns = partial(estimate_advantages, discount=1.0, linear_baseline=False, standardise=False)
