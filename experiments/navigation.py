@@ -4,9 +4,9 @@
     python -m experiments.navigation --algorithm imaml --outer adam --max-seconds 600
 
 A point that starts at the origin learns where its goal is from rewards alone. A Gaussian policy of
-two hidden layers of 100 units, 20 trajectories of at most 100 steps a task, one inner step of rate
-0.5; outside TRPO with mean KL at most 0.01, as published. Adapted at test by 40 trajectories an
-update, at half the rate after the first.
+two hidden layers of 100 units, whose standard deviation starts at 1, 20 trajectories of at most 100
+steps a task, one inner step of rate 0.5; outside TRPO with mean KL at most 0.01, as published.
+Adapted at test by 40 trajectories an update, at half the rate after the first.
 """
 
 import dataclasses
@@ -201,7 +201,12 @@ def build_problem(config: Config, settings: Settings, shrink: float = 1.0) -> Po
     it multiplies the rate of the others.
     """
     implicit = config.algorithm == "imaml"
-    rate = settings.inner_rate * (1 if implicit else shrink)
+    rate = settings.inner_rate * shrink
+    proximal: dict[str, Any] = {}
+    if implicit:
+        rate = settings.inner_rate
+        proximal["reg_strength"] = (settings.reg_strength or 1.0) / shrink
+        proximal["temperature"] = settings.temperature or 1.0
     return imaml_jax.policy_problem(
         _POLICY,
         navigation.navigation(horizon=config.horizon),
@@ -212,8 +217,7 @@ def build_problem(config: Config, settings: Settings, shrink: float = 1.0) -> Po
         eval_num_steps=settings.num_steps if implicit else 1,
         num_trajectories=_TRAJECTORIES,
         eval_num_trajectories=_TEST_TRAJECTORIES,
-        reg_strength=(settings.reg_strength or 1.0) / shrink,
-        temperature=settings.temperature or 1.0,
+        **proximal,
     )
 
 

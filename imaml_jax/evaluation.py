@@ -202,7 +202,13 @@ def ensemble(learner: MetaLearner, *, average: Average = mean_outputs) -> MetaLe
 
 
 def stack_members(members: Sequence[PyTree]) -> PyTree:
-    """The meta-parameters of an `ensemble`, from those of its members."""
+    """The meta-parameters of an `ensemble`, from those of its members.
+
+    Raises:
+      ValueError: no member.
+    """
+    if not members:
+        raise ValueError("members must hold the meta-parameters of at least one; got none")
     return jax.tree.map(lambda *leaves: jnp.stack(leaves), *members)
 
 

@@ -11,6 +11,7 @@ from typing import Any, NamedTuple
 import jax
 import jax.numpy as jnp
 import numpy as np
+from jax.core import Tracer
 
 from imaml_jax.types import Array
 
@@ -68,7 +69,7 @@ def calibration_error(confidences: Array, correct: Array, *, bins: int = 15) -> 
       The errors, and the bins that `plots.reliability_diagram` draws.
 
     Raises:
-      ValueError: `bins` is out of range, or the shapes differ.
+      ValueError: `bins` is out of range, the shapes differ, or a confidence is no probability.
 
     References:
       Naeini, Cooper, Hauskrecht, "Obtaining Well Calibrated Probabilities Using Bayesian Binning",
@@ -84,6 +85,13 @@ def calibration_error(confidences: Array, correct: Array, *, bins: int = 15) -> 
         )
     if not np.size(confidences):
         raise ValueError("confidences must hold at least one example; got none")
+    if not isinstance(confidences, Tracer):
+        low, high = np.min(confidences), np.max(confidences)
+        if low < 0 or high > 1 + 1e-5:  # rounding
+            raise ValueError(
+                f"confidences must be probabilities, in [0, 1]; got {low} to {high}. "
+                "confidence_and_correct takes logits"
+            )
     confidences = jnp.ravel(confidences)
     confidences = confidences.astype(jnp.promote_types(confidences.dtype, jnp.float32))
     correct = jnp.ravel(correct).astype(confidences.dtype)
@@ -122,10 +130,19 @@ def brier(logits: Array, labels: Array) -> Array:
       logits: `[..., classes]`.
       labels: `[...]` integers.
 
+    Raises:
+      ValueError: a label that is no class.
+
     References:
       Brier, "Verification of Forecasts Expressed in Terms of Probability", Monthly Weather Review
       1950, Eq. 2.
     """
+    classes = logits.shape[-1]
+    if not isinstance(labels, Tracer) and np.any((np.asarray(labels) < 0) | (labels >= classes)):
+        raise ValueError(
+            f"labels must be integers from 0 to {classes - 1}, by the last axis of logits; got "
+            f"{np.min(labels)} to {np.max(labels)}"
+        )
     probabilities = jax.nn.softmax(logits)
     one_hot = jax.nn.one_hot(labels, logits.shape[-1], dtype=logits.dtype)
     return jnp.mean(jnp.sum(jnp.square(probabilities - one_hot), -1))
@@ -142,7 +159,7 @@ def gaussian_mixture_nll(samples: Array, targets: Array, noise_std: Array | floa
       noise_std: positive scalar.
 
     Raises:
-      ValueError: the shapes differ.
+      ValueError: the shapes differ, or `noise_std` is out of range.
     """
     z = _standardised(samples, targets, noise_std)
     terms = -0.5 * (jnp.square(z) + math.log(2 * math.pi)) - jnp.log(noise_std)
@@ -163,7 +180,7 @@ def coverage(samples: Array, targets: Array, noise_std: Array | float, *, level:
       level: in (0, 1).
 
     Raises:
-      ValueError: `level` is out of range, or the shapes differ.
+      ValueError: `level` or `noise_std` is out of range, or the shapes differ.
     """
     if not 0 < level < 1:
         raise ValueError(f"level must lie in (0, 1); got {level}")
@@ -176,6 +193,8 @@ def _standardised(samples: Array, targets: Array, noise_std: Array | float) -> A
         raise ValueError(
             f"samples must be [samples, *{targets.shape}] as the targets; got {samples.shape}"
         )
+    if not isinstance(noise_std, Tracer) and not 0 < noise_std < math.inf:
+        raise ValueError(f"noise_std must be positive and finite; got {noise_std}")
     return (targets[None] - samples) / noise_std
 
 

@@ -46,7 +46,7 @@ def gaussian_policy(network: Any, *, init_log_std: float = 0.0) -> Policy:
 
     Args:
       network: `(init, apply)` pair of outputs `[n, d]`, the means.
-      init_log_std: where its logarithm starts.
+      init_log_std: where its logarithm starts; at 0 the deviation is 1.
 
     Returns:
       The `Policy`; its parameters are `GaussianParams`, its distributions `Gaussian`.

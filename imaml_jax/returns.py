@@ -1,5 +1,6 @@
 """Returns and advantages of trajectories."""
 
+from functools import partial
 from typing import NamedTuple
 
 import jax
@@ -102,8 +103,9 @@ def fit_linear_baseline(trajectories: Trajectories, *, discount: float) -> Array
     ridge = jnp.sqrt(_RIDGE) * jnp.eye(rows.shape[1], dtype=rows.dtype)
     q, r = jnp.linalg.qr(jnp.concatenate([rows, ridge]))
     targets = jnp.where(taken, returns, 0).reshape(-1)
-    weights = jax.scipy.linalg.solve_triangular(r, q[: targets.size].T @ targets)
-    return features @ weights
+    product = partial(jnp.matmul, precision=lax.Precision.HIGHEST)
+    weights = jax.scipy.linalg.solve_triangular(r, product(q[: targets.size].T, targets))
+    return product(features, weights)
 
 
 def estimate_advantages(

@@ -6,7 +6,7 @@ References:
 
 import math
 from collections.abc import Callable
-from typing import Literal, get_args
+from typing import Any, Literal, NoReturn, get_args
 
 import jax
 import jax.numpy as jnp
@@ -94,7 +94,7 @@ def svgd_objective(
     """SVGD as an objective for `minimize`: its gradient in the particles is minus the direction.
 
     There is no such function, but gradient-based transforms never ask for it. Those that do, such
-    as line searches, cannot serve.
+    as line searches, cannot serve; `by_gradients` refuses them.
 
     Args:
       log_densities: `(particles, *args) -> [M]`, entry `m` a function of particle `m` alone.
@@ -119,6 +119,23 @@ def svgd_objective(
         return -values.mean(), -jnp.asarray(optax.tree.vdot(direction, tangents[0]))
 
     return objective
+
+
+def by_gradients(name: str, tx: optax.GradientTransformation) -> optax.GradientTransformation:
+    """The transform, which raises ValueError where it asks for a function to evaluate."""
+    update = optax.with_extra_args_support(tx).update
+
+    def refuse(params: PyTree) -> NoReturn:
+        del params
+        raise ValueError(
+            f"{name}: inner and leader must need gradients alone, as SVGD descends no function "
+            "that newton_cg or a line search could evaluate; use optax.sgd or optax.adam"
+        )
+
+    def refusing_update(updates: PyTree, state: Any, params: Any = None, **extra: Any) -> Any:
+        return update(updates, state, params, **(extra | {"value_fn": refuse}))
+
+    return optax.GradientTransformationExtraArgs(tx.init, refusing_update)
 
 
 def check_kernel(name: str, number: int, bandwidth: float | Array | None, kernel: str) -> None:

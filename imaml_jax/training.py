@@ -160,7 +160,7 @@ def train(
     run_chunk = _make_chunk(step_fn, log_every, devices)
     root_key = key
     config = {**(config or {}), "root_key": non_finites.key_data(key)}
-    check_steps("train", keep_best=keep_best or 0)
+    check_steps("train", keep_best=keep_best)
     if keep_best != 1:
         config["keep_best"] = keep_best
     if meta_params is None:

@@ -1,5 +1,6 @@
 """Trust-region policy optimisation as the outer optimiser of policies that adapt."""
 
+import math
 from collections.abc import Callable
 from typing import Any, NamedTuple
 
@@ -10,6 +11,7 @@ from jax import lax
 
 from imaml_jax import mapping, metrics
 from imaml_jax.curvature import damped, gauss_newton
+from imaml_jax.learners.base import check_steps
 from imaml_jax.learners.policy_problem import PolicyProblem, last_step
 from imaml_jax.linear_solve import solve_cg_steihaug
 from imaml_jax.policy_losses import distributions
@@ -203,12 +205,9 @@ def make_trpo_train_step(
 def _check_settings(
     max_kl: float, damping: float, cg_steps: int, shrink: float, max_tries: int
 ) -> None:
-    if not max_kl > 0 or not damping >= 0 or not 0 < shrink < 1:
+    if not 0 < max_kl < math.inf or not 0 <= damping < math.inf or not 0 < shrink < 1:
         raise ValueError(
-            f"trpo_step: max_kl={max_kl} must be positive, damping={damping} at least 0 and "
-            f"shrink={shrink} in (0, 1)"
+            f"trpo_step: max_kl={max_kl} must be positive and finite, damping={damping} at least 0 "
+            f"and finite, and shrink={shrink} in (0, 1)"
         )
-    if cg_steps < 1 or max_tries < 1:
-        raise ValueError(
-            f"trpo_step: cg_steps={cg_steps} and max_tries={max_tries} must be at least 1"
-        )
+    check_steps("trpo_step", cg_steps=cg_steps, max_tries=max_tries)

@@ -45,7 +45,9 @@ class LowRank(NamedTuple):
 
 
 class LinearOperator(NamedTuple):
-    """A symmetric linear map on parameter-shaped pytrees, `A = B + diag(sum of dampings)`.
+    """A linear map on parameter-shaped pytrees, `A = B + diag(sum of dampings)`.
+
+    Symmetric, as most solvers of `linear_solve` need it, but where a root is differentiated.
 
     Attributes:
       matvec: `v -> A v`; input and output share their tree structure, shapes and dtypes.

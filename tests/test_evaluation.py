@@ -139,6 +139,11 @@ def test_predictions_of_stacked_samples_keep_their_axes(key):
         collect(learner, {"w": jnp.float32(1)}, key, num_tasks=0)
 
 
+def test_an_ensemble_of_none_is_refused():
+    with pytest.raises(ValueError, match="members must hold"):
+        evaluation.stack_members([])
+
+
 def test_an_ensemble_of_one_is_the_learner_and_of_two_the_mean(key):
     members = [{"w": jnp.float32(w)} for w in (0.5, 2.0)]
     support, inputs = Batch(jnp.zeros(5), jnp.arange(5.0)), jnp.zeros(3)

@@ -156,3 +156,12 @@ def test_bad_calibration_arguments_are_named():
         metrics.coverage(jnp.ones((1, 2)), jnp.ones(2), 0.1, level=1.0)
     with pytest.raises(ValueError, match=r"got \(3, 2\)"):
         metrics.gaussian_mixture_nll(jnp.ones((3, 2)), jnp.ones((2, 1)), 0.1)
+    for noise_std in (0.0, -0.1, jnp.inf):
+        with pytest.raises(ValueError, match=f"noise_std must be positive .* got {noise_std}"):
+            metrics.coverage(jnp.ones((1, 2)), jnp.ones(2), noise_std, level=0.9)
+    for wrong in (-0.5, 3.0):
+        with pytest.raises(ValueError, match=rf"in \[0, 1\]; got .*{wrong}.* takes logits"):
+            metrics.calibration_error(jnp.array([0.5, wrong]), jnp.ones(2))
+    for label in (-1, 2):
+        with pytest.raises(ValueError, match=f"labels must .* 0 to 1.*; got .*{label}"):
+            metrics.brier(jnp.zeros((2, 2)), jnp.array([0, label]))

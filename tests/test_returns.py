@@ -153,6 +153,12 @@ def test_the_linear_baseline_in_float32():
     assert jnp.abs(found - expected).max() < 1e-3 * jnp.abs(expected).max()
 
 
+def test_the_linear_baseline_keeps_its_digits_on_a_gpu(trajectories):
+    with jax.default_matmul_precision("default"):
+        program = str(jax.make_jaxpr(partial(fit_linear_baseline, discount=0.99))(trajectories))
+    assert program.count("dot_general[") == program.count("precision=(Precision.HIGHEST") == 2
+
+
 def test_advantages_as_published(trajectories):
     experience = jit(estimate_advantages)(trajectories)
     mask = np.asarray(trajectories.mask) > 0

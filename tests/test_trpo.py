@@ -181,10 +181,14 @@ def test_a_reward_that_is_not_a_number_stops_the_run():
     "setting",
     [
         dict(max_kl=0.0),
+        dict(max_kl=float("inf")),
         dict(damping=-1.0),
+        dict(damping=float("inf")),
         dict(shrink=1.0),
         dict(cg_steps=0),
+        dict(cg_steps=1.5),
         dict(max_tries=0),
+        dict(max_tries=1.5),
     ],
 )
 def test_bad_settings_are_named(setting):

@@ -75,10 +75,11 @@ def save(
     if split not in SPLITS:
         raise ValueError(f"split={split!r} must be one of {SPLITS}")
     embeddings, sizes = np.asarray(embeddings, np.float32), np.diff(offsets)
-    if embeddings.ndim != 2 or sizes.sum() != len(embeddings):
+    run = offsets[0], offsets[-1]
+    if embeddings.ndim != 2 or run != (0, len(embeddings)) or np.any(sizes < 1):
         raise ValueError(
-            f"embeddings are {embeddings.shape}, offsets end at {sizes.sum()}: expected [N, D] "
-            "features and offsets from 0 to N"
+            f"embeddings are {embeddings.shape}, offsets run from {run[0]} to {run[1]}: expected "
+            "[N, D] features and offsets that increase from 0 to N"
         )
     labels = np.repeat(np.arange(len(sizes)), sizes)
     keys = [f"{split}-{split}{c:05}-{split}{c:05}_{i:08}" for i, c in enumerate(labels)]

@@ -3,6 +3,7 @@
 Returns are not comparable between the two: their physics differ.
 """
 
+import math
 from functools import partial
 from typing import Any, Literal, get_args
 
@@ -10,6 +11,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
+from imaml_jax.learners.base import check_steps
 from imaml_jax.types import Array, Environment, Task
 
 Goal = Literal["velocity", "direction"]
@@ -46,9 +48,10 @@ def sample_tasks(key: Array, goal: Goal, *, num_tasks: int, max_velocity: float 
       ValueError: a value is out of range.
     """
     _check("sample_tasks", goal)
-    if num_tasks < 1 or not max_velocity > 0:
+    if num_tasks < 1 or not 0 < max_velocity < math.inf:
         raise ValueError(
-            f"num_tasks={num_tasks} must be at least 1 and max_velocity={max_velocity} above 0"
+            f"num_tasks={num_tasks} must be at least 1 and max_velocity={max_velocity} above 0 and "
+            "finite"
         )
     targets = jax.random.uniform(key, (num_tasks,), maxval=max_velocity)
     if goal == "direction":
@@ -69,12 +72,13 @@ def brax_half_cheetah(goal: Goal, *, horizon: int = 200, backend: str = "spring"
 
     Raises:
       ModuleNotFoundError: Brax is not installed.
-      ValueError: an unknown goal.
+      ValueError: an unknown goal, or a horizon that is no integer of at least 1.
 
     References:
       Finn, Abbeel, Levine, "Model-Agnostic Meta-Learning", ICML 2017, section 5.3.
     """
     _check("brax_half_cheetah", goal)
+    check_steps("brax_half_cheetah", horizon=horizon)
     from brax import envs  # pyright: ignore[reportMissingImports]
 
     physics = envs.get_environment("halfcheetah", backend=backend)
@@ -109,12 +113,13 @@ def mujoco_half_cheetah(goal: Goal, *, horizon: int = 200) -> Environment:
 
     Raises:
       ModuleNotFoundError: Gymnasium or MuJoCo is not installed.
-      ValueError: an unknown goal.
+      ValueError: an unknown goal, or a horizon that is no integer of at least 1.
 
     References:
       Finn, Abbeel, Levine, "Model-Agnostic Meta-Learning", ICML 2017, section 5.3.
     """
     _check("mujoco_half_cheetah", goal)
+    check_steps("mujoco_half_cheetah", horizon=horizon)
     import gymnasium  # pyright: ignore[reportMissingImports]
 
     physics: Any = gymnasium.make("HalfCheetah-v5").unwrapped

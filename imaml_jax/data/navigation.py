@@ -5,6 +5,7 @@ import math
 import jax
 import jax.numpy as jnp
 
+from imaml_jax.learners.base import check_steps
 from imaml_jax.types import Array, Environment, Task
 
 _STRIDE, _REACHED = 0.1, 0.01
@@ -24,14 +25,13 @@ def navigation(*, horizon: int = 100) -> Environment:
       The `Environment`; a task is the goal `[2]`.
 
     Raises:
-      ValueError: a horizon below 1.
+      ValueError: a horizon that is no integer of at least 1.
 
     References:
       Finn, Abbeel, Levine, "Model-Agnostic Meta-Learning", ICML 2017, section 5.3, and its code,
       whose wrapper of the environment scales the actions by the 0.1.
     """
-    if horizon < 1:
-        raise ValueError(f"navigation: horizon={horizon} must be at least 1")
+    check_steps("navigation", horizon=horizon)
 
     def reset(key, goal):
         del key

@@ -37,9 +37,9 @@ class MetaInfo(NamedTuple):
       gradient_error: estimated error of the meta-gradient relative to its norm.
       num_rounds: rounds that an adaptive meta-gradient took.
       missed_accuracy: 1 where they were not enough, 0 where they were.
-      kl_divergence: of the distribution that training samples from the one left at test, before its
-        weight.
-      meta_loss: what was differentiated, where that is not `query_loss`.
+      kl_divergence: of the distribution that training samples from the prior, before its weight.
+      meta_loss: what was differentiated, where that is not `query_loss`; Reptile differentiates
+        nothing.
     """
 
     query_loss: Array | None = None
@@ -351,12 +351,12 @@ def _apply_given_support(apply, statistics: Statistics, params, support_inputs, 
 
 
 def check_steps(name: str, **values: Any) -> None:
-    """Raises ValueError for the first step count that is not an integer of at least 1.
+    """Raises ValueError for the first count that is not an integer of at least 1.
 
-    None stands for a default, which all but `num_steps` have.
+    None stands for a default in `batch_size` and what is of evaluation alone.
     """
     for argument, value in values.items():
-        if value is None and argument != "num_steps":
+        if value is None and argument.startswith(("batch_size", "eval_")):
             continue
         if isinstance(value, bool) or not isinstance(value, Integral) or int(value) < 1:
             raise ValueError(f"{name}: {argument}={value!r} must be an integer >= 1")

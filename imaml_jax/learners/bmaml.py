@@ -21,7 +21,7 @@ from imaml_jax.learners.base import (
 )
 from imaml_jax.learners.ensemble import ensemble
 from imaml_jax.learners.posterior import Posterior
-from imaml_jax.svgd import Kernel, check_kernel, svgd_objective
+from imaml_jax.svgd import Kernel, by_gradients, check_kernel, svgd_objective
 from imaml_jax.types import Batch, MetaLearner, Task
 
 MetaLoss = Literal["chaser", "query"]
@@ -62,7 +62,8 @@ def bmaml(
       network: `(init, apply)` pair, see `imaml_jax.networks.Network`.
       loss_fn: `(outputs, targets) -> scalar`, a mean over examples.
       num_particles: `M`.
-      inner: Optax transform that is fed minus the SVGD direction, such as `optax.sgd(1e-3)`.
+      inner: Optax transform that is fed minus the SVGD direction, such as `optax.sgd(1e-3)`; none
+        that evaluates a function, as `newton_cg` and line searches do.
       num_steps: chaser's steps in training.
       meta_loss: "chaser" or "query".
       leader_steps: leader's steps beyond the chaser, at least 0; only for the chaser loss.
@@ -86,7 +87,8 @@ def bmaml(
       The `MetaLearner`.
 
     Raises:
-      ValueError: a setting out of its range; the median kernel with one particle.
+      ValueError: a setting out of its range, or that the meta-loss does not have; the median kernel
+        with one particle; when called, a transform that evaluates a function.
 
     References:
       Yoon, Kim, Dia, Kim, Bengio, Ahn, "Bayesian Model-Agnostic Meta-Learning", NeurIPS 2018,
@@ -98,8 +100,10 @@ def bmaml(
         check_steps("bmaml", leader_steps=leader_steps)
     if meta_loss not in get_args(MetaLoss):
         raise ValueError(f"bmaml: meta_loss={meta_loss!r} must be one of {get_args(MetaLoss)}")
-    if meta_loss == "query" and leader is not None:
-        raise ValueError("bmaml: leader is a setting of meta_loss='chaser'; leave it out")
+    if meta_loss == "query" and (leader is not None or leader_steps != 1):
+        raise ValueError(
+            "bmaml: leader and leader_steps are settings of meta_loss='chaser'; leave them out"
+        )
     problem = ensemble(
         "bmaml",
         network,
@@ -114,6 +118,8 @@ def bmaml(
     check_kernel("bmaml", num_particles, bandwidth, kernel)
     objective = svgd_objective(problem.log_densities, bandwidth=bandwidth, kernel=kernel)
     descend = partial(minimize, objective, remat=remat)
+    inner = by_gradients("bmaml", inner)
+    leader = inner if leader is None else by_gradients("bmaml", leader)
 
     def run_at_evaluation(particles, slow, support, key):
         del key
@@ -124,7 +130,7 @@ def bmaml(
         start, slow = lax.stop_gradient((chaser, slow))
         both = Batch(*map(jnp.concatenate, zip(task.support, task.query, strict=True)))
         slow = problem.encode(slow, Task(both, None))
-        last, _ = descend(start, slow, both, tx=leader or inner, num_steps=leader_steps)
+        last, _ = descend(start, slow, both, tx=leader, num_steps=leader_steps)
         difference = optax.tree.sub(*map(problem.compared, (chaser, last)))
         return optax.tree.norm(difference, squared=True)
 

@@ -22,7 +22,14 @@ from imaml_jax.learners.base import (
 from imaml_jax.learners.ensemble import ensemble
 from imaml_jax.learners.posterior import Posterior
 from imaml_jax.linear_solve import solve_gmres
-from imaml_jax.svgd import Kernel, check_kernel, median_bandwidth, svgd_direction, svgd_objective
+from imaml_jax.svgd import (
+    Kernel,
+    by_gradients,
+    check_kernel,
+    median_bandwidth,
+    svgd_direction,
+    svgd_objective,
+)
 from imaml_jax.types import LinearOperator, MetaLearner
 
 _SHORT_GMRES = partial(solve_gmres, restart=20, max_restarts=2)
@@ -61,7 +68,7 @@ def implicit_bmaml(
       network: `(init, apply)` pair, see `imaml_jax.networks.Network`.
       loss_fn: `(outputs, targets) -> scalar`, a mean over examples.
       num_particles: `M`.
-      inner: Optax transform that is fed minus the direction, such as `optax.sgd(0.01)`.
+      inner: as in `bmaml`, such as `optax.sgd(0.01)`.
       num_steps: inner steps in training; the fixed point must be reached.
       reg_strength: lambda, positive; `n` times that of `imaml`, whose loss is a mean.
       solve: a solver of `imaml_jax.linear_solve` for matrices without symmetry; default at most 40
@@ -79,7 +86,8 @@ def implicit_bmaml(
       The `MetaLearner`; its meta-parameters are those of `bmaml`.
 
     Raises:
-      ValueError: a setting out of its range; the median kernel with one particle.
+      ValueError: a setting out of its range; the median kernel with one particle; when called, a
+        transform that evaluates a function.
 
     References:
       Yoon et al., "Bayesian Model-Agnostic Meta-Learning", NeurIPS 2018, for the ensemble.
@@ -115,7 +123,7 @@ def implicit_bmaml(
         return svgd_direction(scores, particles, bandwidth=h, kernel=kernel)
 
     objective = svgd_objective(log_densities, bandwidth=bandwidth, kernel=kernel)
-    descend = partial(minimize, objective, tx=inner)
+    descend = partial(minimize, objective, tx=by_gradients("implicit_bmaml", inner))
 
     def run_at_evaluation(anchors, slow, support, key):
         del key

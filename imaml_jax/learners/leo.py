@@ -1,5 +1,6 @@
 """LEO: adaptation in a learned latent space of classifier weights."""
 
+import math
 from functools import partial
 from typing import Any, NamedTuple
 
@@ -11,7 +12,7 @@ from jax.core import Tracer
 
 from imaml_jax.inner import minimize
 from imaml_jax.learners.base import accuracy_of, check_steps, cross_entropy, inner_report
-from imaml_jax.types import Array, MetaLearner
+from imaml_jax.types import Array, Batch, MetaLearner
 
 _MIN_DEVIATION = 1e-10
 _GLOROT = jax.nn.initializers.glorot_uniform()
@@ -89,11 +90,12 @@ def leo(
 
     Returns:
       The `MetaLearner`. Its `info` reports the fine-tuning: `support_loss` is a sum over examples,
-      and `query_loss` is without the penalties.
+      and `query_loss` is without the penalties, which `meta_loss` has.
 
     Raises:
-      ValueError: a setting out of its range; when called, a number of support examples that `ways`
-        does not divide.
+      ValueError: a setting out of its range; when called, inputs that are no features or of another
+        width than in `init`, targets that are no integers, or a number of support examples that
+        `ways` does not divide.
 
     References:
       Rusu et al., "Meta-Learning with Latent Embedding Optimization", ICLR 2019; where it is
@@ -107,8 +109,8 @@ def leo(
         num_finetuning_steps=num_finetuning_steps,
     )
     for name, rate in (("latent_rate", latent_rate), ("finetuning_rate", finetuning_rate)):
-        if not rate > 0:
-            raise ValueError(f"leo: {name}={rate!r} must be positive")
+        if not 0 < rate < math.inf:
+            raise ValueError(f"leo: {name}={rate!r} must be positive and finite")
     if not 0 <= dropout < 1:
         raise ValueError(f"leo: dropout={dropout!r} must be at least 0 and less than 1")
     for name, weight in (
@@ -117,11 +119,11 @@ def leo(
         ("l2_penalty", l2_penalty),
         ("orthogonality_penalty", orthogonality_penalty),
     ):
-        if not weight >= 0:
-            raise ValueError(f"leo: {name}={weight!r} must be at least 0")
+        if not 0 <= weight < math.inf:
+            raise ValueError(f"leo: {name}={weight!r} must be at least 0 and finite")
 
     def init(key, example_inputs):
-        example = _flat(example_inputs)
+        example = _features(example_inputs)
         width, hidden, dtype = example.shape[1], 2 * num_latents, example.dtype
         shapes = {
             "encoder": (width, num_latents),
@@ -202,7 +204,7 @@ def leo(
         return weights, codes, info
 
     def training_loss(params, task, key):
-        support, query = (batch._replace(inputs=_flat(batch.inputs)) for batch in task)
+        support, query = (_features_of(batch, params) for batch in task)
         noise = draw(key, support.inputs, query.inputs)
         codes, kl = encode(params, support, noise)
         weights, adapted, info = adapt_weights(params, support, codes, noise)
@@ -215,22 +217,27 @@ def leo(
             + l2_penalty / 2 * optax.tree.norm(_without_rates(params), squared=True)
             + orthogonality_penalty * correlation(params["decoder"])
         )
-        return loss + penalty, inner_report(info, query_loss=loss, query_accuracy=accuracy)
+        return loss + penalty, inner_report(
+            info,
+            query_loss=loss,
+            query_accuracy=accuracy,
+            kl_divergence=kl if stochastic else None,
+            meta_loss=loss + penalty,
+        )
 
     def meta_grad(meta_params, task, key, step):
         del step
-        grads, info = jax.grad(training_loss, has_aux=True)(meta_params, task, key)
-        return grads, info
+        return jax.grad(training_loss, has_aux=True)(meta_params, task, key)
 
     def adapt(meta_params, support, key):
         del key
-        support = support._replace(inputs=_flat(support.inputs))
+        support = _features_of(support, meta_params)
         codes, _ = encode(meta_params, support, Noise())
         weights, _, info = adapt_weights(meta_params, support, codes, Noise())
         return weights, inner_report(info)
 
     def predict(adapted, inputs):
-        return logits_of(adapted, _flat(inputs), None)
+        return logits_of(adapted, _features(inputs, adapted.shape[-1]), None)
 
     return MetaLearner(init, adapt, predict, meta_grad)
 
@@ -302,8 +309,33 @@ def _without_rates(params: dict[str, Array]) -> dict[str, Array]:
     return {name: x for name, x in params.items() if not name.endswith("_rate")}
 
 
-def _flat(inputs: Array) -> Array:
-    return inputs.reshape(inputs.shape[0], -1)
+def _features_of(batch: Batch, params: dict[str, Array]) -> Batch:
+    if not jnp.issubdtype(batch.targets.dtype, jnp.integer):
+        raise ValueError(
+            f"leo: targets are {batch.targets.dtype}; expected integer labels, as LEO classifies"
+        )
+    return batch._replace(inputs=_features(batch.inputs, params["encoder"].shape[0]))
+
+
+def _features(inputs: Array, width: int | None = None) -> Array:
+    """Inputs as `[n, D]`; `width` is the `D` that there must be."""
+    if sum(size > 1 for size in inputs.shape[1:]) > 1:
+        raise ValueError(
+            f"leo: inputs have shape {inputs.shape}; expected features [n, D], not images: "
+            "python -m experiments.features makes features of them"
+        )
+    if not jnp.issubdtype(inputs.dtype, jnp.floating):
+        raise ValueError(
+            f"leo: inputs are {inputs.dtype}; expected floating-point features, which "
+            "python -m experiments.features makes of images"
+        )
+    inputs = inputs.reshape(inputs.shape[0], -1)
+    if width not in (None, inputs.shape[1]):
+        raise ValueError(
+            f"leo: inputs have {inputs.shape[1]} features; expected {width}, as many as the "
+            "example_inputs of init: initialise with inputs like these, or give those features"
+        )
+    return inputs
 
 
 def _matmul(a: Array, b: Array) -> Array:

@@ -2,6 +2,7 @@
 
 import math
 from collections.abc import Callable
+from numbers import Integral
 from typing import Any, NamedTuple
 
 import jax
@@ -15,6 +16,7 @@ from imaml_jax.learners.base import (
     Statistics,
     check_steps,
     is_norm,
+    partition,
     path_string,
     supervised,
 )
@@ -84,7 +86,8 @@ def mamlpp(
       loss_fn: `(outputs, targets) -> scalar`, a mean over examples.
       inner_rate: of every inner step at the start.
       num_steps: inner steps, in training and in `adapt`.
-      eval_num_steps: the same number or None: there are rates and norms for no other.
+      eval_num_steps: the same number or None: there are rates and norms for no other. Any, where
+        neither is learned for each step.
       learn_rates: meta-learn them; the meta-parameters are then `LearnedRates`. Free in sign.
       multi_step_epochs: epochs with losses after every step, see `multi_step_weights`; 0 for none.
       first_order_epochs: epochs with first-order gradients, before the second-order ones.
@@ -100,13 +103,16 @@ def mamlpp(
       The `MetaLearner`. `query_loss` in its info is that after the last step.
 
     Raises:
-      ValueError: a setting out of its range.
+      ValueError: a setting out of its range; when called, meta-parameters of another number of
+        steps, or not of the kind that `learn_rates` makes.
 
     References:
       Antoniou, Edwards, Storkey, "How to train your MAML", ICLR 2019, section 4.
     """
-    check_steps("mamlpp", num_steps=num_steps, epoch_length=epoch_length)
-    if eval_num_steps not in (None, num_steps):
+    check_steps(
+        "mamlpp", num_steps=num_steps, eval_num_steps=eval_num_steps, epoch_length=epoch_length
+    )
+    if (learn_rates or per_step) and eval_num_steps not in (None, num_steps):
         raise ValueError(
             f"mamlpp: eval_num_steps={eval_num_steps} must be num_steps={num_steps}: rates and "
             "norms were learned for these steps. Train with as many as you evaluate with"
@@ -117,7 +123,7 @@ def mamlpp(
         ("multi_step_epochs", multi_step_epochs),
         ("first_order_epochs", first_order_epochs),
     ):
-        if epochs != 0 and (isinstance(epochs, bool) or not isinstance(epochs, int) or epochs < 0):
+        if isinstance(epochs, bool) or not isinstance(epochs, Integral) or int(epochs) < 0:
             raise ValueError(f"mamlpp: {name}={epochs!r} must be an integer of at least 0")
     has_rows = per_step or (lambda path: False)
     problem = supervised(
@@ -140,20 +146,35 @@ def mamlpp(
         params = on_rows(lambda x: jnp.broadcast_to(x, (num_steps, *x.shape)), params)
         if not learn_rates:
             return params
-        return LearnedRates(params, constant_rates(problem.split(params)[0]))
+        return LearnedRates(params, constant_rates(problem.split(params)[0], num_steps))
 
-    def constant_rates(fast_params):
-        return jax.tree.map(lambda x: jnp.full(num_steps, inner_rate, x.dtype), fast_params)
+    def constant_rates(fast_params, steps):
+        return jax.tree.map(lambda x: jnp.full(steps, inner_rate, x.dtype), fast_params)
 
-    def separate(meta_params):
+    def separate(meta_params, steps=num_steps):
         """Fast and slow parameters, and the rates."""
-        if learn_rates:
-            return *problem.split(meta_params.params), meta_params.rates
-        fast_params, slow_params = problem.split(meta_params)
-        return fast_params, slow_params, constant_rates(fast_params)
+        if isinstance(meta_params, LearnedRates) is not bool(learn_rates):
+            expected = "LearnedRates" if learn_rates else "the network's parameters"
+            raise ValueError(
+                f"mamlpp: meta_params is a {type(meta_params).__name__}, and learn_rates="
+                f"{learn_rates} takes {expected}, as init makes them; give those, or change "
+                "learn_rates"
+            )
+        params, rates = meta_params if learn_rates else (meta_params, None)
+        for each in jax.tree.leaves((partition(params, has_rows)[0], rates)):
+            if each.shape[:1] != (num_steps,):  # past its end, an index would be the last
+                raise ValueError(
+                    f"mamlpp: num_steps={num_steps} must be that of meta_params, whose rates or "
+                    f"norms [num_steps, ...] have the shape {each.shape}: rates and norms were "
+                    "learned for these steps. Train with as many as you evaluate with"
+                )
+        fast_params, slow_params = problem.split(params)
+        if not learn_rates:
+            rates = constant_rates(fast_params, steps)
+        return fast_params, slow_params, rates
 
     def unroll(
-        fast_params, slow_params, rates, support, judge, first_order=False
+        fast_params, slow_params, rates, support, judge, steps=num_steps, first_order=False
     ) -> tuple[PyTree, Any]:
         """Parameters after the last step, and what `judge` says of those after each."""
 
@@ -166,12 +187,13 @@ def mamlpp(
             return params, judge(params, now)
 
         update = jax.checkpoint(update, prevent_cse=False) if remat else update
-        return lax.scan(update, fast_params, jnp.arange(num_steps))
+        return lax.scan(update, fast_params, jnp.arange(steps))
 
     def adapt(meta_params, support, key):
         del key
-        fast_params, slow_params, rates = separate(meta_params)
-        adapted, _ = unroll(fast_params, slow_params, rates, support, _say_nothing)
+        steps = eval_num_steps or num_steps
+        fast_params, slow_params, rates = separate(meta_params, steps)
+        adapted, _ = unroll(fast_params, slow_params, rates, support, _say_nothing, steps)
         last = at_step(slow_params, num_steps - 1)
         info = MetaInfo(support_loss=problem.support_loss(adapted, last, support))
         return problem.finish(adapted, last, support), info
@@ -188,7 +210,7 @@ def mamlpp(
                 rates,
                 task.support,
                 judge if multi_step else _say_nothing,
-                first_order,
+                first_order=first_order,
             )
             if not multi_step:
                 loss, accuracy = judge(adapted, at_step(slow_params, num_steps - 1))
@@ -198,8 +220,8 @@ def mamlpp(
             last = losses[-1], None if accuracies is None else accuracies[-1]
             return weights @ losses, last
 
-        grads, (loss, accuracy) = jax.grad(outer_loss, has_aux=True)(meta_params)
-        return grads, MetaInfo(query_loss=loss, query_accuracy=accuracy)
+        (value, last), grads = jax.value_and_grad(outer_loss, has_aux=True)(meta_params)
+        return grads, MetaInfo(*last, meta_loss=value if multi_step_epochs else None)
 
     def meta_grad(meta_params, task, key, step):
         del key

@@ -2,6 +2,7 @@
 
 import jax
 import jax.numpy as jnp
+from jax import lax
 
 from imaml_jax.learners.base import MetaInfo, accuracy_of, check_steps, cross_entropy
 from imaml_jax.types import MetaLearner
@@ -39,8 +40,9 @@ def nearest_centroid(*, ways: int) -> MetaLearner:
         inputs = support.inputs.reshape(support.inputs.shape[0], -1)
         members = jax.nn.one_hot(support.targets, ways, axis=0, dtype=inputs.dtype)
         counts = members.sum(1, keepdims=True)
+        sums = jnp.matmul(members, inputs, precision=lax.Precision.HIGHEST)
         # A class without examples is infinitely far.
-        return jnp.where(counts > 0, members @ inputs / jnp.maximum(counts, 1), jnp.inf), MetaInfo()
+        return jnp.where(counts > 0, sums / jnp.maximum(counts, 1), jnp.inf), MetaInfo()
 
     def predict(adapted, inputs):
         inputs = inputs.reshape(inputs.shape[0], -1)

@@ -208,7 +208,9 @@ def platipus(
         grads, info = jax.vmap(learner.meta_grad, (0, None, 0, None))(inits, task, keys, step)
         cotangent = optax.tree.scale(1 / num_samples, grads), jnp.full_like(kl, kl_weight)
         (grads,) = pullback(cotangent)
-        return grads, _over_samples(info)._replace(kl_divergence=kl)
+        info = _over_samples(info)
+        meta_loss = jnp.asarray(info.query_loss) + kl_weight * kl
+        return grads, info._replace(kl_divergence=kl, meta_loss=meta_loss)
 
     return MetaLearner(init, adapt, predict, meta_grad)
 

@@ -111,7 +111,7 @@ def policy_problem(
       num_trajectories: of a batch of experience, in training.
       eval_num_trajectories: the same in evaluation; default `num_trajectories`.
       estimate: bind the settings of `estimate_advantages` with `partial`.
-      reg_strength: lambda of implicit MAML, positive.
+      reg_strength: lambda of implicit MAML, positive; this and the next two are its alone.
       temperature: of its weights, positive.
       solve: its linear solver, of `imaml_jax.linear_solve`.
 
@@ -119,7 +119,7 @@ def policy_problem(
       The `PolicyProblem`.
 
     Raises:
-      ValueError: a setting out of its range, or an estimator that the algorithm does not have.
+      ValueError: a setting out of its range, or one that the algorithm does not have.
 
     References:
       Finn, Abbeel, Levine, "Model-Agnostic Meta-Learning", ICML 2017, Algorithm 3.
@@ -152,6 +152,12 @@ def policy_problem(
     for name, value in (("reg_strength", reg_strength), ("temperature", temperature)):
         if not 0 < value < np.inf:
             raise ValueError(f"policy_problem: {name}={value} must be positive and finite")
+    is_default = reg_strength == temperature == 1.0 and solve is _TEN_CG_STEPS
+    if algorithm != "imaml" and not is_default:
+        raise ValueError(
+            "policy_problem: reg_strength, temperature and solve are settings of "
+            f"algorithm='imaml', not of {algorithm!r}; leave them out"
+        )
     surrogate = partial(surrogate_loss, policy, estimator)
 
     def sample(params, env_params, key, count):

@@ -6,6 +6,7 @@ from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 import optax
 from jax.scipy.special import gammaln
 
@@ -54,8 +55,8 @@ class Precisions(NamedTuple):
 def likelihood(loss_fn: LossFn, *, prior_precision: float = 0.0) -> Posterior:
     """`log p = -n L(outputs, targets) - prior_precision/2 ||params||^2`, with `n` examples.
 
-    The cross-entropy's is the categorical likelihood, the mean squared error's that of a Gaussian
-    of variance 1/2.
+    The cross-entropy's is the categorical likelihood, the mean squared error's that of Gaussians of
+    variance `d/2`, with `d` the entries of a target.
 
     Args:
       loss_fn: `(outputs, targets) -> scalar`, a mean over examples.
@@ -105,16 +106,21 @@ def learned_precisions(
       The `Posterior`; the chaser loss does not compare the precisions.
 
     Raises:
-      ValueError: a value that is not positive.
+      ValueError: a value that is not positive, or a prior that is no pair.
 
     References:
       github.com/jsikyoon/bmaml, whose constants are the defaults.
     """
     named = dict(noise_precision=noise_precision, weight_precision=weight_precision)
-    for name, value in (named | dict(noise_prior=noise_prior, weight_prior=weight_prior)).items():
-        for number in value if isinstance(value, tuple) else (value,):
-            if not 0 < number < math.inf:
-                raise ValueError(f"learned_precisions: {name}={value} must be positive and finite")
+    for name, value in named.items():
+        if not 0 < value < math.inf:
+            raise ValueError(f"learned_precisions: {name}={value} must be positive and finite")
+    for name, pair in (("noise_prior", noise_prior), ("weight_prior", weight_prior)):
+        if np.shape(pair) != (2,) or not all(0 < number < math.inf for number in pair):
+            raise ValueError(
+                f"learned_precisions: {name}={pair} must be a shape and a rate, both positive and "
+                "finite"
+            )
 
     def wrap(network):
         def init(key, example_inputs):

@@ -186,5 +186,6 @@ def test_what_is_missing_is_named_with_its_remedy(tmp_path):
 def test_what_cannot_be_saved(tmp_path):
     with pytest.raises(ValueError, match="split='all' must be one of"):
         features.save(tmp_path, "all", EMBEDDINGS, np.array([0, 2]))
-    with pytest.raises(ValueError, match="offsets end at 3"):
-        features.save(tmp_path, "val", EMBEDDINGS, np.array([0, 3]))
+    for offsets in ([0, 3], [1, 3], [0, 3, 2]):
+        with pytest.raises(ValueError, match=f"offsets run from {offsets[0]} to {offsets[-1]}"):
+            features.save(tmp_path, "val", EMBEDDINGS, np.array(offsets))

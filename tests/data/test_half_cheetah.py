@@ -94,7 +94,13 @@ def test_mujoco_is_gymnasium_step_by_step():
     [
         (partial(half_cheetah.sample_tasks, KEY, "speed", num_tasks=1), "goal='speed'"),
         (partial(half_cheetah.sample_tasks, KEY, "velocity", num_tasks=0), "num_tasks=0"),
+        (
+            partial(half_cheetah.sample_tasks, KEY, "velocity", num_tasks=1, max_velocity=jnp.inf),
+            "max_velocity=inf above 0 and finite",
+        ),
         (partial(half_cheetah.brax_half_cheetah, "jump"), "goal='jump'"),
+        (partial(half_cheetah.brax_half_cheetah, "velocity", horizon=0), "horizon=0"),
+        (partial(half_cheetah.mujoco_half_cheetah, "velocity", horizon=1.5), "horizon=1.5"),
         (partial(half_cheetah.mujoco_half_cheetah, "jump"), "goal='jump'"),
     ],
 )

@@ -51,11 +51,12 @@ def test_goals_are_uniform_in_a_square():
     "call",
     [
         lambda: navigation(horizon=0),
+        lambda: navigation(horizon=1.5),
         lambda: sample_tasks(KEY, num_tasks=0),
         lambda: sample_tasks(KEY, num_tasks=1, half_width=0.0),
         lambda: sample_tasks(KEY, num_tasks=1, half_width=float("inf")),
     ],
 )
 def test_bad_inputs_are_named(call):
-    with pytest.raises(ValueError, match=r"=(0|inf)"):
+    with pytest.raises(ValueError, match=r"=(0|1\.5|inf)"):
         call()

@@ -3,11 +3,19 @@
 from functools import partial
 
 import jax
+import jax.numpy as jnp
 import numpy as np
 import pytest
+from jax.flatten_util import ravel_pytree
 
 # LLVM's optimisations take longer than they save here.
 jit = partial(jax.jit, compiler_options={"xla_backend_optimization_level": 0})
+
+
+def relative_error(actual, expected):
+    """Of two trees, in the norm over all their entries."""
+    actual, expected = (ravel_pytree(x)[0] for x in (actual, expected))
+    return float(jnp.linalg.norm(actual - expected) / jnp.linalg.norm(expected))
 
 
 @pytest.fixture(scope="session")

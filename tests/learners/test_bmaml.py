@@ -18,6 +18,7 @@ from imaml_jax import (
     likelihood,
     maml,
     mean_squared_error,
+    newton_cg,
     svgd_direction,
 )
 from imaml_jax.learners.base import mean_outputs, mixture_logits
@@ -297,6 +298,10 @@ def test_one_particle_with_the_median_kernel_is_told_what_to_do():
     [
         (dict(num_particles=0), "num_particles=0"),
         (dict(num_particles=2.5), "num_particles=2.5"),
+        (dict(num_particles=None), "num_particles=None"),
+        (dict(leader_steps=None), "leader_steps=None"),
+        (dict(meta_loss="query", leader_steps=7), "leader_steps are settings of meta_loss"),
+        (dict(meta_loss="query", leader=optax.sgd(0.1)), "leader and .*; leave them out"),
         (dict(num_steps=0), "num_steps=0"),
         (dict(num_steps=None), "num_steps=None"),
         (dict(eval_num_steps=-1), "eval_num_steps=-1"),
@@ -314,6 +319,17 @@ def test_one_particle_with_the_median_kernel_is_told_what_to_do():
 def test_bad_settings_are_named(settings, message):
     with pytest.raises(ValueError, match=message):
         make(**settings)
+
+
+@pytest.mark.parametrize(
+    "settings",
+    [dict(inner=newton_cg()), dict(inner=optax.lbfgs()), dict(leader=newton_cg())],
+    ids=["newton_cg", "lbfgs", "leader"],
+)
+def test_a_transform_that_evaluates_a_function_is_refused(task, settings):
+    learner = make(**settings)
+    with pytest.raises(ValueError, match="bmaml: inner and leader must need gradients alone"):
+        jax.eval_shape(learner.meta_grad, start(learner, task), task, KEY, 0)
 
 
 def test_the_average_of_an_unknown_loss_must_be_given():

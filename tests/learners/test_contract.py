@@ -36,18 +36,15 @@ from imaml_jax import (
     solve_cg_steihaug,
     solve_woodbury,
 )
+from imaml_jax.learners.base import is_head
 from imaml_jax.networks import Network, conv4, mlp
+from tests.learners.conftest import jit
 
-jit = partial(jax.jit, compiler_options={"xla_backend_optimization_level": 0})
 sgd = optax.sgd(0.1)
 gauss_newton_cg = dict(solve=partial(solve_cg_steihaug, max_steps=5), curvature="gauss_newton")
 woodbury = dict(solve=solve_woodbury, curvature="gauss_newton")
 INIT_KEY = jax.random.key(3)
 both, only_mlp, only_features = ("mlp", "conv"), ("mlp",), ("features",)
-
-
-def is_head(path):
-    return path.startswith("head")
 
 
 def leo_on_features(network, loss_fn, **settings):

@@ -32,13 +32,13 @@ from imaml_jax import (
     solve_dense,
     solve_woodbury,
 )
+from imaml_jax.learners.base import is_head
 from imaml_jax.networks import Network, conv4, mlp
+from tests.learners.conftest import jit, relative_error
 
 pytestmark = pytest.mark.usefixtures("x64_module")
 
 KEY = jax.random.key(0)
-# LLVM's optimisations take longer than they save here.
-jit = partial(jax.jit, compiler_options={"xla_backend_optimization_level": 0})
 EXACT = dict(
     cg=dict(solve=partial(solve_cg, tol=1e-13)),
     steihaug=dict(solve=partial(solve_cg_steihaug, tol=1e-13)),
@@ -49,11 +49,6 @@ EXACT = dict(
     ),
     gauss_newton_woodbury=dict(solve=solve_woodbury, curvature="gauss_newton"),
 )
-
-
-def relative_error(actual, expected):
-    actual, expected = (ravel_pytree(x)[0] for x in (actual, expected))
-    return float(jnp.linalg.norm(actual - expected) / jnp.linalg.norm(expected))
 
 
 # A linear model under the squared loss, whose meta-gradient has a closed form.
@@ -248,10 +243,6 @@ def make_reference(network, loss_fn, x, y, fast, reg_strength):
         strengths = ravel_pytree(by_module)[0][is_fast]
     flat = ravel_pytree(params)[0]
     return Reference(network, loss_fn, params, task, fast, reg_strength, flat, strengths, is_fast)
-
-
-def is_head(path):
-    return path.startswith("head")
 
 
 def is_no_norm(path):

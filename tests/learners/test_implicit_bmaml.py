@@ -18,6 +18,7 @@ from imaml_jax import (
     likelihood,
     mean_squared_error,
     minimize,
+    newton_cg,
     solve_cg,
     solve_dense,
     solve_gmres,
@@ -206,3 +207,8 @@ def test_permuting_the_particles_permutes_the_gradient(task):
 def test_bad_settings_are_named(settings, message):
     with pytest.raises(ValueError, match=message):
         make(**settings)
+
+
+def test_a_transform_that_evaluates_a_function_is_refused(task, params):
+    with pytest.raises(ValueError, match="implicit_bmaml: inner and leader must need gradients"):
+        jax.eval_shape(make(inner=newton_cg()).adapt, params, task.support, KEY)

@@ -79,7 +79,7 @@ def relate_by_loops(params, codes):
 
 
 def reference(params, task, noise, kl_weight, encoder_penalty, l2_penalty, orthogonality_penalty):
-    """Training loss without dropout, and query logits; K copies and all, as the paper has it."""
+    """Training loss without dropout, query logits and KL; K copies, as the paper has it."""
     support = jnp.stack(
         [
             task.support.inputs[jnp.nonzero(task.support.targets == c, size=SHOTS)[0]]
@@ -128,7 +128,7 @@ def reference(params, task, noise, kl_weight, encoder_penalty, l2_penalty, ortho
     loss += encoder_penalty * jnp.mean((lax.stop_gradient(z) - start) ** 2)
     loss += l2_penalty * 0.5 * sum(jnp.sum(x**2) for x in weights)
     loss += orthogonality_penalty * jnp.mean((correlations - jnp.eye(LATENTS)) ** 2)
-    return loss, query_logits
+    return loss, (query_logits, kl)
 
 
 def assert_trees_close(actual, expected, rtol=1e-9):
@@ -163,7 +163,7 @@ def test_adaptation_is_the_calculation_with_loops(params, task):
     learner = make()
     adapted, info = jit(learner.adapt)(params, task.support, KEY)
     zeros = {name: 0.0 for name in PENALTIES if name != "dropout"}
-    _, expected = jit(partial(reference, noise=None, **zeros))(params, task)
+    _, (expected, _) = jit(partial(reference, noise=None, **zeros))(params, task)
     np.testing.assert_allclose(learner.predict(adapted, task.query.inputs), expected, rtol=1e-9)
     assert info.support_loss < WAYS * SHOTS * np.log(WAYS)
 
@@ -176,10 +176,16 @@ def test_the_meta_gradient_is_that_of_the_calculation_with_loops(params, task, n
     grads, info = jit(learner.meta_grad)(params, task, KEY, 0)
     penalties = {name: weight for name, weight in PENALTIES.items() if name != "dropout"}
     value = partial(reference, noise=noise, **penalties)
-    expected, logits = jit(jax.grad(value, has_aux=True))(params, task)
+    of_loops = jit(jax.value_and_grad(value, has_aux=True))
+    (loss, (logits, kl)), expected = of_loops(params, task)
     assert_trees_close(grads, expected)
     query_loss = cross_entropy(logits, task.query.targets)
     np.testing.assert_allclose(info.query_loss, query_loss, rtol=1e-9)
+    np.testing.assert_allclose(info.meta_loss, loss, rtol=1e-9)
+    if noise is None:
+        assert info.kl_divergence is None
+    else:
+        np.testing.assert_allclose(info.kl_divergence, kl, rtol=1e-9)
 
 
 @pytest.fixture(scope="module")
@@ -325,15 +331,17 @@ def test_the_published_size():
     ("settings", "message"),
     [
         (dict(ways=0), "ways=0"),
+        (dict(ways=None), "ways=None must be an integer >= 1"),
         (dict(num_latents=0), "num_latents=0"),
         (dict(num_steps=0), "num_steps=0"),
         (dict(num_finetuning_steps=1.5), "num_finetuning_steps=1.5"),
         (dict(latent_rate=0.0), "latent_rate=0.0 must be positive"),
+        (dict(latent_rate=float("inf")), "latent_rate=inf must be positive and finite"),
         (dict(finetuning_rate=float("nan")), "finetuning_rate=nan must be positive"),
         (dict(dropout=1.0), "dropout=1.0 must be at least 0 and less than 1"),
         (dict(kl_weight=-1.0), "kl_weight=-1.0 must be at least 0"),
         (dict(encoder_penalty=-1.0), "encoder_penalty=-1.0"),
-        (dict(l2_penalty=-1.0), "l2_penalty=-1.0"),
+        (dict(l2_penalty=float("inf")), "l2_penalty=inf must be at least 0 and finite"),
         (dict(orthogonality_penalty=float("nan")), "orthogonality_penalty=nan"),
     ],
 )
@@ -346,3 +354,38 @@ def test_shots_must_be_equal(params, task):
     uneven = jax.tree.map(lambda x: x[:-1], task.support)
     with pytest.raises(ValueError, match="ways=3 must divide the support examples, 5"):
         make().adapt(params, uneven, KEY)
+
+
+@pytest.mark.parametrize(
+    ("inputs", "message"),
+    [
+        (jnp.zeros((6, 5, 5, 1)), r"\(6, 5, 5, 1\).*experiments\.features makes features"),
+        (jnp.zeros((6, WIDTH), jnp.uint8), "uint8; expected floating-point features"),
+    ],
+)
+def test_what_is_no_features_is_refused(params, task, inputs, message):
+    learner = make()
+    for call in (
+        partial(learner.init, KEY, inputs),
+        partial(learner.adapt, params, task.support._replace(inputs=inputs), KEY),
+        partial(learner.predict, jnp.zeros((WAYS, SHOTS, WIDTH)), inputs),
+    ):
+        with pytest.raises(ValueError, match=f"leo: .*{message}"):
+            call()
+
+
+@pytest.mark.parametrize(
+    ("changes", "message"),
+    [
+        (dict(inputs=jnp.zeros((6, 1, 1, 5))), f"inputs have 5 features; expected {WIDTH}"),
+        (dict(targets=jnp.zeros(6)), "targets are float.*; expected integer labels"),
+    ],
+)
+def test_features_of_another_width_and_targets_that_are_no_labels(params, task, changes, message):
+    batch = task.support._replace(**changes)
+    for call in (
+        partial(make().adapt, params, batch, KEY),
+        partial(make().meta_grad, params, task._replace(query=batch), KEY, 0),
+    ):
+        with pytest.raises(ValueError, match=f"leo: {message}"):
+            call()

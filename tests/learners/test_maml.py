@@ -1,7 +1,5 @@
 """MAML against finite differences and a loop written out, in float64."""
 
-from functools import partial
-
 import jax
 import jax.numpy as jnp
 import numpy as np
@@ -10,22 +8,14 @@ import pytest
 from jax.flatten_util import ravel_pytree
 
 from imaml_jax import Batch, Task, cross_entropy, fomaml, maml, mean_squared_error
+from imaml_jax.learners.base import is_head
 from imaml_jax.networks import Network, conv4, mlp
+from tests.learners.conftest import jit, relative_error
 
 pytestmark = pytest.mark.usefixtures("x64_module")
 
 KEY = jax.random.key(0)
 RATE = 0.2
-jit = partial(jax.jit, compiler_options={"xla_backend_optimization_level": 0})
-
-
-def is_head(path):
-    return path.startswith("head")
-
-
-def relative_error(actual, expected):
-    actual, expected = (ravel_pytree(x)[0] for x in (actual, expected))
-    return float(jnp.linalg.norm(actual - expected) / jnp.linalg.norm(expected))
 
 
 @pytest.fixture(scope="module")

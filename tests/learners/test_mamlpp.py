@@ -14,13 +14,13 @@ from imaml_jax import Batch, Task, build, cross_entropy, maml, mamlpp, protocols
 from imaml_jax.learners.base import combine, is_norm, partition
 from imaml_jax.learners.mamlpp import LearnedRates, multi_step_weights
 from imaml_jax.networks import Network
+from tests.learners.conftest import jit, relative_error
 
 pytestmark = pytest.mark.usefixtures("x64_module")
 
 KEY = jax.random.key(0)
 RATE, STEPS = 0.3, 3
 SWITCHES_OFF = dict(learn_rates=False, multi_step_epochs=0, per_step=None)
-jit = partial(jax.jit, compiler_options={"xla_backend_optimization_level": 0})
 
 
 def apply(params, inputs):
@@ -60,11 +60,6 @@ def moved(problem):
     rng = np.random.default_rng(3)
     meta_params = learner.init(KEY, task.support.inputs)
     return jax.tree.map(lambda p: p + 0.1 * rng.normal(size=p.shape), meta_params)
-
-
-def relative_error(actual, expected):
-    actual, expected = (ravel_pytree(x)[0] for x in (actual, expected))
-    return float(jnp.linalg.norm(actual - expected) / jnp.linalg.norm(expected))
 
 
 def loop(network, meta_params, task, weights):
@@ -155,9 +150,11 @@ def test_the_loss_is_that_of_a_loop_and_the_gradient_its_own(problem, moved):
     for step in (0, 7, 10, 25):  # at 10, after two epochs of five, only the last loss counts
         grads, info = meta_grad(moved, task, KEY, step)
         weights = multi_step_weights(step // 5, STEPS, 2)
-        assert relative_error(grads, of_loop(moved, weights)[1]) < 1e-11
+        value, expected = of_loop(moved, weights)
+        assert relative_error(grads, expected) < 1e-11
+        np.testing.assert_allclose(info.meta_loss, value, rtol=1e-12)
         np.testing.assert_allclose(info.query_loss, last, rtol=1e-12)
-    np.testing.assert_allclose(of_loop(moved, weights)[0], last, rtol=1e-12)
+    np.testing.assert_allclose(value, last, rtol=1e-12)
 
 
 def test_finite_differences_in_parameters_rates_scales_and_offsets(
@@ -211,6 +208,43 @@ def test_learned_rates_are_not_clipped():
     assert updates.params["w"] == -2 and updates.rates["w"] == -5
 
 
+@pytest.mark.parametrize("switches", [{}, {"learn_rates": False}, {"per_step": None}])
+@pytest.mark.parametrize("steps", [STEPS - 1, STEPS + 1])
+def test_parameters_of_another_number_of_steps_are_refused(problem, switches, steps):
+    network, _, task = problem
+    make = partial(mamlpp, network, cross_entropy, inner_rate=RATE, **switches)
+    params, learner = make(num_steps=STEPS).init(KEY, task.support.inputs), make(num_steps=steps)
+    for call in (
+        partial(learner.adapt, params, task.support, KEY),
+        partial(learner.meta_grad, params, task, KEY, 0),
+    ):
+        with pytest.raises(ValueError, match=rf"num_steps={steps} must .*\({STEPS},.* Train with"):
+            jax.eval_shape(call)
+
+
+@pytest.mark.parametrize("learn_rates", [True, False])
+def test_parameters_with_rates_where_there_are_none_and_the_reverse_are_refused(
+    problem, learn_rates
+):
+    network, _, task = problem
+    make = partial(mamlpp, network, cross_entropy, inner_rate=RATE, num_steps=STEPS)
+    params = make(learn_rates=not learn_rates).init(KEY, task.support.inputs)
+    expected = "LearnedRates" if learn_rates else "the network's parameters"
+    with pytest.raises(ValueError, match=f"learn_rates={learn_rates} takes {expected}"):
+        make(learn_rates=learn_rates).adapt(params, task.support, KEY)
+
+
+def test_where_no_step_has_its_own_evaluation_has_any_number(problem):
+    network, params, task = problem
+    make = partial(mamlpp, network, cross_entropy, inner_rate=RATE, **SWITCHES_OFF)
+    learner = make(num_steps=STEPS, eval_num_steps=STEPS + 2)
+    programs = [
+        str(jax.make_jaxpr(each.adapt)(params, task.support, KEY))
+        for each in (learner, make(num_steps=STEPS + 2), make(num_steps=STEPS))
+    ]
+    assert programs[0] == programs[1] != programs[2]
+
+
 @pytest.mark.parametrize(
     "changes, message",
     [
@@ -221,6 +255,7 @@ def test_learned_rates_are_not_clipped():
         ({"multi_step_epochs": -1}, "multi_step_epochs=-1"),
         ({"first_order_epochs": 1.5}, "first_order_epochs=1.5"),
         ({"epoch_length": 0}, "epoch_length=0"),
+        ({"epoch_length": None}, "epoch_length=None must be an integer >= 1"),
     ],
 )
 def test_bad_settings_are_refused(problem, changes, message):

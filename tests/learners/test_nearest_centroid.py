@@ -40,6 +40,14 @@ def test_evaluate_scores_it():
     assert evaluate(nearest_centroid(ways=3), {}, sample, jax.random.key(1), num_tasks=5).mean == 1
 
 
-def test_ways_are_checked():
-    with pytest.raises(ValueError, match="nearest_centroid: ways=0"):
-        nearest_centroid(ways=0)
+def test_the_means_keep_their_digits_on_a_gpu():
+    adapt, support = nearest_centroid(ways=4).adapt, Batch(jnp.ones((4, 3)), jnp.arange(4))
+    with jax.default_matmul_precision("default"):
+        program = str(jax.make_jaxpr(adapt)({}, support, jax.random.key(0)))
+    assert program.count("dot_general[") == program.count("precision=(Precision.HIGHEST") == 1
+
+
+@pytest.mark.parametrize("ways", [0, None])
+def test_ways_are_checked(ways):
+    with pytest.raises(ValueError, match=f"nearest_centroid: ways={ways}"):
+        nearest_centroid(ways=ways)

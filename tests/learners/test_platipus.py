@@ -24,14 +24,15 @@ from imaml_jax import (
     solve_cg_steihaug,
     solve_dense,
 )
+from imaml_jax.learners.base import is_head
 from imaml_jax.learners.platipus import Gaussian, kl_divergence
 from imaml_jax.networks import conv4, mlp
+from tests.learners.conftest import jit, relative_error
 
 pytestmark = pytest.mark.usefixtures("x64_module")
 
 KEY = jax.random.key(0)
 RATE, STRENGTH, SAMPLES, KL_WEIGHT = 0.2, 2.0, 2, 0.05
-jit = partial(jax.jit, compiler_options={"xla_backend_optimization_level": 0})
 converged = dict(
     inner=adaptive_gd(0.1),
     num_steps=80,
@@ -44,15 +45,6 @@ settings |= dict(kl_weight=KL_WEIGHT, prior_rate=0.15, posterior_rate=0.1)
 settings |= dict(prior_variance=0.03, posterior_variance=0.02, eval_num_samples=4)
 degenerate = dict(prior_variance=1e-40, posterior_variance=1e-40, kl_weight=0.0)
 degenerate |= dict(prior_rate=1e-40, posterior_rate=1e-40)
-
-
-def is_head(path):
-    return path.startswith("head")
-
-
-def relative_error(actual, expected):
-    actual, expected = (ravel_pytree(x)[0] for x in (actual, expected))
-    return float(jnp.linalg.norm(actual - expected) / jnp.linalg.norm(expected))
 
 
 @pytest.fixture(scope="module")
@@ -149,8 +141,9 @@ def test_the_loss_written_out_and_finite_differences(problem, variant):
         return training_loss(network, unravel(x), task, adaptation)
 
     loss = jit(jax.value_and_grad(loss, has_aux=True))
-    (_, (query_loss, kl)), expected = loss(flat)
+    (value, (query_loss, kl)), expected = loss(flat)
     np.testing.assert_allclose([info.query_loss, info.kl_divergence], [query_loss, kl], rtol=1e-9)
+    np.testing.assert_allclose(info.meta_loss, value, rtol=1e-9)
     steps = 1e-5 * np.eye(flat.size)
     slopes = [(loss(flat + step)[0][0] - loss(flat - step)[0][0]) / 2e-5 for step in steps]
     expected, slopes = unravel(expected), unravel(jnp.stack(slopes))
@@ -308,6 +301,7 @@ def test_classifiers_with_batch_norm(x64_module):
         (dict(num_steps=0), "num_steps=0"),
         (dict(eval_num_steps=-1), "eval_num_steps=-1"),
         (dict(num_samples=0), "num_samples=0"),
+        (dict(num_samples=None), "num_samples=None"),
         (dict(eval_num_samples=2.5), "eval_num_samples=2.5"),
         (dict(kl_weight=-0.1), "kl_weight=-0.1"),
         (dict(kl_weight=float("nan")), "kl_weight=nan"),

@@ -32,10 +32,10 @@ from imaml_jax.networks import Network, mlp
 from imaml_jax.policy_losses import surrogate_loss, weighted_regression
 from imaml_jax.returns import Experience, discounted_sums, estimate_advantages
 from imaml_jax.trajectories import Trajectories, mean_return, rollout
+from tests.learners.conftest import jit
 
 pytestmark = pytest.mark.usefixtures("x64_module")
 
-jit = partial(jax.jit, compiler_options={"xla_backend_optimization_level": 0})
 KEY = jax.random.key(0)
 HORIZON, RATE = 3, 0.8
 raw_returns = partial(estimate_advantages, discount=1.0, linear_baseline=False, standardise=False)
@@ -470,6 +470,9 @@ def test_implicit_maml_reports_curvature_that_its_strength_does_not_lift(params,
         (dict(eval_num_trajectories=-1), "eval_num_trajectories=-1"),
         (dict(reg_strength=0.0), "reg_strength=0.0"),
         (dict(temperature=float("inf")), "temperature=inf"),
+        (dict(num_trajectories=None), "num_trajectories=None"),
+        (dict(temperature=0.5), "temperature and solve are settings of algorithm='imaml', not"),
+        (dict(algorithm="fomaml", solve=solve_dense), "not of 'fomaml'; leave them out"),
     ],
 )
 def test_bad_settings_are_named(settings, words):

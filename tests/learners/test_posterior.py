@@ -77,6 +77,12 @@ def test_bad_precisions_are_named(name, value):
         learned_precisions(**{name: setting})
 
 
+@pytest.mark.parametrize("value", [(2.0,), 2.0, (2.0, 0.2, 1.0)])
+def test_a_prior_is_a_pair(value):
+    with pytest.raises(ValueError, match="must be a shape and a rate, both positive"):
+        learned_precisions(weight_prior=value)
+
+
 @pytest.mark.parametrize("value", [-1.0, float("nan"), float("inf")])
 def test_bad_prior_precisions_are_named(value):
     with pytest.raises(ValueError, match="prior_precision="):

@@ -1,7 +1,5 @@
 """Reptile against a loop written out, in float64."""
 
-from functools import partial
-
 import jax
 import jax.numpy as jnp
 import numpy as np
@@ -12,12 +10,12 @@ from jax.flatten_util import ravel_pytree
 from imaml_jax import Batch, Task, mean_squared_error, reptile
 from imaml_jax.inner import mini_batches
 from imaml_jax.networks import Network, mlp
+from tests.learners.conftest import jit
 
 pytestmark = pytest.mark.usefixtures("x64_module")
 
 KEY = jax.random.key(0)
 ADAM = optax.adam(0.05, b1=0.0)
-jit = partial(jax.jit, compiler_options={"xla_backend_optimization_level": 0})
 
 
 @pytest.fixture(scope="module")
