@@ -52,11 +52,15 @@ class Config:
 
 
 class Images(NamedTuple):
-    """Pictures as they are classified: names, uint8 `[n, size, size, channels]`, class or None."""
+    """Pictures as they are classified: names, uint8 `[n, size, size, channels]`, class or None.
+
+    And in words what beside them was passed over.
+    """
 
     names: list[str]
     pixels: np.ndarray
     labels: list[str | None]
+    passed_over: str = ""
 
 
 def main(config: Config) -> dict[str, Any]:
@@ -110,14 +114,15 @@ def read_support(path: Path, model: Description) -> Images:
     classes = sorted(folder.classes)
     if len(classes) != model.ways:
         few = len(classes) < model.ways
+        passed_over = f"; passed over {folder.passed_over}" if folder.passed_over else ""
         raise ValueError(
-            f"support={path} has {len(classes)} classes ({', '.join(classes[:8])}), the model "
-            f"tells ways={model.ways} apart: its last layer has that many outputs. "
+            f"support={path} has {len(classes)} classes ({', '.join(classes[:8])}{passed_over}), "
+            f"the model tells ways={model.ways} apart: its last layer has that many outputs. "
             f"{'Add classes, of any other images,' if few else 'Take classes away'} or train a "
             f"model with --ways {len(classes)}"
         )
     sources = [(name, source) for name in classes for source in folder.classes[name]]
-    return _read(folder.path, sources, model)
+    return _read(folder.path, sources, model)._replace(passed_over=folder.passed_over)
 
 
 def read_query(path: Path, model: Description, classes: Sequence[str]) -> Images:
@@ -130,7 +135,7 @@ def read_query(path: Path, model: Description, classes: Sequence[str]) -> Images
     if not folder.is_dir():
         raise DataError(f"query={folder}: expected a folder of images. Name one that is there.")
     files = [f for f in listings.scan(folder) if f.lower().endswith(listings.IMAGES)]
-    labels = [name.split("/")[0] if "/" in name else None for name in files]
+    labels = [_printable(name.split("/")[0]) if "/" in name else None for name in files]
     odd = sorted({label for label in labels if label and label not in classes})
     if odd:
         raise DataError(
@@ -138,12 +143,15 @@ def read_query(path: Path, model: Description, classes: Sequence[str]) -> Images
             f"(classes: {', '.join(classes)}). Name them as the support's folders, or put the "
             "images directly into the query folder."
         )
+    passed_over = "; ".join(own.no_images(folder))
     if not files:
         raise DataError(
-            f"query={folder}: expected images ({', '.join(listings.IMAGES)}), found none."
+            f"query={folder}: expected images ({', '.join(listings.IMAGES)}), found none"
+            f"{f' ({passed_over})' if passed_over else ''}. Put images there."
         )
     sources = [images.Source(str(folder / f), (folder / f).read_bytes) for f in files]
-    return _read(folder, list(zip(labels, sources, strict=True)), model)
+    found = _read(folder, list(zip(labels, sources, strict=True)), model)
+    return found._replace(passed_over=passed_over)
 
 
 def classify(
@@ -248,20 +256,31 @@ def report(
         f"{model.test_tasks} tasks)",
         f"support: {len(counts)} classes of {shots} images ({', '.join(results['classes'])})",
     ]
+    lines += [
+        f"{name}: passed over {found.passed_over}"
+        for name, found in (("support", support), ("query", query))
+        if found.passed_over
+    ]
     accuracy = results["accuracy"]
     if accuracy is not None:
         labelled = sum(label is not None for label in query.labels)
         lines.append(f"accuracy on {labelled} query images: {accuracy:.2%}")
     table, picture = (common.with_ending(config.output, ending) for ending in ("csv", "png"))
-    return "\n".join([*lines, f"{len(query.names)} predictions in {table}, picture in {picture}"])
+    count = f"{len(query.names)} prediction{'s' * (len(query.names) > 1)}"
+    return "\n".join([*lines, f"{count} in {table}, picture in {picture}"])
 
 
 def _read(folder: Path, sources: Sequence[tuple[str | None, Any]], model: Description) -> Images:
     shape = (len(sources), model.image_size, model.image_size, model.channels)
     pixels = np.empty(shape, np.uint8)
     images.decode_all([s for _, s in sources], pixels, progress=True, title=folder.name)
-    names = [str(Path(source.where).relative_to(folder)) for _, source in sources]
-    return Images(names, pixels, [label for label, _ in sources])
+    names = [_printable(str(Path(source.where).relative_to(folder))) for _, source in sources]
+    return Images(names, pixels, [label and _printable(label) for label, _ in sources])
+
+
+def _printable(name: str) -> str:
+    """A file's name with the bytes that are not UTF-8 written out."""
+    return name.encode(errors="backslashreplace").decode()
 
 
 def _inverted(found: Images, invert: bool) -> Images:

@@ -93,9 +93,10 @@ def run_cli(
     `--config FILE.yaml` gives settings too, which the command line overrides.
 
     What the user can mend (a setting that is refused, a file that is missing or cannot be written)
-    ends the process with status 2, what stopped the training with status 1, a signal with status
-    75 where the run is kept and 130 elsewhere, and the loss of another process with status 76, all
-    with one message and no traceback. Any other error is a bug, and keeps its traceback and
+    ends the process with status 2, what stopped the training with status 1, SIGINT or SIGTERM with
+    status 75 where the run is kept, SIGINT elsewhere with status 130, and the loss of another
+    process with status 76, all with one message and no traceback. SIGTERM elsewhere ends it at
+    once, which a shell shows as status 143. Any other error is a bug, and keeps its traceback and
     Python's status 1.
 
     Args:

@@ -265,6 +265,12 @@ def write_results(workdir: str | os.PathLike | None, results: dict[str, Any]) ->
         write_json(Path(workdir) / "results.json", results)
 
 
+def json_for_html(value: Any) -> str:
+    """JSON that stands whole in a script element, whatever text is in it: no tag, no comment."""
+    text = json.dumps(value, allow_nan=False, separators=(",", ":"), default=str)
+    return text.replace("<", "\\u003c").replace(">", "\\u003e").replace("&", "\\u0026")
+
+
 def write_json(path: Path, value: Any) -> None:
     """Writes a JSON file whole: a reader never sees half of it."""
     write_whole(path, json.dumps(value, indent=1, default=str) + "\n")

@@ -68,7 +68,7 @@ def read_run(config: Config) -> tuple[Any, Any]:
     try:
         recorded = json.loads(path.read_text(encoding="utf-8"))
         names, dataset = set(recorded) - {"root_key", "keep_best"}, recorded["dataset"]
-    except (OSError, ValueError, TypeError, KeyError) as error:
+    except (OSError, ValueError, TypeError, KeyError, RecursionError) as error:
         raise ValueError(
             f"workdir={config.workdir} holds no run of experiments.folder, glyphs, mini_imagenet "
             f"or omniglot ({type(error).__name__}: {error})"
@@ -92,9 +92,10 @@ def read_run(config: Config) -> tuple[Any, Any]:
 def _of_run(workdir: Path) -> dict[str, Any]:
     """Where and by which command the run was made, as far as is known."""
     try:
-        return json.loads((workdir / "results.json").read_text(encoding="utf-8"))
-    except (OSError, ValueError):
+        found = json.loads((workdir / "results.json").read_text(encoding="utf-8"))
+    except (OSError, ValueError, RecursionError):
         return {}
+    return found if isinstance(found, dict) else {}
 
 
 if __name__ == "__main__":

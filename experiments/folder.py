@@ -118,6 +118,11 @@ def choose_queries(config: Config, protocol: Protocol, folder: own.Folder) -> in
 
 def prepare(config: Config) -> tuple[Protocol, Splits, str]:
     """The protocol, the data and their name, as `few_shot.run` takes them."""
+    return _prepare(config)[:3]
+
+
+def _prepare(config: Config) -> tuple[Protocol, Splits, str, dict[str, str]]:
+    """These, and the split of the classes."""
     protocol = resolve(config)
     folder = own.open_folder(config.data_dir)
     split = split_classes(config, folder)
@@ -127,6 +132,7 @@ def prepare(config: Config) -> tuple[Protocol, Splits, str]:
     common.say(
         f"{folder.path}: {sum(sizes)} images of {len(sizes)} classes, {min(sizes)} to {max(sizes)} "
         f"a class; {counts} classes for training, validation and test; {queries} queries a class"
+        + (f"; passed over {folder.passed_over}" if folder.passed_over else "")
     )
     splits = own.load_folder(
         config.data_dir, split=split, image_size=config.image_size, channels=config.channels
@@ -137,13 +143,13 @@ def prepare(config: Config) -> tuple[Protocol, Splits, str]:
         test_queries=queries,
         train_queries=1 if protocol.algorithm.startswith("reptile") else queries,
     )
-    return protocol, splits, folder.path.resolve().name
+    return protocol, splits, folder.path.resolve().name, split
 
 
 def main(config: Config) -> dict[str, Any]:
     """Runs the experiment and keeps the split beside its results; see `few_shot.run`."""
-    results = few_shot.run(config, *prepare(config))
-    split = split_classes(config, own.open_folder(config.data_dir))
+    protocol, splits, dataset, split = _prepare(config)
+    results = few_shot.run(config, protocol, splits, dataset)
     for place in (config.workdir, config.model):
         if place is not None and processes.is_first():
             class_splits.write_split(place.expanduser() / "split.json", split)

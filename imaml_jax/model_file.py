@@ -223,7 +223,10 @@ def _read_description(path: Path) -> tuple[Description, str]:
             f"{path}: ways={description.ways} and shots={description.shots} must be at least 1. "
             f"{_REMEDY}"
         )
-    check_image(description.image_size, description.channels)
+    try:
+        check_image(description.image_size, description.channels)
+    except ValueError as error:
+        raise ValueError(f"{path}: {error} {_REMEDY}") from None
     return description, str(checksum)
 
 

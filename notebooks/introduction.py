@@ -191,8 +191,10 @@ for axes, predictions, name in zip(panels, fits["fits"], ("fresh", "MAML", "iMAM
 # %% [markdown]
 # ## What it costs
 #
-# The memory of one compiled meta-gradient. Unrolling stores every step; the implicit gradient needs
-# the last one only, and room for its products with the Hessian, which does not grow.
+# The memory of one compiled meta-gradient. Unrolling stores of every step what its derivative
+# needs; recomputing the steps stores their parameters instead, which in these dense layers is more.
+# The implicit gradient needs the last step only, and room for its products with the Hessian, which
+# does not grow.
 
 # %%
 measured = costs.measure(costs.Sizes(num_steps=(2, 8), rounds=1), SEED)

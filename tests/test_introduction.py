@@ -132,8 +132,14 @@ def test_the_page_needs_nothing_else():
     assert text.count("<script") == text.count("</script>") == 2
 
 
+def test_tables_and_speech():
+    text = page.render({})
+    assert "<th>" not in text and '<th scope="row"' in text
+    assert re.findall(r'id="([^"]+)"[^>]* aria-live', text) == ["game-verdict", "spoken"]
+
+
 def test_text_in_the_data_cannot_end_it():
-    hostile = "</script><script>alert(1)</script>"
+    hostile = "</script><script>alert(1)</script><!--<script>&"
     text = page.render({"command": hostile})
     assert page.data_of(text) == {"command": hostile}
-    assert text.count("</script>") == 2
+    assert text.count("<script") == text.count("</script>") == 2 and "<!--" not in text

@@ -128,7 +128,7 @@ def change(folder, **fields):
         ({"ways": 0}, "ways=0 and shots=1 must be at least 1"),
         ({"ways": 4}, r"head/bias is float16\[3\], the settings make it float16\[4\]"),
         ({"shots": None}, "has wrong shots=None"),
-        ({"image_size": 10**6}, "image_size=1000000; allowed: 1 to 1024"),
+        ({"image_size": 10**6}, r"model\.json: image_size=1000000; allowed: 1 to 1024\. "),
         ({"channels": 2}, r"channels=2; allowed: 1 \(grey\) and 3 \(RGB\)"),
         ({"channels": 3}, r"block_0/kernel is float16\[3, 3, 1, 2\]"),
         ({"brightness": 10**400}, "has wrong brightness="),

@@ -3,6 +3,7 @@
 import csv
 import json
 import os
+import shutil
 from pathlib import Path
 from unittest import mock
 
@@ -13,11 +14,11 @@ import pytest
 from PIL import Image
 
 from imaml_jax import build, model_file, protocols
-from imaml_jax.data import glyphs, images, omniglot, own
+from imaml_jax.data import class_splits, glyphs, images, omniglot, own
 
 # Importing the experiments must not change the devices of the other tests.
 with mock.patch.dict(os.environ, XLA_FLAGS=os.environ.get("XLA_FLAGS", "")):
-    from experiments import classify, common, few_shot, folder, saved_model
+    from experiments import classify, common, export, few_shot, folder, saved_model
 
 MODELS = Path(__file__).resolve().parents[1] / "experiments" / "models"
 GLYPHS = MODELS / "glyphs_5way_1shot"
@@ -26,8 +27,8 @@ CHARACTERS = "R&Δ☂@"
 
 def class_folders(path, sizes):
     for name, size in sizes.items():
+        (path / name).mkdir(parents=True, exist_ok=True)
         for i in range(size):
-            (path / name).mkdir(parents=True, exist_ok=True)
             Image.new("L", (4, 4)).save(path / name / f"{i}.png")
     return path
 
@@ -60,6 +61,7 @@ def test_counts_of_classes(tmp_path, classes, ways, shares, counts):
         ({"a": 1, "b": 9, "c": 9, "d": 9}, {"ways": 2}, "class 'a' has 1 images, tasks take 1"),
         ({c: 9 for c in "abcd"}, {"ways": 2, "queries": 9}, "queries=9 query examples"),
         ({"train/a": 2, "train/b": 2, "test/c": 2}, {"ways": 2}, "are split 2/0/1"),
+        ({"train/a": 2, "val/b": 2}, {}, r"found train/, val/, so that test/ is missing\. Add it"),
         ({".": 3}, {}, r"found 3 images directly in it\. Make .*/<class>/"),
     ],
 )
@@ -186,14 +188,55 @@ def test_folders_that_classify_refuses(tmp_path):
     support = class_folders(tmp_path / "support", {c: 1 for c in "abcdef"})
     with pytest.raises(ValueError, match=r"6 classes \(a, b.*ways=5 apart.*Take classes away or"):
         classify.read_support(support, model)
-    with pytest.raises(ValueError, match="Add classes, of any other images, or train"):
-        classify.read_support(class_folders(tmp_path / "few", {"a": 1}), model)
+    few = class_folders(tmp_path / "few", {"a": 1, "b": 0})
+    (few / "c.heic").touch()
+    message = r"1 classes \(a; passed over class folders without images: 'b'; files that are no "
+    message += r"images: 'c.heic'\), .*Add classes, of any other images, or train"
+    with pytest.raises(ValueError, match=message):
+        classify.read_support(few, model)
     with pytest.raises(ValueError, match=r"no class of the support: f \(classes: a, b"):
         classify.read_query(support, model, list("abcde"))
     (tmp_path / "empty").mkdir()
     for name, message in (("empty", "found none"), ("absent", "expected a folder")):
         with pytest.raises(ValueError, match=message):
             classify.read_query(tmp_path / name, model, ["a"])
+
+
+def test_what_is_passed_over_is_said(tmp_path, capsys):
+    path = class_folders(tmp_path / "data", {**{c: 4 for c in "abcd"}, "e": 0})
+    (path / "a" / "x.tif").touch()
+    said = "class folders without images: 'e'; files that are no images: 'a/x.tif'"
+    folder.prepare(folder.Config(data_dir=path, ways=2))
+    assert f"queries a class; passed over {said}" in capsys.readouterr().out
+    split = class_folders(tmp_path / "split", {"train/a": 1, "test/b": 1, "test/c": 0})
+    assert own.open_folder(split).passed_over == "class folders without images: 'test/c'"
+
+
+def test_the_split_that_is_kept_is_that_of_the_run(tmp_path):
+    path = class_folders(tmp_path / "data", {c: 4 for c in "abcd"})
+    config = folder.Config(data_dir=path, ways=2, model=None, workdir=tmp_path)
+    with mock.patch.object(few_shot, "run", lambda *_: shutil.rmtree(path)):  # a drive is gone
+        folder.main(config)
+    assert sorted(class_splits.read_split(tmp_path / "split.json")) == list("abcd")
+
+
+@pytest.mark.parametrize("text", ["[]", "[" * 10**5])
+def test_runs_of_another_form_are_not_exported(tmp_path, text):
+    for name in ("config", "results"):
+        (tmp_path / f"{name}.json").write_text(text)
+    with pytest.raises(ValueError, match=r"holds no run of experiments\.folder"):
+        export.read_run(export.Config(tmp_path, tmp_path))
+    assert export._of_run(tmp_path) == {}
+
+
+def test_names_that_are_not_utf_8(tmp_path):
+    model = model_file.load_model(GLYPHS).description
+    path = class_folders(tmp_path, {"a": 1})
+    (path / "a" / "0.png").rename(path / os.fsdecode(b"a/\xff.png"))
+    query = classify.read_query(path, model, ["a"])
+    results = {"classes": ["a"], "predicted": ["a"], "probabilities": [[1.0]]}
+    classify.write_table(tmp_path / "table.csv", query, results)
+    assert r"a/\udcff.png,a,a,1.0000" in (tmp_path / "table.csv").read_text(encoding="utf-8")
 
 
 def test_shipped_models_are_small():

@@ -73,12 +73,12 @@ function makeSinusoid() {
   );
   plot.legend(names, dashes);
   const knobs = S.points.map((x, k) => {
-    const knob = handle(plot, `Support point at x = ${x}; up and down keys move it`);
+    const knob = handle(plot, `Support point at x = ${x}; arrow keys move it`, S.levels);
     draggable(
       plot,
       knob,
       (_, y) => set({ [`level${k}`]: nearest(S.levels, y) }),
-      (_, dy) => set({ [`level${k}`]: clamp(state[`level${k}`] + dy, S.levels.length) }),
+      (dx, dy) => set({ [`level${k}`]: clamp(state[`level${k}`] + dx + dy, S.levels.length) }),
     );
     return knob;
   });
@@ -103,12 +103,14 @@ function makeSinusoid() {
       knob.setAttribute("aria-valuetext", String(y));
       knob.setAttribute("aria-valuenow", y);
     });
-    byId("sinusoid-report").textContent =
+    readOut(
+      "sinusoid-report",
       `Mean squared error on the three points after ${state.fitSteps} steps: ` +
       kinds
         .map((kind, i) => `${names[kind]} ${format(lookup(S.losses, i, index, state.fitSteps))}`)
         .join(", ") +
-      ".";
+      ".",
+    );
   };
 }
 

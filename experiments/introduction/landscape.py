@@ -87,7 +87,6 @@ def _at_the_minimum(sizes: Sizes, tasks: Task) -> dict[str, np.ndarray]:
         return {
             "exact_implicit": grad,
             "implicit_loss": info.query_loss.mean(),
-            "exact_residual": info.inner_residual.max(),
             "minima": plane.adapt(learner, theta, tasks),
         }
 

@@ -8,6 +8,7 @@ from typing import Any
 
 import numpy as np
 
+from experiments import common
 from imaml_jax.workdir import write_whole
 
 _FOLDER = Path(__file__).parent
@@ -72,11 +73,10 @@ def read(name: str) -> str:
 
 def render(data: dict[str, Any]) -> str:
     """The page as text."""
-    text = json.dumps(data, separators=(",", ":"), default=str).replace("</", "<\\/")
     parts = {
         "{{style}}": read("page.css"),
         "{{script}}": "\n".join(read(name) for name in _SCRIPTS),
-        "{{data}}": text,
+        "{{data}}": common.json_for_html(data),
     }
     page = read("page.html")
     for mark, part in parts.items():

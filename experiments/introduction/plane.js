@@ -75,7 +75,7 @@ function contourLoss() {
 
 function makeLandscape() {
   const plot = planePlot("landscape-plot");
-  const knob = handle(plot, "Meta-parameters θ; arrow keys move it");
+  const knob = handle(plot, "Meta-parameters θ₁, θ₂; arrow keys move them", axis);
   draggable(
     plot,
     knob,
@@ -124,10 +124,12 @@ function makeLandscape() {
       2 * c,
     );
     const at = [state.rate, state.steps, state.strength, r, c];
-    byId("landscape-report").textContent =
+    readOut(
+      "landscape-report",
       `Loss at θ ${format(loss)}. iMAML reports an inner residual of ` +
       `${format(lookup(P.inner_residual, ...at))} and a smallest curvature of ` +
-      `${format(lookup(P.min_curvature, ...at))} (worst of the tasks).`;
+      `${format(lookup(P.min_curvature, ...at))} (worst of the tasks).`,
+    );
   };
 }
 
@@ -169,11 +171,13 @@ function makeCurves() {
       );
     });
     labels.forEach(({ a, y }) => plot.text(plot.width - plot.right + 8, y + 4, `α ${P.rates[a]}`));
-    byId("curves-report").textContent =
+    readOut(
+      "curves-report",
       `θ = (${coordinate(chosen("column"))}, ${coordinate(chosen("row"))}), ` +
       `after ${chosen("steps")} steps: ` +
       curves.map((curve, a) => `${format(curve[chosen("steps")])} at α ${P.rates[a]}`).join(", ") +
-      ".";
+      ".",
+    );
   };
 }
 

@@ -171,7 +171,7 @@ function contour(values, side, level) {
   return segments;
 }
 
-/* Every pointer and arrow-key movement of a handle, as a position on the plot. */
+/* Every pointer and key movement of a handle, as a position on the plot. */
 function draggable(plot, handle, moved, nudged) {
   const at = (event) => {
     const box = plot.svg.getBoundingClientRect();
@@ -190,7 +190,16 @@ function draggable(plot, handle, moved, nudged) {
   handle.addEventListener("pointermove", (event) => {
     if (handle.hasPointerCapture(event.pointerId)) at(event);
   });
-  const steps = { ArrowLeft: [-1, 0], ArrowRight: [1, 0], ArrowUp: [0, 1], ArrowDown: [0, -1] };
+  const steps = {
+    ArrowLeft: [-1, 0],
+    ArrowRight: [1, 0],
+    ArrowUp: [0, 1],
+    ArrowDown: [0, -1],
+    PageUp: [0, 5],
+    PageDown: [0, -5],
+    Home: [-Infinity, 0],
+    End: [Infinity, 0],
+  };
   handle.addEventListener("keydown", (event) => {
     if (!steps[event.key]) return;
     event.preventDefault();
@@ -201,14 +210,15 @@ const nearest = (values, x) =>
   values.reduce((best, v, i) => (Math.abs(v - x) < Math.abs(values[best] - x) ? i : best), 0);
 const clamp = (i, count) => Math.max(0, Math.min(count - 1, i));
 
-function handle(plot, label) {
+/* What is dragged among these values, from the lowest to the highest. */
+function handle(plot, label, values) {
   const made = element(plot.over, "g", {
     class: "handle",
     tabindex: 0,
     role: "slider",
     "aria-label": label,
-    "aria-valuemin": plot.domainY[0],
-    "aria-valuemax": plot.domainY[1],
+    "aria-valuemin": values[0],
+    "aria-valuemax": values[values.length - 1],
   });
   element(made, "circle", { class: "halo", r: 22 });
   element(made, "circle", { class: "knob", r: 8 });
@@ -219,7 +229,18 @@ function fillTable(id, rows) {
   byId(id).querySelector("tbody").innerHTML = rows
     .map(
       ([kind, title, ...cells]) =>
-        `<tr data-row="${kind}"><td class="${kind}">${title}</td>${cells.map((c) => `<td>${c}</td>`).join("")}</tr>`,
+        `<tr data-row="${kind}"><th scope="row" class="${kind}">${title}</th>${cells.map((c) => `<td>${c}</td>`).join("")}</tr>`,
     )
     .join("");
+}
+
+/* A read-out is shown at once, and spoken when it has stood still in the figure that is in use. */
+let speaking;
+function readOut(id, text) {
+  byId(id).textContent = text;
+  if (!byId(id).closest("figure").contains(document.activeElement)) return;
+  clearTimeout(speaking);
+  speaking = setTimeout(() => {
+    byId("spoken").textContent = text;
+  }, 600);
 }

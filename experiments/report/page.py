@@ -11,7 +11,7 @@ from pathlib import Path
 from typing import Any
 
 import imaml_jax
-from experiments import accuracy_table
+from experiments import accuracy_table, common
 from experiments.report import charts
 from experiments.report.rows import Group, algorithm_name, mean, tasks_scored, trained_steps
 from experiments.report.runs import Run, number, provenance
@@ -77,7 +77,7 @@ def _count(runs: Sequence[Run], state: str) -> int:
 
 def _table(columns: Sequence[str], lines: Iterable[Sequence[str]]) -> str:
     """Cells are HTML already."""
-    head = "".join(f"<th>{_safe(column)}</th>" for column in columns)
+    head = "".join(f'<th scope="col">{_safe(column)}</th>' for column in columns)
     body = "\n".join(
         "<tr>"
         + "".join(
@@ -306,7 +306,6 @@ def _system(value: Any) -> str:
 
 
 def _json(groups: Sequence[Group]) -> str:
-    """What a script element can hold: no tag can end it."""
     content = {
         "version": imaml_jax.__version__,
         "groups": [
@@ -332,8 +331,7 @@ def _json(groups: Sequence[Group]) -> str:
             for group in groups
         ],
     }
-    text = json.dumps(_strict(content), allow_nan=False, default=str)
-    return text.replace("<", "\\u003c").replace(">", "\\u003e").replace("&", "\\u0026")
+    return common.json_for_html(_strict(content))
 
 
 def _strict(value: Any) -> Any:

@@ -38,14 +38,12 @@ class Score(NamedTuple):
       half_width: of its 95% interval over tasks, None where it has none.
       what: in words.
       is_test: whether it was taken on test tasks.
-      higher_is_better: whether it is.
     """
 
     value: float
     half_width: float | None
     what: str
     is_test: bool = True
-    higher_is_better: bool = True
 
 
 class Published(NamedTuple):
@@ -206,8 +204,7 @@ def _score(run: Run) -> Score | None:
     if (value := number(results.get("test_accuracy"))) is not None:
         return Score(100 * value, _scaled(results.get("test_ci95")), "test accuracy, %")
     if (value := number(results.get("test_mse"))) is not None:
-        half = number(results.get("test_ci95"))
-        return Score(value, half, "test mean squared error", higher_is_better=False)
+        return Score(value, number(results.get("test_ci95")), "test mean squared error")
     returns, halves = results.get("test_return"), results.get("test_ci95")
     if (
         isinstance(returns, list)
@@ -220,7 +217,7 @@ def _score(run: Run) -> Score | None:
         is_error = str(results.get("task", "")).startswith("sinusoid")
         what = "test mean squared error" if is_error else "test score"
         what = "test accuracy, %" if _shape(results)[1] else what
-        return Score(value, number(results.get("ci95")), what, higher_is_better=not is_error)
+        return Score(value, number(results.get("ci95")), what)
     if (value := number(results.get("validation"))) is not None:
         half = _scaled(results.get("validation_ci95"))
         return Score(100 * value, half, "validation accuracy, %", is_test=False)

@@ -10,7 +10,7 @@ from pathlib import Path
 from imaml_jax.data.archives import DataError
 from imaml_jax.data.images import SPLITS
 
-_NAMES = {"train": "train", "val": "val", "validation": "val", "test": "test"}
+NAMES = {"train": "train", "val": "val", "validation": "val", "test": "test"}
 _FORM = (
     'Write a JSON object {"class": "train", ...} or a CSV file with the line class,split and then '
     "one line for each class; a split is train, validation or test."
@@ -58,8 +58,8 @@ def read_split(path: str | os.PathLike) -> dict[str, str]:
     """Reads the split of each class from a file.
 
     Args:
-      path: a JSON object of class to split, or a CSV file with the columns class and split; a split
-        is "train", "validation" (or "val") or "test".
+      path: a JSON object of class to split, or a CSV file with the columns class and split, between
+        commas or semicolons; a split is "train", "validation" (or "val") or "test".
 
     Returns:
       The split of each class: "train", "val" or "test".
@@ -78,11 +78,11 @@ def read_split(path: str | os.PathLike) -> dict[str, str]:
     split = {}
     for pair in pairs:
         name, value = pair if len(pair) == 2 else (pair[0] if pair else "", "")
-        if not isinstance(value, str) or value.strip().lower() not in _NAMES or not name:
+        if not isinstance(value, str) or value.strip().lower() not in NAMES or not name:
             raise DataError(f"{path}: class {name!r} has split {str(value)[:40]!r}. {_FORM}")
         if name in split:
             raise DataError(f"{path} names class {name!r} twice. Take one of the two out.")
-        split[name] = _NAMES[value.strip().lower()]
+        split[name] = NAMES[value.strip().lower()]
     return split
 
 
@@ -98,12 +98,12 @@ def check_split(split: Mapping[str, str], classes: Iterable[str], where: str) ->
     absent = sorted(set(split) - classes)
     if without:
         raise DataError(
-            f"{where}: class {_some(without)} has no split. Name every class in the split, or take "
+            f"{where}: class {some(without)} has no split. Name every class in the split, or take "
             "its folder away."
         )
     if absent:
         raise DataError(
-            f"{where}: the split names class {_some(absent)}, which has no images there. Take it "
+            f"{where}: the split names class {some(absent)}, which has no images there. Take it "
             "out of the split, or add its folder."
         )
 
@@ -118,12 +118,15 @@ def _json_pairs(text: str) -> Sequence[Sequence]:
 
 def _csv_pairs(text: str) -> Sequence[Sequence]:
     try:
-        rows = [[c.strip() for c in row] for row in csv.reader(text.splitlines()) if any(row)]
+        mark = ";" if ";" in text.partition("\n")[0] else ","  # by the spreadsheet's language
+        table = csv.reader(text.splitlines(), delimiter=mark)
+        rows = [[c.strip() for c in row] for row in table if any(row)]
     except csv.Error:
         return []
     return rows[1:] if rows and [c.lower() for c in rows[0]] == ["class", "split"] else []
 
 
-def _some(names: Sequence[str]) -> str:
+def some(names: Sequence[str]) -> str:
+    """The first of the names, and how many more there are."""
     more = f" (and {len(names) - 3} more)" if len(names) > 3 else ""
     return ", ".join(map(repr, names[:3])) + more

@@ -23,6 +23,7 @@ SPLITS = ("train", "val", "test")
 _FORMATS = ("BMP", "GIF", "JPEG", "PNG", "WEBP")
 _MAX_SIDE = 1024
 _MODES = {1: "L", 3: "RGB"}  # of Pillow, by channels
+_SHOWN = 5  # images that cannot be read, in one message
 _CHUNK = 64  # images that one thread decodes between two steps of the progress bar
 
 
@@ -135,34 +136,54 @@ def decode(source: Source, image_size: int, channels: int = 3) -> np.ndarray:
         return np.asarray(image).reshape(image_size, image_size, channels)
     except DataError:
         raise
+    except Image.UnidentifiedImageError as error:
+        raise DataError(_unreadable(source, "its content is none")) from error
     except (
         *(OSError, SyntaxError, ValueError, TypeError, EOFError, struct.error, zlib.error),
         Image.DecompressionBombError,
     ) as error:
-        raise DataError(
-            f"{source.where}: expected an image in one of the formats {', '.join(_FORMATS)} "
-            f"({type(error).__name__}: {error}). Get a fresh copy of it, or take it out."
-        ) from error
+        raise DataError(_unreadable(source, f"{type(error).__name__}: {error}")) from error
+
+
+def _unreadable(source: Source, problem: str) -> str:
+    return (
+        f"{source.where}: expected an image in one of the formats {', '.join(_FORMATS)} "
+        f"({problem}). Get a fresh copy of it, or take it out."
+    )
 
 
 def decode_all(
     sources: Sequence[Source], images: np.ndarray, *, progress: bool, title: str
 ) -> None:
-    """Decodes pictures by threads into `images`, uint8 `[n, size, size, channels]`."""
+    """Decodes pictures by threads into `images`, uint8 `[n, size, size, channels]`.
+
+    Raises:
+      DataError: pictures that cannot be read; the first few are named.
+    """
     from tqdm import tqdm
 
     read = partial(decode, image_size=images.shape[1], channels=images.shape[3])
 
+    faults: dict[int, DataError] = {}
+
     def decode_chunk(start: int) -> int:
         chunk = sources[start : start + _CHUNK]
         for index, source in enumerate(chunk, start):
-            images[index] = read(source)
+            try:
+                images[index] = read(source)
+            except DataError as error:
+                faults[index] = error
         return len(chunk)
 
     bar = tqdm(total=len(sources), desc=title, unit="image", disable=None if progress else True)
     with bar, ThreadPoolExecutor(os.cpu_count()) as pool:
         for count in pool.map(decode_chunk, range(0, len(sources), _CHUNK)):
             bar.update(count)
+    if faults:
+        shown = [str(faults[index]) for index in sorted(faults)[:_SHOWN]]
+        more = len(faults) - len(shown)
+        said = [f"{more} more images cannot be read either."] if more else []
+        raise DataError("\n".join([*shown, *said])) from faults[min(faults)]
 
 
 def _stored(folder: Path, shape: tuple[int, int, int]) -> Splits | None:

@@ -2,7 +2,7 @@
 
 import csv
 import os
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from functools import partial
 from pathlib import Path
 from typing import NoReturn
@@ -25,26 +25,23 @@ def scan(folder: Path) -> Files:
     Raises:
       DataError: a folder that cannot be read.
     """
-    files = {}
-
-    def walk(place: Path, prefix: str, above: frozenset[str]) -> None:
-        real = os.path.realpath(place)
-        if real in above:  # a link that leads back
-            return
-        with os.scandir(place) as entries:
-            for entry in entries:
-                if entry.name.startswith("."):
-                    continue
-                if entry.is_dir():
-                    walk(place / entry.name, f"{prefix}{entry.name}/", above | {real})
-                elif entry.name.lower().endswith(_READ):
-                    files[prefix + entry.name] = _size_and_time(entry.stat())
-
     try:
-        walk(folder, "", frozenset())
+        files = {
+            name: _size_and_time(entry.stat())
+            for name, entry in _walk(folder)
+            if name.lower().endswith(_READ)
+        }
     except OSError as error:
         _explain(error)
     return dict(sorted(files.items()))
+
+
+def other_files(folder: Path) -> list[str]:
+    """Returns the files anywhere below `folder` that are no images, sorted; see `scan`."""
+    try:
+        return sorted(name for name, _ in _walk(folder) if not name.lower().endswith(IMAGES))
+    except OSError as error:
+        _explain(error)
 
 
 def stamp(path: Path) -> tuple[int, int]:
@@ -170,6 +167,22 @@ def _read_csv(path: Path) -> list[list[str]]:
             "or write one of that form."
         )
     return rows
+
+
+def _walk(
+    place: Path, prefix: str = "", above: frozenset[str] = frozenset()
+) -> Iterator[tuple[str, os.DirEntry]]:
+    real = os.path.realpath(place)
+    if real in above:  # a link that leads back
+        return
+    with os.scandir(place) as entries:
+        for entry in entries:
+            if entry.name.startswith("."):
+                continue
+            if entry.is_dir():
+                yield from _walk(place / entry.name, f"{prefix}{entry.name}/", above | {real})
+            else:
+                yield prefix + entry.name, entry
 
 
 def _size_and_time(status: os.stat_result) -> tuple[int, int]:

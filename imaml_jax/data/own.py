@@ -23,12 +23,14 @@ class Folder(NamedTuple):
       files: its files, see `listings.scan`.
       classes: the pictures of each class, by its name.
       split: "train", "val" or "test" of each class where the folder tells, else None.
+      passed_over: in words, the class folders without images and the files that are no images.
     """
 
     path: Path
     files: listings.Files
     classes: Listing
     split: Mapping[str, str] | None
+    passed_over: str = ""
 
 
 def open_folder(path: str | os.PathLike, *, has_splits: bool = True) -> Folder:
@@ -43,7 +45,8 @@ def open_folder(path: str | os.PathLike, *, has_splits: bool = True) -> Folder:
       The `Folder`.
 
     Raises:
-      DataError: no such folder, or no images in class folders; a ValueError too.
+      DataError: no such folder, no images in class folders, or split folders of which one is
+        missing; a ValueError too.
     """
     folder = Path(path).expanduser()
     if not folder.is_dir():
@@ -56,15 +59,25 @@ def open_folder(path: str | os.PathLike, *, has_splits: bool = True) -> Folder:
     if has_splits and (folder / "train").is_dir() and (folder / "test").is_dir():
         parts = listings.from_split_folders(folder, files)
         split = {name: s for s, part in zip(SPLITS, parts, strict=True) for name in part}
-        return Folder(folder, files, {n: part[n] for part in parts for n in part}, split)
+        passed_over = _passed_over(folder, dict(zip(SPLITS, parts, strict=True)))
+        classes = {name: part[name] for part in parts for name in part}
+        return Folder(folder, files, classes, split, passed_over)
     classes = listings.from_class_folders(folder, files)
+    if has_splits and classes and all(name.lower() in class_splits.NAMES for name in classes):
+        missing = " and ".join(f"{s}/" for s in ("train", "test") if not (folder / s).is_dir())
+        raise DataError(
+            f"{folder}: expected train/<class>/ and test/<class>/, or <class>/ of other names; "
+            f"found {', '.join(f'{name}/' for name in classes)}, so that {missing} is missing. Add "
+            "it, or name the folder that holds all class folders."
+        )
+    passed_over = _passed_over(folder, {"": classes})
     if not classes:
         raise DataError(
             f"{folder}: expected images ({', '.join(listings.IMAGES)}) in one folder for each "
-            f"class, found {_found(files)}. Make {folder.name}/<class>/ and put the images of each "
-            "class there."
+            f"class, found {_found(files)}{f' ({passed_over})' if passed_over else ''}. Make "
+            f"{folder.name}/<class>/ and put the images of each class there."
         )
-    return Folder(folder, files, classes, None)
+    return Folder(folder, files, classes, None, passed_over)
 
 
 def load_folder(
@@ -168,6 +181,25 @@ def _require_split(splits: Collection[str], where: Path, remedy: str) -> None:
             f"{len(splits)} with images, {counts['train']} of them for train and "
             f"{counts['test']} for test. Add classes, or split them yourself: give {remedy}."
         )
+
+
+def _passed_over(folder: Path, parts: Mapping[str, Listing]) -> str:
+    """What of a folder is not used, given the classes found in its subfolders."""
+    empty = sorted(
+        place.relative_to(folder).as_posix()
+        for part, classes in parts.items()
+        if (folder / part).is_dir()
+        for place in (folder / part).iterdir()
+        if place.is_dir() and not place.name.startswith(".") and place.name not in classes
+    )
+    said = [f"class folders without images: {class_splits.some(empty)}"] if empty else []
+    return "; ".join([*said, *no_images(folder)])
+
+
+def no_images(folder: Path) -> list[str]:
+    """The files below a folder that are no images, in words; nothing where there are none."""
+    others = listings.other_files(folder)
+    return [f"files that are no images: {class_splits.some(others)}"] if others else []
 
 
 def _found(files: listings.Files) -> str:

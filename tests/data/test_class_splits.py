@@ -24,6 +24,7 @@ def test_a_seeded_split_has_the_counts_and_follows_the_seed_alone():
     [
         ("a.json", '{"ant": "train", "bee, red": "validation", "cät": "TEST"}'),
         ("a.csv", 'Class,split\r\nant,train\r\n\r\n"bee, red",val\r\ncät, test\r\n'),
+        ("a.csv", "class;split\nant;train\nbee, red;val\ncät;test\n"),
         ("a.csv", "\ufeffclass,split\nant,train\n'bee, red',val\ncät,test".replace("'", '"')),
     ],
 )
