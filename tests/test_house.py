@@ -24,7 +24,7 @@ SOURCES = sorted(PACKAGE.rglob("*.py"))
 # each other. `imaml_jax/__init__.py` stands just above the learners and exports what is below.
 FLOORS = (
     ("types",),
-    ("curvature", "linear_system"),
+    ("curvature", "linear_system", "metrics"),
     ("linear_solve",),
     ("diagonal", "low_rank", "minres"),
     ("gradient_error", "implicit"),
@@ -37,7 +37,7 @@ FLOORS = (
     ("learners",),
     ("data",),
     ("mapping", "protocols", "plots", "processes", "workdir"),
-    ("build", "json_lines", "metrics", "writers"),
+    ("build", "json_lines", "writers"),
     ("checkpoint", "evaluation", "model_file"),
     ("non_finite",),
     ("train_step",),
