@@ -103,14 +103,19 @@ def independent(protocol: Protocol) -> Protocol:
     return protocol._replace(statistics="support") if shared else protocol
 
 
-def check_place(path: str | os.PathLike) -> None:
-    """Raises ValueError where `save_model` would overwrite something else than a model."""
+def check_place(path: str | os.PathLike) -> bool:
+    """Whether `save_model` would replace an older model.
+
+    Raises:
+      ValueError: it would overwrite something else.
+    """
     path = Path(path).expanduser()
     if path.is_file() or (path.is_dir() and not _is_free(path)):
         raise ValueError(
             f"model={path} is there and holds no model: name a new or empty folder, or one with "
             "an older model to replace"
         )
+    return (path / _DESCRIPTION).is_file()
 
 
 def save_model(path: str | os.PathLike, meta_params: PyTree, description: Description) -> None:

@@ -212,6 +212,14 @@ def test_settings_are_kept_as_the_run_began(tmp_path):
     assert train.call_count == 3
 
 
+def test_a_run_that_is_repeated_elsewhere_keeps_off_the_model_of_the_first(tmp_path):
+    config = glyphs.Config(workdir=tmp_path, model=tmp_path / "model")
+    with mock.patch.object(common, "train"):
+        common.run_training(config, *[mock.Mock()] * 3)
+    kept = config_file.read(tmp_path / "config.yaml", glyphs.Config)
+    assert not {"workdir", "model"} & kept.keys() and "seed" in kept
+
+
 def test_the_list_needs_no_jax():
     code = (
         "import runpy, sys\nsys.argv = ['-']\ntry:\n    runpy.run_module('experiments', run_name="
