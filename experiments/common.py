@@ -43,7 +43,7 @@ _CHANGEABLE = {
     *("coordinator", "num_processes", "process_id", "cluster", "process_timeout"),
 }
 # What belongs to one start of a run on one machine.
-_OF_A_START = {"workdir", "accept_changes", "debug_nans"}
+_OF_A_START = {"workdir", "model", "accept_changes", "debug_nans"}
 _OF_A_START |= {field.name for field in dataclasses.fields(ProcessConfig)}
 
 
@@ -238,12 +238,25 @@ def check_output(output: Path) -> None:
     """
     if not output.name:
         raise ValueError(f"output={output} must name a file, without an ending")
+    check_folder(output.parent, f"output={output}")
+
+
+def check_folder(folder: Path, setting: str) -> None:
+    """Makes a folder, before anything is computed.
+
+    Args:
+      folder: the folder.
+      setting: that which names it, with its value, for the error.
+
+    Raises:
+      ValueError: it cannot be made, or no file can be written into it.
+    """
     try:
-        output.parent.mkdir(parents=True, exist_ok=True)
-        with tempfile.TemporaryFile(dir=output.parent):
+        folder.mkdir(parents=True, exist_ok=True)
+        with tempfile.TemporaryFile(dir=folder):
             pass
     except OSError as error:
-        raise ValueError(f"output={output} cannot be written ({error}); choose another") from error
+        raise ValueError(f"{setting} cannot be written ({error}); choose another") from error
 
 
 def write_report(

@@ -1,14 +1,31 @@
 """The settings of a run as a YAML file."""
 
+import contextlib
 import dataclasses
 import difflib
 import types
 import typing
+from collections import Counter
 from collections.abc import Collection
 from pathlib import Path
 from typing import Any, Literal
 
 import yaml
+
+_UNIONS = (typing.Union, types.UnionType)
+# What PyYAML raises, and what it lets through from a value that its tag does not fit.
+_NO_YAML = (yaml.YAMLError, ValueError, LookupError, AttributeError, OverflowError, RecursionError)
+
+
+class _Loader(yaml.SafeLoader):
+    """Refuses a key that is there twice."""
+
+    def construct_mapping(self, node: yaml.MappingNode, deep: bool = False) -> dict[Any, Any]:
+        found = super().construct_mapping(node, deep)
+        for name, count in Counter(str(key.value) for key, _ in node.value).items():
+            if count > 1:
+                raise ValueError(f"{name} is there twice; take one of the two out")
+        return found
 
 
 def read(path: Path, config: type) -> dict[str, Any]:
@@ -17,15 +34,15 @@ def read(path: Path, config: type) -> dict[str, Any]:
     Args:
       path: a YAML file, one mapping of field names to values; an empty one gives none.
       config: dataclass whose fields are of numbers, strings, paths, booleans, literals, None,
-        unions of these and tuples of one of them.
+        unions of these and tuples of them.
 
     Raises:
       ValueError: the file cannot be read or is no mapping, a key is no field, or a value is not of
         its field's type; the message names the key, what is allowed and the nearest match.
     """
     try:
-        values = yaml.safe_load(path.read_text(encoding="utf-8"))
-    except (OSError, UnicodeDecodeError, yaml.YAMLError) as error:
+        values = yaml.load(path.read_text(encoding="utf-8"), _Loader)
+    except (OSError, *_NO_YAML) as error:
         raise ValueError(
             f"config={path} cannot be read as YAML ({' '.join(str(error).split())})"
         ) from None
@@ -41,7 +58,7 @@ def read(path: Path, config: type) -> dict[str, Any]:
             raise ValueError(f"config={path}: {key} is no setting{_nearest(key, names)}")
         try:
             found[key] = _converted(value, hints[key])
-        except ValueError:
+        except (ValueError, OverflowError):
             choices = [option for option in _options(hints[key]) if isinstance(option, str)]
             raise ValueError(
                 f"config={path}: {key}={value!r} must be {_said(hints[key])}"
@@ -68,7 +85,7 @@ def _plain(value: Any) -> Any:
 
 def _options(hint: Any) -> list[Any]:
     """The types, and values of literals, that a hint allows."""
-    if typing.get_origin(hint) in (typing.Union, types.UnionType, Literal):
+    if typing.get_origin(hint) in (*_UNIONS, Literal):
         return [each for part in typing.get_args(hint) for each in _options(part)]
     if typing.get_origin(hint) is tuple:
         return _options(typing.get_args(hint)[0])
@@ -76,11 +93,18 @@ def _options(hint: Any) -> list[Any]:
 
 
 def _converted(value: Any, hint: Any) -> Any:
-    """`value` as the hint has it; ValueError where that cannot be."""
-    if typing.get_origin(hint) is tuple:
+    """`value` as the hint has it; ValueError or OverflowError where that cannot be."""
+    origin, parts = typing.get_origin(hint), typing.get_args(hint)
+    if origin in _UNIONS:
+        for part in parts:
+            with contextlib.suppress(ValueError, OverflowError):
+                return _converted(value, part)
+        raise ValueError
+    if origin is tuple:
         if not isinstance(value, list):
             raise ValueError
-        return tuple(_converted(each, typing.get_args(hint)[0]) for each in value)
+        hints = parts[:1] * len(value) if parts[-1] is ... else parts
+        return tuple(_converted(each, part) for each, part in zip(value, hints, strict=True))
     for option in _options(hint):
         if option in (None, types.NoneType) and value is None:
             return None
@@ -98,6 +122,18 @@ def _converted(value: Any, hint: Any) -> Any:
 
 
 def _said(hint: Any) -> str:
+    *most, last = _words(hint)
+    return f"{', '.join(most)} or {last}" if most else last
+
+
+def _words(hint: Any) -> list[str]:
+    """What a hint allows, in words."""
+    origin, parts = typing.get_origin(hint), typing.get_args(hint)
+    if origin in (*_UNIONS, Literal):
+        return [word for part in parts for word in _words(part)]
+    if origin is tuple:
+        size = "" if parts[-1] is ... else f" of {len(parts)}"
+        return [f"a list{size} (each {_said(parts[0])})"]
     words = {
         bool: "true or false",
         int: "a whole number",
@@ -106,9 +142,7 @@ def _said(hint: Any) -> str:
         Path: "a path",
         types.NoneType: "null",
     }
-    *most, last = [words.get(option) or repr(option) for option in _options(hint)]
-    said = f"{', '.join(most)} or {last}" if most else last
-    return f"a list, each {said}" if typing.get_origin(hint) is tuple else said
+    return [words.get(hint) or repr(hint)]
 
 
 def _nearest(value: Any, names: Collection[str]) -> str:

@@ -16,19 +16,7 @@ from imaml_jax.protocols import Protocol
 from imaml_jax.train_step import init_meta_params
 from imaml_jax.training import TrainResult
 
-Algorithm = Literal[
-    "anil",
-    "bmaml",
-    "fomaml",
-    "imaml",
-    "imaml_hf",
-    "implicit_anil",
-    "maml",
-    "mamlpp",
-    "platipus",
-    "reptile",
-    "reptile_transductive",
-]
+Algorithm = protocols.Algorithm
 ProtocolName = Literal[
     "common", "finn", "imaml_dev", "imaml_paper", "mamlpp_code", "mamlpp_paper", "reptile"
 ]

@@ -20,16 +20,24 @@ _SOME = 2000  # training images that tell their brightness
 
 
 def check(path: Path, splits: episodes.Splits) -> None:
-    """Refuses, before the training, what could not be saved after it.
+    """Refuses, before the training, what could not be saved after it, and says what will be lost.
 
     Raises:
-      ValueError: the path is taken, or images that are not square, grey or RGB.
+      ValueError: the path is taken or cannot be written, or images that are not square, grey or
+        RGB.
     """
-    model_file.check_place(path)
+    is_taken = model_file.check_place(path)
     height, width, channels = splits.train.images.shape[1:]
     if height != width:
         raise ValueError(f"model={path} needs square images, these are {height}x{width}")
     check_image(height, channels)
+    if processes.is_first():
+        common.check_folder(path.expanduser(), f"model={path}")
+    if is_taken:
+        common.say(
+            f"model={path} holds a model already, which this run replaces at its end; to keep "
+            "both, stop it and name another folder"
+        )
 
 
 def save(

@@ -31,6 +31,16 @@ from imaml_jax.types import MetaLearner, PyTree
 FORMAT = 1
 _DESCRIPTION, _WEIGHTS = "model.json", "weights.npz"
 _MAX_DESCRIPTION, _MAX_HEADER = 1 << 20, 1024  # bytes
+_SHARE, _COUNT = (0, 1), (1, 10_000)
+_ALLOWED = {
+    **dict.fromkeys(("brightness", "test_accuracy", "test_ci95"), _SHARE),
+    **dict.fromkeys(("test_accuracy_unrounded", "test_accuracy_alone", "test_ci95_alone"), _SHARE),
+    **dict.fromkeys(("ways", "shots", "num_steps", "eval_num_steps", "num_samples"), _COUNT),
+    **dict.fromkeys(("batch_size", "eval_batch_size"), _COUNT),
+    "cg_steps": (0, 10_000),
+    "test_tasks": (1, 10**9),
+    "num_blocks": (1, 100),
+}
 
 
 class Description(NamedTuple):
@@ -103,14 +113,19 @@ def independent(protocol: Protocol) -> Protocol:
     return protocol._replace(statistics="support") if shared else protocol
 
 
-def check_place(path: str | os.PathLike) -> None:
-    """Raises ValueError where `save_model` would overwrite something else than a model."""
+def check_place(path: str | os.PathLike) -> bool:
+    """Whether `save_model` would replace an older model.
+
+    Raises:
+      ValueError: it would overwrite something else.
+    """
     path = Path(path).expanduser()
     if path.is_file() or (path.is_dir() and not _is_free(path)):
         raise ValueError(
             f"model={path} is there and holds no model: name a new or empty folder, or one with "
             "an older model to replace"
         )
+    return (path / _DESCRIPTION).is_file()
 
 
 def save_model(path: str | os.PathLike, meta_params: PyTree, description: Description) -> None:
@@ -208,21 +223,22 @@ def _read_description(path: Path) -> tuple[Description, str]:
     except (UnicodeDecodeError, json.JSONDecodeError, RecursionError) as error:
         raise ValueError(f"{path} is no JSON file ({error}). {_REMEDY}") from error
     found = fields.pop("format", None) if isinstance(fields, dict) else None
-    if isinstance(found, int) and found > FORMAT:
+    if type(found) is int and found > FORMAT:
         raise ValueError(
             f"{path} has format {found}, this version of imaml_jax reads {FORMAT} and older: "
             "install a newer one"
         )
-    if found != FORMAT:
+    if type(found) is not int or found != FORMAT:
         raise ValueError(f"{path}: expected a model's description, format {FORMAT}. {_REMEDY}")
     checksum = fields.pop("weights_sha256", None)
     fields["protocol"] = _record(path, Protocol, fields.get("protocol"))
     description = _record(path, Description, fields)
-    if min(description.ways, description.shots) < 1:
-        raise ValueError(
-            f"{path}: ways={description.ways} and shots={description.shots} must be at least 1. "
-            f"{_REMEDY}"
-        )
+    protocol = description.protocol
+    values = {**protocol.network, **protocol._asdict(), **description._asdict()}
+    for name, (least, most) in _ALLOWED.items():
+        value = values.get(name)
+        if isinstance(value, int | float) and not least <= value <= most:
+            raise ValueError(f"{path}: {name}={value}; allowed: {least} to {most}. {_REMEDY}")
     try:
         check_image(description.image_size, description.channels)
     except ValueError as error:

@@ -5,13 +5,23 @@ what stands in.
 """
 
 import difflib
-from typing import Any, Literal, NamedTuple
+from typing import Any, Literal, NamedTuple, cast, get_args
 
 DATASETS = ("mini_imagenet", "omniglot")
-ALGORITHMS = (
-    *("anil", "bmaml", "fomaml", "imaml", "imaml_hf", "implicit_anil", "maml", "mamlpp"),
-    *("platipus", "reptile", "reptile_transductive"),
-)
+Algorithm = Literal[
+    "anil",
+    "bmaml",
+    "fomaml",
+    "imaml",
+    "imaml_hf",
+    "implicit_anil",
+    "maml",
+    "mamlpp",
+    "platipus",
+    "reptile",
+    "reptile_transductive",
+]
+ALGORITHMS: tuple[Algorithm, ...] = get_args(Algorithm)
 IMPLICIT = ("imaml", "imaml_hf", "implicit_anil")
 
 
@@ -37,11 +47,11 @@ class Protocol(NamedTuple):
       train_queries: query examples a class in training.
       test_queries: query examples a class at validation and test.
       test_tasks: tasks at test.
-      inner: name of the inner transform: "sgd", "adam", "adaptive_gd" or "newton_cg".
+      inner: name of the inner transform; "nesterov" is SGD with momentum 0.8.
       inner_rate: its learning rate, where it has one.
       num_steps: inner steps in training.
       eval_num_steps: inner steps at validation and test.
-      outer: name of the outer transform: "adam" or "sgd".
+      outer: name of the outer transform.
       outer_rate: its learning rate at the start.
       outer_epsilon: Adam's epsilon.
       outer_clip: bound on each entry of the meta-gradient but of learned rates; None for none.
@@ -70,7 +80,7 @@ class Protocol(NamedTuple):
     """
 
     name: str
-    algorithm: str
+    algorithm: Algorithm
     source: str
     split: str
     invert: bool
@@ -84,14 +94,14 @@ class Protocol(NamedTuple):
     train_queries: int
     test_queries: int
     test_tasks: int
-    inner: str
+    inner: Literal["adam", "adaptive_gd", "nesterov", "newton_cg", "sgd"]
     inner_rate: float
     num_steps: int
     eval_num_steps: int
-    outer: str
+    outer: Literal["adam", "sgd"]
     outer_rate: float
     outer_epsilon: float
-    schedule: str
+    schedule: Literal["constant", "cosine", "linear"]
     meta_steps: int
     activation: Literal["gelu", "leaky_relu", "relu", "silu", "softplus"] = "relu"
     outer_clip: float | None = None
@@ -108,7 +118,7 @@ class Protocol(NamedTuple):
     eval_reg_strength: float | None = None
     learn_reg_strength: Literal["one", "leaf", "parameter"] | None = None
     curvature: Literal["hessian", "gauss_newton"] = "hessian"
-    solve: str = "cg"
+    solve: Literal["cg", "cg_steihaug", "minres", "woodbury"] = "cg"
     cg_steps: int = 0
     cg_damping: float | None = None
 
@@ -157,7 +167,7 @@ def get(name: str, *, algorithm: str, ways: int, shots: int, dataset: str = "omn
             f"protocol={name!r} covers Omniglot, not dataset={dataset!r}: that code has no network "
             "for photographs"
         )
-    return make(algorithm, ways, shots, dataset == "mini_imagenet")
+    return make(cast(Algorithm, algorithm), ways, shots, dataset == "mini_imagenet")
 
 
 _PHOTOGRAPHS = {
@@ -168,7 +178,7 @@ _PHOTOGRAPHS = {
 }
 
 
-def _finn(algorithm: str, ways: int, shots: int, photographs: bool) -> Protocol:
+def _finn(algorithm: Algorithm, ways: int, shots: int, photographs: bool) -> Protocol:
     few = ways <= 5
     # The code's loss is the sum over examples divided by the shots, that is `ways` times the mean.
     characters = Protocol(
@@ -210,7 +220,7 @@ def _finn(algorithm: str, ways: int, shots: int, photographs: bool) -> Protocol:
     )
 
 
-def _reptile(algorithm: str, ways: int, shots: int, photographs: bool) -> Protocol:
+def _reptile(algorithm: Algorithm, ways: int, shots: int, photographs: bool) -> Protocol:
     few = ways <= 5
     characters = Protocol(
         name="reptile",
@@ -261,7 +271,7 @@ def _reptile(algorithm: str, ways: int, shots: int, photographs: bool) -> Protoc
     )
 
 
-def _mamlpp(algorithm: str, ways: int, shots: int, photographs: bool) -> Protocol:
+def _mamlpp(algorithm: Algorithm, ways: int, shots: int, photographs: bool) -> Protocol:
     """By the code's configurations. Not followed: its schedule moves once an epoch, ours always."""
     del algorithm, ways
     characters = Protocol(
@@ -315,7 +325,7 @@ def _mamlpp(algorithm: str, ways: int, shots: int, photographs: bool) -> Protoco
     )
 
 
-def _mamlpp_paper(algorithm: str, ways: int, shots: int, photographs: bool) -> Protocol:
+def _mamlpp_paper(algorithm: Algorithm, ways: int, shots: int, photographs: bool) -> Protocol:
     protocol = _mamlpp(algorithm, ways, shots, photographs)
     return protocol._replace(
         name="mamlpp_paper",
@@ -327,7 +337,7 @@ def _mamlpp_paper(algorithm: str, ways: int, shots: int, photographs: bool) -> P
     )
 
 
-def _imaml_paper(algorithm: str, ways: int, shots: int, photographs: bool) -> Protocol:
+def _imaml_paper(algorithm: Algorithm, ways: int, shots: int, photographs: bool) -> Protocol:
     hessian_free = algorithm == "imaml_hf"
     # The paper does not say how many Hessian-free iterations: ours, by the residual.
     # Not followed: imaml_dev starts biases uniformly in [0, 0.05], here they start at 0.
@@ -385,7 +395,7 @@ def _imaml_paper(algorithm: str, ways: int, shots: int, photographs: bool) -> Pr
     )
 
 
-def _imaml_dev(algorithm: str, ways: int, shots: int, photographs: bool) -> Protocol:
+def _imaml_dev(algorithm: Algorithm, ways: int, shots: int, photographs: bool) -> Protocol:
     # Not followed: its two scripts shuffle the characters differently, so that classes of training
     # come back at test. It gives one step count, 16, for five ways; the paper has 25 for twenty.
     return _imaml_paper(algorithm, ways, shots, photographs)._replace(
@@ -396,7 +406,7 @@ def _imaml_dev(algorithm: str, ways: int, shots: int, photographs: bool) -> Prot
     )
 
 
-def _common(algorithm: str, ways: int, shots: int, photographs: bool) -> Protocol:
+def _common(algorithm: Algorithm, ways: int, shots: int, photographs: bool) -> Protocol:
     del ways
     base = Protocol(
         name="common",

@@ -76,6 +76,33 @@ def test_settings_come_back_from_their_file(name, tmp_path):
     assert CONFIGS[name](**config_file.read(path, CONFIGS[name])) == config
 
 
+def filled(hint):
+    """A value of the hint: that of the last of several, and two or as many as a tuple takes."""
+    origin, parts = typing.get_origin(hint), typing.get_args(hint)
+    if origin in (*config_file._UNIONS, typing.Literal):
+        return filled(next(part for part in reversed(parts) if part is not type(None)))
+    if origin is tuple:
+        return tuple(map(filled, parts[:1] * 2 if parts[-1] is ... else parts))
+    values = {bool: True, int: 7, float: 0.5, str: "some", Path: Path("there")}
+    return values[hint] if isinstance(hint, type) else hint
+
+
+@pytest.mark.parametrize("name", NAMES)
+def test_settings_that_are_all_given_come_back_from_their_file(name, tmp_path):
+    given = {name: filled(hint) for name, hint in typing.get_type_hints(CONFIGS[name]).items()}
+    path = tmp_path / "config.yaml"
+    path.write_text(config_file.text(CONFIGS[name](**given)), encoding="utf-8")
+    assert config_file.read(path, CONFIGS[name]) == given
+
+
+@pytest.mark.parametrize("shares", ["0.5", "[0.5]", "[0.5, 0.25, 0.15, 0.1]", "[a, 0, 1]", "{}"])
+def test_a_tuple_of_another_length_is_refused(tmp_path, shares):
+    path = tmp_path / "config.yaml"
+    path.write_text(f"shares: {shares}", encoding="utf-8")
+    with pytest.raises(ValueError, match=r"must be a list of 3 \(each a number\) or null"):
+        config_file.read(path, CONFIGS["folder"])
+
+
 def settings(tmp_path, text, *args, config=glyphs.Config):
     """What the experiment gets from a file of that text and a command line."""
     path = tmp_path / "some.yaml"
@@ -127,11 +154,19 @@ def refusal(capsys, main, config, line):
         ("map_tasks: vmop", ("map_tasks='vmop'", "a whole number or null", "did you mean vmap?")),
         ("workdir: 3", ("workdir=3 must be a path or null",)),
         ("learn_rates: perhaps", ("learn_rates='perhaps' must be true or false or null",)),
-        ("log_to: wandb", ("log_to='wandb' must be a list, each 'tensorboard' or 'wandb'",)),
+        ("log_to: wandb", ("log_to='wandb' must be a list (each 'tensorboard' or 'wandb')",)),
         ("3: 4", ("3 is no setting",)),
         ("- 1", ("must map names of settings to values",)),
         ("ways: [", ("cannot be read as YAML", "line 1")),
         ("ways: !!python/object/apply:os.getcwd []", ("cannot be read as YAML", "python/object")),
+        ("seed: 2026-13-45", ("cannot be read as YAML", "month must be in 1..12")),
+        ("seed: !!int abc", ("cannot be read as YAML", "invalid literal")),
+        ("seed: !!int ''", ("cannot be read as YAML",)),
+        ("seed: !!bool abc", ("cannot be read as YAML",)),
+        ("seed: !!timestamp abc", ("cannot be read as YAML",)),
+        ("[" * 5000, ("cannot be read as YAML", "recursion")),
+        (f"inner_rate: 1{'0' * 400}", ("must be a number or null",)),
+        ("seed: 1\nways: 5\n'seed': 2", ("cannot be read as YAML", "seed is there twice")),
         ("ways: 1", ("ways=1 must be at least 2",)),
         ("outer_rate: .nan", ("outer_rate=nan must be positive",)),
     ],
@@ -182,6 +217,14 @@ def test_settings_are_kept_as_the_run_began(tmp_path):
         common.run_training(changed, *[mock.Mock()] * 3)
     assert config_file.read(tmp_path / "config.yaml", sinusoid.Config)["shots"] == 5
     assert train.call_count == 3
+
+
+def test_a_run_that_is_repeated_elsewhere_keeps_off_the_model_of_the_first(tmp_path):
+    config = glyphs.Config(workdir=tmp_path, model=tmp_path / "model")
+    with mock.patch.object(common, "train"):
+        common.run_training(config, *[mock.Mock()] * 3)
+    kept = config_file.read(tmp_path / "config.yaml", glyphs.Config)
+    assert not {"workdir", "model"} & kept.keys() and "seed" in kept
 
 
 def test_the_list_needs_no_jax():

@@ -83,6 +83,20 @@ def test_a_split_file_and_folders_of_splits(tmp_path):
     assert folder.split_classes(config, own.open_folder(path)) == chosen
 
 
+def test_a_place_for_a_model_is_tried_before_the_training(tmp_path, capsys):
+    images_of = jnp.zeros((1, 8, 8, 1), jnp.uint8)
+    splits = mock.Mock(train=mock.Mock(images=images_of))
+    saved_model.check(tmp_path / "some" / "model", splits)
+    assert not any((tmp_path / "some" / "model").iterdir())
+    (tmp_path / "picture.png").write_text("")
+    with pytest.raises(ValueError, match=r"model=.*model cannot be written .*choose another"):
+        saved_model.check(tmp_path / "picture.png" / "model", splits)
+    assert capsys.readouterr().out == ""
+    (tmp_path / "model.json").write_text("{}")
+    saved_model.check(tmp_path, splits)
+    assert "holds a model already, which this run replaces" in capsys.readouterr().out
+
+
 def test_pictures_are_turned_laid_on_white_and_made_grey(tmp_path):
     picture = Image.fromarray(np.arange(16, dtype=np.uint8).reshape(4, 4) * 16)
     exif = Image.Exif()

@@ -36,6 +36,8 @@ def write_run(folder, accuracy=None, *, seed=0, steps=5000, lines=(), half=0.004
     (folder / "metrics.jsonl").write_text(text + "".join(lines))
     if accuracy is not None:
         tested = {"test_accuracy": accuracy, "test_ci95": half, "trained_meta_steps": steps}
+        if steps is None:
+            (folder / "metrics.jsonl").unlink()
         (folder / "results.json").write_text(json.dumps(config | MADE | tested))
     return folder
 
@@ -93,6 +95,7 @@ def test_seeds_share_a_row_and_have_a_line_each(tmp_path):
         (0.9955, 5000, {}, "above"),
         (0.97, 5000, {}, "below"),
         (0.97, 10, {}, "budget too small"),
+        (0.97, None, {}, "below, budget not known"),
         (0.97, 10, {"dataset": "glyphs"}, "no published value"),
         (None, None, {}, "unfinished"),
     ],
@@ -168,6 +171,62 @@ def test_folders_of_runs_and_runs_of_several_algorithms(tmp_path):
     assert [run.name for run in found] == ["imaml", "leo: leo", "leo: deterministic"]
     assert [len(run.history) for run in found] == [2, 2, 0]
     assert [run.results["test_accuracy"] for run in found] == [0.9, 0.4, 0.5]
+
+
+NUMBERS = ("test_accuracy", "test_ci95", "trained_meta_steps", "seconds", "seed", "ways", "shots")
+WORDS = ("algorithm", "protocol", "dataset", "task", "settings", "command", "constants")
+HUGE, DEEP = 10**400, "[" * 600 + "]" * 600
+
+
+@pytest.mark.parametrize(
+    "changes",
+    [
+        *({name: value} for value in (HUGE, -0.1, 1.7e308, 1e-320, [1]) for name in NUMBERS),
+        *({name: value} for value in (["a"], {"a": []}, 3, "\ud800") for name in WORDS),
+        {"settings": {"name": ["a"], "test_tasks": HUGE}},
+        {"task": f"Omniglot {'9' * 5000}-way 1-shot"},
+        {"dataset": "navigation", "algorithm": ["maml"]},
+        {"dataset": "mini_imagenet", "shots": HUGE, "ways": 10**308},
+    ],
+)
+def test_odd_records_end_no_report(tmp_path, changes):
+    folder = write_run(tmp_path / "odd", 0.9)
+    (folder / "results.json").write_text(json.dumps(CONFIG | MADE | {"test_accuracy": 1} | changes))
+    groups, page = make(tmp_path, folder, write_run(tmp_path / "good", 0.987))
+    assert "within the interval" in {group.status for group in groups}
+    json.loads(Page(page).script, parse_constant=pytest.fail)
+
+
+@pytest.mark.parametrize(
+    "line",
+    [
+        f'{{"step": 3, "loss": {HUGE}}}',
+        f'{{"step": {HUGE}, "loss": 1}}',
+        '{"step": 3, "loss": 1e308}\n{"step": 4, "loss": -1e308}',
+        '{"step": 3, "loss": 5e-324}\n{"step": 4, "loss": 0}',
+        f'{{"step": 3, "deep": {DEEP}}}',
+        f'{{"step": 3, "deep": {"[" * 10**5}',
+        '{"step": 3, "\\ud800": "\\ud800"}',
+    ],
+    ids=["huge", "step", "span", "tiny", "deep", "deeper", "surrogate"],
+)
+def test_odd_lines_end_no_report(tmp_path, line):
+    (group,), page = make(tmp_path, write_run(tmp_path / "odd", 0.987, lines=[line + "\n"]))
+    assert group.status == "within the interval"
+    json.loads(Page(page).script, parse_constant=pytest.fail)
+
+
+def test_a_run_is_reported_once_however_many_links_lead_to_it(tmp_path):
+    write_run(tmp_path / "runs" / "b", 0.9)
+    for name in ("a", "x", "y"):
+        (tmp_path / "runs" / name).symlink_to(tmp_path / "runs" / ("b" if name == "a" else ""))
+    assert [run.name for run in runs.read(tmp_path / "runs")] == ["b"]
+
+
+def test_seeds_are_in_the_order_of_numbers(tmp_path):
+    folders = [write_run(tmp_path / f"s{i}", 0.9, seed=s) for i, s in enumerate((10, "x", 2, None))]
+    groups, _ = make(tmp_path, *folders)
+    assert [run.results["seed"] for group in groups for run in group.runs] == [2, 10, None, "x"]
 
 
 def test_what_is_no_run_is_refused(tmp_path):

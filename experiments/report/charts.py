@@ -79,7 +79,7 @@ def style(group: int) -> str:
 
 def _range(values: Sequence[float]) -> tuple[float, float]:
     low, high = min(values), max(values)
-    if high - low > 1e-12 * max(abs(low), abs(high)):
+    if high - low > max(1e-12 * max(abs(low), abs(high)), 1e-300):
         return low, high
     margin = abs(low) / 10 or 1.0
     return low - margin, high + margin

@@ -29,7 +29,8 @@ _HOW = (
     "An interval is 1.96 standard errors over test tasks, the spread that of several seeds; the "
     "two are never mixed. Within the interval: ours and the published value differ by no more "
     "than both half-widths together. Budget too small: ours is below and has fewer meta-steps "
-    "than its protocol. Numbers of different protocols do not compare: see the deviations."
+    "than its protocol; not known: the record does not tell them. Numbers of different protocols "
+    "do not compare: see the deviations."
 )
 _COLUMNS = (
     *("task", "algorithm", "ours", "published", "status", "tasks and seeds", "protocol"),
@@ -68,7 +69,8 @@ def page(groups: Sequence[Group], *, command: str, refresh: float | None = None)
     ]
     reload = "" if refresh is None else f'<meta http-equiv="refresh" content="{refresh:g}">\n'
     style = f"<style>\n{_STYLE.read_text(encoding='utf-8')}</style>\n"
-    return _HEAD + style + reload + "</head>\n<body>\n" + "\n".join(body) + "\n</body>\n</html>\n"
+    text = _HEAD + style + reload + "</head>\n<body>\n" + "\n".join(body) + "\n</body>\n</html>\n"
+    return text.encode("utf-8", "backslashreplace").decode()  # half a surrogate pair has no UTF-8
 
 
 def _count(runs: Sequence[Run], state: str) -> int:
@@ -331,16 +333,7 @@ def _json(groups: Sequence[Group]) -> str:
             for group in groups
         ],
     }
-    return common.json_for_html(_strict(content))
-
-
-def _strict(value: Any) -> Any:
-    """With null for what JSON has no word for."""
-    if isinstance(value, dict):
-        return {str(key): _strict(each) for key, each in value.items()}
-    if isinstance(value, list | tuple):
-        return [_strict(each) for each in value]
-    return None if isinstance(value, float) and not math.isfinite(value) else value
+    return common.json_for_html(content)
 
 
 def _safe(text: str) -> str:

@@ -15,7 +15,7 @@ from experiments import (
     omniglot_table,
     sinusoid_learners,
 )
-from experiments.report.runs import Run, number, provenance
+from experiments.report.runs import Run, number, provenance, word
 from imaml_jax import protocols
 
 _TABLES: dict[str, Mapping[Any, Any]] = {
@@ -143,19 +143,25 @@ def _identity(run: Run) -> str:
 
 
 def _group(members: list[Run]) -> Group:
-    runs = tuple(sorted(members, key=lambda run: str(run.results.get("seed"))))
+    runs = tuple(sorted(members, key=_seed))
     results = runs[0].results
     place, published = _task(results), _published(results)
     scores = tuple(_score(run) for run in runs)
     full = _full_steps(results)
-    budget_is_short = any((trained_steps(run) or 0) < (full or 0) for run in runs)
-    status = _status(runs, scores, published, budget_is_short)
-    protocol = _settings(results).get("name") or results.get("protocol")
+    status = _status(runs, scores, published, full)
+    protocol = word(_settings(results), "name") or word(results, "protocol")
     name = " ".join(filter(None, (algorithm_name(results), protocol and f"({protocol})")))
     return Group(
         name or runs[0].name, place, runs, scores, published, full, status,
         tuple(_deviations(runs, full, published)),
     )  # fmt: skip
+
+
+def _seed(run: Run) -> tuple[bool, float, str]:
+    """Numbers in their order, then what is none."""
+    seed = run.results.get("seed")
+    value = number(seed)
+    return value is None, value or 0.0, str(seed)
 
 
 def _settings(results: dict[str, Any]) -> dict[str, Any]:
@@ -171,7 +177,7 @@ def _shape(results: dict[str, Any]) -> tuple[str, int | None, int | None]:
         next((place[name] for place in places if place.get(name) is not None), None)
         for name in ("dataset", "ways", "shots")
     )
-    said = re.fullmatch(r"(\S+) (\d+)-way (\d+)-shot", str(results.get("task", "")))
+    said = re.fullmatch(r"(\S+) (\d{1,9})-way (\d{1,9})-shot", str(results.get("task", "")))
     if said:
         dataset, ways, shots = said[1], int(said[2]), int(said[3])
     if dataset is None:  # a row of the tables has its data set in the command alone
@@ -202,24 +208,24 @@ def _score(run: Run) -> Score | None:
     if run.state != "finished":
         return _validation(run)
     if (value := number(results.get("test_accuracy"))) is not None:
-        return Score(100 * value, _scaled(results.get("test_ci95")), "test accuracy, %")
+        return Score(100 * value, _half(results.get("test_ci95"), 100), "test accuracy, %")
     if (value := number(results.get("test_mse"))) is not None:
-        return Score(value, number(results.get("test_ci95")), "test mean squared error")
+        return Score(value, _half(results.get("test_ci95")), "test mean squared error")
     returns, halves = results.get("test_return"), results.get("test_ci95")
     if (
         isinstance(returns, list)
         and isinstance(halves, list)
         and min(len(returns), len(halves)) > 1
     ):
-        value, half = number(returns[1]), number(halves[1])
+        value, half = number(returns[1]), _half(halves[1])
         return None if value is None else Score(value, half, "test return after one update")
     if (value := number(results.get("score"))) is not None:
         is_error = str(results.get("task", "")).startswith("sinusoid")
         what = "test mean squared error" if is_error else "test score"
         what = "test accuracy, %" if _shape(results)[1] else what
-        return Score(value, number(results.get("ci95")), what)
+        return Score(value, _half(results.get("ci95")), what)
     if (value := number(results.get("validation"))) is not None:
-        half = _scaled(results.get("validation_ci95"))
+        half = _half(results.get("validation_ci95"), 100)
         return Score(100 * value, half, "validation accuracy, %", is_test=False)
     return None
 
@@ -229,19 +235,21 @@ def _validation(run: Run) -> Score | None:
     for row in reversed(run.history):
         value, half = number(row.get("validation")), row.get("validation_ci95")
         if value is not None and "query_accuracy" in row:
-            return Score(100 * value, _scaled(half), "validation accuracy, %", is_test=False)
+            return Score(100 * value, _half(half, 100), "validation accuracy, %", is_test=False)
         if value is not None:
-            return Score(value, number(half), "validation score", is_test=False)
+            return Score(value, _half(half), "validation score", is_test=False)
     return None
 
 
-def _scaled(value: Any) -> float | None:
-    return None if number(value) is None else 100 * value
+def _half(value: Any, scale: float = 1) -> float | None:
+    """A half-width; None where it is none."""
+    half = number(value)
+    return None if half is None or half < 0 else scale * half
 
 
 def _published(results: dict[str, Any]) -> Published | None:
     dataset, ways, shots = _shape(results)
-    algorithm: Any = results.get("algorithm")
+    algorithm: Any = word(results, "algorithm")
     if results.get("constants") == "mini_imagenet" and algorithm == "leo" and ways == 5:
         found = leo.PUBLISHED.get(shots or 0)
         return found and Published(*found, "95% interval, on its authors' features")
@@ -257,7 +265,7 @@ def _published(results: dict[str, Any]) -> Published | None:
 
 
 def _full_steps(results: dict[str, Any]) -> int | None:
-    dataset, algorithm = _shape(results)[0], results.get("algorithm")
+    dataset, algorithm = _shape(results)[0], word(results, "algorithm")
     if isinstance(results.get("full_meta_steps"), int):
         return results["full_meta_steps"]
     if results.get("constants"):
@@ -266,7 +274,7 @@ def _full_steps(results: dict[str, Any]) -> int | None:
         return navigation.SETTINGS[algorithm].meta_steps
     if dataset == "sinusoid" and algorithm in sinusoid_learners.SETTINGS:
         return sinusoid_learners.SETTINGS[algorithm].meta_steps
-    names = (_settings(results).get("name"), results.get("protocol"), _own_protocol(results))
+    names = word(_settings(results), "name"), word(results, "protocol"), _own_protocol(results)
     found = (_protocol(name, results) for name in names)
     return next((protocol.meta_steps for protocol in found if protocol is not None), None)
 
@@ -274,7 +282,7 @@ def _full_steps(results: dict[str, Any]) -> int | None:
 def _own_protocol(results: dict[str, Any]) -> str | None:
     """The name of the one that was published with the algorithm."""
     owners: Mapping[Any, str] = {**accuracy_table.OWN_PROTOCOL}
-    return owners.get(results.get("algorithm"))
+    return owners.get(word(results, "algorithm"))
 
 
 def _protocol(name: Any, results: dict[str, Any]) -> protocols.Protocol | None:
@@ -286,7 +294,7 @@ def _protocol(name: Any, results: dict[str, Any]) -> protocols.Protocol | None:
         return protocols.get(
             name, algorithm=str(results.get("algorithm")), ways=ways, shots=shots, dataset=kind
         )
-    except ValueError:  # it does not cover the algorithm
+    except (ValueError, OverflowError):  # it does not cover the algorithm, or such shots
         return None
 
 
@@ -294,7 +302,7 @@ def _status(
     runs: Sequence[Run],
     scores: Sequence[Score | None],
     published: Published | None,
-    budget_is_short: bool,
+    full: int | None,
 ) -> str:
     diverged = [run.results["diverged_at"] for run in runs if "diverged_at" in run.results]
     if diverged:
@@ -312,7 +320,10 @@ def _status(
         return "within the interval"
     if difference > 0:
         return "above"
-    return "budget too small" if budget_is_short else "below"
+    trained = [trained_steps(run) for run in runs]
+    if full is not None and any(steps is not None and steps < full for steps in trained):
+        return "budget too small"
+    return "below, budget not known" if full is not None and None in trained else "below"
 
 
 def _deviations(

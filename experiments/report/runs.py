@@ -12,6 +12,8 @@ from imaml_jax import json_lines
 
 _MARKS = ("results.json", "metrics.jsonl", "checkpoints")
 _OWN_PICTURE = "learning_curve.png"  # drawn anew from the same numbers
+_LARGEST = 1e100  # past any float32, and small enough for sums and squares
+_DEPTH = 50  # of lists and objects in each other
 
 
 class Run(NamedTuple):
@@ -62,18 +64,18 @@ def read(path: Path) -> list[Run]:
     return _of_file(path)
 
 
-def _folders(path: Path) -> list[Path]:
-    """The runs' folders below `path`, itself included; parts of a run are left to it."""
-    if any((path / mark).exists() for mark in _MARKS):
-        inner = _inner(path)
-        if not isinstance(_load(path / "results.json")[0], list) or not inner:
-            return [path]
-        return [found for each in inner for found in _folders(each)]  # a summary of what is below
-    return [found for each in _inner(path) for found in _folders(each)]
-
-
-def _inner(path: Path) -> list[Path]:
-    return sorted(each for each in path.iterdir() if each.is_dir() and each.name[0] != ".")
+def _folders(path: Path, seen: set[str] | None = None) -> list[Path]:
+    """The runs' folders below `path`, itself included, each once; parts of a run are left to it."""
+    seen, real = set() if seen is None else seen, os.path.realpath(path)
+    if real in seen:  # by a link
+        return []
+    seen.add(real)
+    inner = [each for each in path.iterdir() if each.is_dir() and each.name[0] != "."]
+    inner.sort(key=lambda each: (each.is_symlink(), each.name))
+    is_run = any((path / mark).exists() for mark in _MARKS)
+    if is_run and not (inner and isinstance(_load(path / "results.json")[0], list)):
+        return [path]  # else it is a summary of what is below
+    return [found for each in inner for found in _folders(each, seen)]
 
 
 def _of_folder(folder: Path) -> list[Run]:
@@ -165,10 +167,25 @@ def provenance(record: dict[str, Any]) -> dict[str, Any]:
 
 
 def number(value: Any) -> float | None:
-    """`value` where it is a finite number."""
-    if isinstance(value, int | float) and not isinstance(value, bool) and math.isfinite(value):
+    """`value` where it is a number that can be calculated with: finite, and not past 1e100."""
+    if isinstance(value, int | float) and not isinstance(value, bool) and abs(value) < _LARGEST:
         return float(value)
     return None
+
+
+def word(record: dict[str, Any], name: str) -> str | None:
+    """The text of that name; None where it is absent or no text."""
+    value = record.get(name)
+    return value if isinstance(value, str) else None
+
+
+def _strict(value: Any, depth: int = _DEPTH) -> Any:
+    """With null for what JSON has no word for, and for what is nested too deeply."""
+    if not depth or (isinstance(value, float) and not math.isfinite(value)):
+        return None
+    if isinstance(value, dict):
+        return {key: _strict(each, depth - 1) for key, each in value.items()}
+    return [_strict(each, depth - 1) for each in value] if isinstance(value, list) else value
 
 
 def _has_score(results: dict[str, Any]) -> bool:
@@ -188,7 +205,9 @@ def _history(folder: Path) -> tuple[tuple[dict[str, Any], ...], tuple[str, ...]]
             rows = json_lines.read(folder / "metrics.jsonl")
     except OSError as error:
         return (), (f"metrics.jsonl cannot be read ({error})",)
-    return tuple(row for row in rows if _is_step(row)), tuple(str(w.message) for w in caught)
+    return tuple(_strict(row) for row in rows if _is_step(row)), tuple(
+        str(w.message) for w in caught
+    )
 
 
 def _load(path: Path) -> tuple[Any, tuple[str, ...]]:
@@ -196,7 +215,7 @@ def _load(path: Path) -> tuple[Any, tuple[str, ...]]:
     if not path.exists():
         return None, ()
     try:
-        return json.loads(path.read_text(encoding="utf-8")), ()
+        return _strict(json.loads(path.read_text(encoding="utf-8"))), ()
     except (OSError, ValueError, RecursionError) as error:
         return None, (f"{path} cannot be read ({error})",)
 

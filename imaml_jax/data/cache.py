@@ -3,6 +3,7 @@
 import hashlib
 import os
 import tempfile
+import tokenize
 import warnings
 import zipfile
 import zlib
@@ -14,7 +15,8 @@ import numpy as np
 ENV_CACHE_DIR = "IMAML_CACHE_DIR"
 # What NumPy raises for files that are missing, cut, or something else altogether.
 _NUMPY_ERRORS = (OSError, ValueError, KeyError, TypeError, EOFError, RuntimeError)
-UNREADABLE = (*_NUMPY_ERRORS, zipfile.BadZipFile, zlib.error)
+_OF_HEADERS = (tokenize.TokenError, SyntaxError, MemoryError, OverflowError)  # parsed as Python
+UNREADABLE = (*_NUMPY_ERRORS, *_OF_HEADERS, zipfile.BadZipFile, zlib.error)
 
 
 def cache_root(cache_dir: str | os.PathLike | None = None) -> Path:

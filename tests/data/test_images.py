@@ -16,6 +16,7 @@ from PIL import Image
 
 from experiments import mini_imagenet as experiment
 from imaml_jax.data import (
+    cache,
     class_splits,
     episodes,
     images,
@@ -503,6 +504,29 @@ def test_arrays_that_cannot_be_read(tmp_path, content):
     np.save(tmp_path / "one.npy", GOOD["images"])
     with pytest.raises(DataError, match=r"one\.npy: expected an \.npz file"):
         own.load_arrays(tmp_path / "one.npy")
+
+
+HEADERS = (
+    "{'descr': (",
+    "-" * 9000,
+    "{'descr': '|u1', 'fortran_order': False, 'shape': (1000000, 1000000, 1000, 3)}",
+    "{'descr': '|u1', 'fortran_order': False, 'shape': (1" + "0" * 30 + ",)}",
+)
+
+
+@pytest.mark.parametrize("header", HEADERS, ids=["cut", "minus", "large", "past int64"])
+def test_arrays_with_damaged_headers(tmp_path, header):
+    magic = b"\x93NUMPY\x01\x00" + len(header).to_bytes(2, "little")
+    with zipfile.ZipFile(tmp_path / "my.npz", "w") as archive:
+        archive.writestr("images.npy", magic + header.encode())
+    with pytest.raises(DataError, match=r"my\.npz: expected an \.npz file"):
+        own.load_arrays(tmp_path / "my.npz")
+    path = tmp_path / f"name-{cache.recipe_key({})}.npz"
+    (tmp_path / "my.npz").rename(path)
+    made = {"images": np.ones(3)}
+    keep = {"is_valid": lambda _: True, "cache_dir": tmp_path}
+    assert cache.cached_arrays("name", {}, lambda: made, **keep) is made
+    assert cache.cached_arrays("name", {}, pytest.fail, **keep)["images"].sum() == 3
 
 
 def test_arrays_of_two_sizes(tmp_path):
