@@ -4,6 +4,7 @@ Returns are not comparable between the two: their physics differ.
 """
 
 import math
+import threading
 from functools import partial
 from typing import Any, Literal, get_args
 
@@ -124,6 +125,7 @@ def mujoco_half_cheetah(goal: Goal, *, horizon: int = 200) -> Environment:
 
     physics: Any = gymnasium.make("HalfCheetah-v5").unwrapped
     num_positions = physics.model.nq
+    alone = threading.Lock()  # devices call from threads of their own
 
     def simulate_one(state, action):
         physics.set_state(state[:num_positions], state[num_positions:])
@@ -138,7 +140,9 @@ def mujoco_half_cheetah(goal: Goal, *, horizon: int = 200) -> Environment:
             np.asarray(actions, np.float64).reshape(-1, np.shape(actions)[-1]),
             strict=True,
         )
-        return np.stack([simulate_one(*row) for row in rows]).astype(kind).reshape(shape)
+        with alone:
+            following = np.stack([simulate_one(*row) for row in rows])
+        return following.astype(kind).reshape(shape)
 
     def see(state):
         return state[1:]  # where it is plays no part

@@ -1,5 +1,6 @@
 """The half-cheetah's rewards and targets, and its two simulators where they are installed."""
 
+from concurrent.futures import ThreadPoolExecutor
 from functools import partial
 
 import jax
@@ -67,6 +68,25 @@ def test_mujoco():
     pytest.importorskip("gymnasium", reason=MUJOCO)
     pytest.importorskip("mujoco", reason=MUJOCO)
     adapts(half_cheetah.mujoco_half_cheetah("velocity", horizon=3))
+
+
+@WITHOUT_WARNINGS
+def test_mujoco_from_several_threads():
+    pytest.importorskip("gymnasium", reason=MUJOCO)
+    pytest.importorskip("mujoco", reason=MUJOCO)
+    environment = half_cheetah.mujoco_half_cheetah("velocity")
+
+    @jax.jit
+    def roll(key):
+        state, _ = environment.reset(key, 1.0)
+        actions = jax.random.uniform(key, (100, 6), minval=-1, maxval=1)
+        return jax.lax.scan(lambda s, a: (environment.step(s, a, 1.0)[0], None), state, actions)[0]
+
+    keys = list(jax.random.split(KEY, 4))
+    expected = [np.asarray(roll(key)) for key in keys]
+    with ThreadPoolExecutor(4) as threads:
+        found = list(threads.map(lambda key: np.asarray(roll(key)), keys))
+    np.testing.assert_array_equal(found, expected)
 
 
 @WITHOUT_WARNINGS
