@@ -61,10 +61,10 @@ COLORS = {"maml": "#0072b2", "fomaml": "#e69f00", "reptile": "#009e73", "imaml":
 # first.
 
 # %%
-played = game.play(game.Sizes(filters=16, meta_steps=100, rounds=4, test_tasks=100), SEED)
+played = game.play(game.Sizes(filters=16, meta_steps=100, rounds=20, test_tasks=100), SEED)
 guesses = played["probabilities"].argmax(1)
 figure, rows = plt.subplots(4, 6, figsize=(7, 5), layout="constrained")
-for r, row_axes in enumerate(rows):
+for r, row_axes in zip(range(0, 20, 5), rows, strict=True):
     for c, axes in enumerate(row_axes):
         axes.imshow(played["images"][r, c], cmap="gray", vmin=0, vmax=255)
         axes.set(xticks=[], yticks=[])
