@@ -28,13 +28,6 @@ def pytest_configure(config):
     jax.config.update("jax_compilation_cache_dir", os.environ[_PROGRAMS])
 
 
-@pytest.fixture(autouse=True, scope="module")
-def forgotten_programs():
-    """What a module compiled leaves the memory with it."""
-    yield
-    jax.clear_caches()
-
-
 @pytest.fixture(autouse=True, scope="session")
 def no_network():
     """Refuses connections to other machines."""

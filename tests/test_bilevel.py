@@ -99,6 +99,7 @@ def test_auroc():
     assert hyper_cleaning.auroc(np.zeros(4), positive) == 0.5
 
 
+@pytest.mark.slow
 def test_distilled_images_beat_real_ones(report):
     results = report(distillation, train_examples=300, steps=60, outer_rate=0.03, draws=3)
     accuracy = results["test_accuracy"]
@@ -131,6 +132,7 @@ def test_a_classifier_is_a_minimum_and_its_derivative_that_of_differences(x64):
     assert grads @ direction == pytest.approx(float(moved[0] - moved[1]) / 2e-4, rel=1e-3)
 
 
+@pytest.mark.slow
 def test_unrolling_tends_to_the_implicit_gradient_and_takes_more_memory(report):
     results = report(equilibrium, width=10, steps=60, unrolled=(2, 16, 200), contraction=0.8)
     errors, memory = results["gradient_difference"], results["temporary_bytes"]

@@ -38,7 +38,8 @@ def test_value_and_gradients_equal_lax(stride, size):
         np.testing.assert_allclose(a, b, rtol=1e-10, atol=1e-12)
 
 
-@pytest.mark.parametrize("channels", [2, 8])  # 8 takes the other layout of the kernel's gradient
+# 8 channels take the other layout of the kernel's gradient.
+@pytest.mark.parametrize("channels", [pytest.param(2, marks=pytest.mark.slow), 8])
 def test_derivatives_to_third_order(channels):
     x, kernel, _, _ = data((5, 4), channels, filters=2)
     fun = lambda x, kernel: convolve(x, kernel, 2)  # noqa: E731

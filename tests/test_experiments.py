@@ -142,12 +142,12 @@ def check_results(workdir, done, algorithm):
     return results
 
 
-OTHERS = [algorithm for algorithm in protocols.ALGORITHMS if algorithm != "imaml"]
+OTHERS = [algorithm for algorithm in protocols.ALGORITHMS if algorithm != "fomaml"]
 
 
 @pytest.mark.parametrize(
     "algorithm",
-    ["imaml", *(pytest.param(a, marks=pytest.mark.slow) for a in OTHERS)],
+    ["fomaml", *(pytest.param(a, marks=pytest.mark.slow) for a in OTHERS)],
 )
 def test_glyphs(run, tmp_path, algorithm):
     tiny = TINY[:-6] + TINY[-4:] if algorithm == "mamlpp" else TINY  # it has one number of steps
@@ -181,10 +181,8 @@ def test_family(run, tmp_path):
     assert "| maml | own |" in (tmp_path / "table.md").read_text(encoding="utf-8")
 
 
-@pytest.mark.parametrize(
-    "algorithm",
-    ["imaml", *(pytest.param(a, marks=pytest.mark.slow) for a in ("implicit_platipus", "reptile"))],
-)
+@pytest.mark.slow
+@pytest.mark.parametrize("algorithm", ["bmaml", "imaml", "implicit_platipus", "mamlpp", "reptile"])
 def test_sinusoid(run, tmp_path, algorithm):
     done = run("sinusoid", "--algorithm", algorithm, *TINY_SINUSOID, "--workdir", tmp_path)
     results = check_results(tmp_path, done, algorithm)
@@ -194,7 +192,10 @@ def test_sinusoid(run, tmp_path, algorithm):
     assert (tmp_path / "bands.png").stat().st_size > 0
 
 
-@pytest.mark.parametrize("algorithm, outer", [("maml", "trpo"), ("reptile", "adam")])
+@pytest.mark.parametrize(
+    "algorithm, outer",
+    [("maml", "trpo"), pytest.param("reptile", "adam", marks=pytest.mark.slow)],
+)
 def test_navigation(run, tmp_path, algorithm, outer):
     line = "--meta-steps 2 --log-every 1 --meta-batch 2 --horizon 4 --validation-tasks 2"
     line += f" --test-tasks 3 --eval-num-steps 2 --algorithm {algorithm} --outer {outer}"

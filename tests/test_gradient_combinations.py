@@ -139,6 +139,7 @@ def relative(error, reference):
     return float(jnp.linalg.norm(error) / jnp.linalg.norm(reference))
 
 
+@pytest.mark.slow
 def test_gradients_differ_by_alpha_avg_grad_inner_to_first_order(params, key):
     inputs = jax.random.normal(key, (3, 4, 5, 3))
     labels = jax.random.randint(jax.random.fold_in(key, 1), (3, 4, 5), 0, 2)

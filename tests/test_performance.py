@@ -120,6 +120,7 @@ def test_the_roofline_counts_each_product_once():
     assert 10 < products / (4 * numbers) < 100  # operations a byte
 
 
+@pytest.mark.slow
 def test_a_solve_cut_short_is_no_measurement(tiny, monkeypatch):
     monkeypatch.setattr(platform_defaults.workload, "CG_STEPS", 500)
     cell = platform_defaults.Cell("reference", "map", "patches", "highest")

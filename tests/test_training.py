@@ -618,6 +618,7 @@ def test_a_killed_run_ends_with_the_same_bits(tmp_path):
     assert without_seconds(resumed.history) == without_seconds(whole.history)
 
 
+@pytest.mark.slow
 def test_two_devices_agree_with_one():
     process = in_subprocess("devices", "", XLA_FLAGS="--xla_force_host_platform_device_count=2")
     output, _ = process.communicate(timeout=300)

@@ -152,6 +152,7 @@ def test_the_meta_step_keeps_the_divergence_and_lowers_the_surrogate(algorithm):
     assert state.step == 2 and state.failed_step == -1
 
 
+@pytest.mark.slow
 def test_a_reward_that_is_not_a_number_stops_the_run():
     calm = navigation(horizon=3)
 

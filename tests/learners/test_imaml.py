@@ -512,6 +512,7 @@ def test_one_round_tells_the_error_of_fixed_step_counts():
     assert fixed_info.gradient_error is None
 
 
+@pytest.mark.slow
 def test_an_adaptive_meta_gradient_without_jit():
     reference, dense = reference_and_dense("mlp")
     make = partial(imaml, reference.network, reference.loss_fn, reg_strength=2.0, accuracy=1e-2)

@@ -280,6 +280,7 @@ def clusters(key, num_tasks, noise=0.1):
     return Task(batch(features[:, :, :SHOTS]), batch(features[:, :, SHOTS:]))
 
 
+@pytest.mark.slow
 def test_clusters_are_told_apart_and_shuffled_labels_are_not():
     learner = leo(**SIZES | {"num_latents": 8}, dropout=0.1, kl_weight=1e-2)
     tx = optax.adam(1e-2)
