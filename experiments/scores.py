@@ -65,15 +65,8 @@ def scores(predictions: Predictions) -> dict[str, float]:
     """Accuracy over tasks, and how well its probabilities are calibrated over all examples."""
     outputs, labels, _ = predictions
     mean, ci95 = metrics.mean_ci95(metrics.is_right(outputs, labels).mean(-1))
-
-    @jax.jit
-    def over_examples(outputs, labels):
-        errors = calibration(Predictions(outputs, labels, {}))
-        proper = cross_entropy(outputs, labels), metrics.brier(outputs, labels)
-        return *proper, errors.ece, errors.mce
-
     names = ("test_nll", "test_brier", "test_ece", "test_mce")
-    values = map(float, over_examples(outputs, labels))
+    values = map(float, _over_examples(outputs, labels))
     return {"test_accuracy": mean, "test_ci95": ci95, **dict(zip(names, values, strict=True))}
 
 
@@ -82,3 +75,11 @@ def calibration(predictions: Predictions) -> metrics.Calibration:
     """Over the examples of all tasks."""
     confidences, correct = metrics.confidence_and_correct(predictions.outputs, predictions.targets)
     return metrics.calibration_error(confidences, correct)
+
+
+@jax.jit
+def _over_examples(outputs: jax.Array, labels: jax.Array) -> tuple[jax.Array, ...]:
+    """NLL, Brier score, ECE and MCE."""
+    errors = calibration(Predictions(outputs, labels, {}))
+    proper = cross_entropy(outputs, labels), metrics.brier(outputs, labels)
+    return *proper, errors.ece, errors.mce

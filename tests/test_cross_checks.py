@@ -19,12 +19,11 @@ from imaml_jax.linear_solve import (
 )
 from imaml_jax.minres import solve_minres
 from imaml_jax.types import LinearOperator
+from tests.programs import jit
 
 pytestmark = pytest.mark.usefixtures("x64")
 
 SIZE, AGREEMENT, TIGHT = 12, 1e-8, 1e-13
-# LLVM's optimisations take longer than they save.
-jit = partial(jax.jit, compiler_options={"xla_backend_optimization_level": 0})
 rng = np.random.default_rng(0)
 INPUTS, TARGETS = rng.normal(size=(30, SIZE)), rng.normal(size=30)
 LABELS = np.sign(TARGETS)

@@ -11,12 +11,11 @@ from imaml_jax.curvature import damped
 from imaml_jax.diagonal import estimate_diagonal, jacobi_preconditioner
 from imaml_jax.linear_solve import solve_cg_steihaug
 from imaml_jax.types import LinearOperator
+from tests.programs import jit
 
 pytestmark = pytest.mark.usefixtures("x64")
 
 SIZE = 60
-# LLVM's optimisations take longer than they save.
-jit = partial(jax.jit, compiler_options={"xla_backend_optimization_level": 0})
 
 
 @pytest.fixture(scope="module")

@@ -17,6 +17,7 @@ from PIL import Image
 
 from imaml_jax import protocols
 from imaml_jax.data import cache, glyphs
+from tests.programs import XLA_FLAGS
 
 ROOT = Path(__file__).resolve().parents[1]
 TINY = "--meta-steps 2 --log-every 2 --validate-every 2 --meta-batch 2 --num-steps 1".split()
@@ -59,8 +60,6 @@ RECORDED |= {
     "test_ci95",
     "trained_meta_steps",
 }
-# Programs that compute next to nothing: LLVM's optimisations take longer than they save.
-XLA_FLAGS = "--xla_backend_optimization_level=0 --xla_force_host_platform_device_count=2"
 
 
 @pytest.fixture(scope="session")
@@ -88,7 +87,7 @@ def environment(tmp_path_factory):
         cache.ENV_CACHE_DIR: str(folder),
         "JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS": "0",
         "PYTHONWARNINGS": "error",
-        "XLA_FLAGS": XLA_FLAGS,
+        "XLA_FLAGS": f"{XLA_FLAGS} --xla_force_host_platform_device_count=2",
     }
 
 

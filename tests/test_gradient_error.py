@@ -20,9 +20,8 @@ from imaml_jax import (
     solve_dense,
     solve_minres,
 )
+from tests.programs import jit
 
-# LLVM's optimisations take longer than they save here.
-jit = partial(jax.jit, compiler_options={"xla_backend_optimization_level": 0})
 pytestmark = pytest.mark.usefixtures("x64_module")
 
 SIZE, STRENGTH = 8, 0.05

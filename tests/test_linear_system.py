@@ -18,10 +18,9 @@ from imaml_jax.linear_solve import (
 from imaml_jax.low_rank import nystrom_preconditioner, solve_nystrom, solve_woodbury
 from imaml_jax.minres import solve_minres
 from imaml_jax.types import LinearOperator, LowRank
+from tests.programs import jit
 
 SIZE, TOL = 4, 1e-5
-# LLVM's optimisations take longer than they save.
-jit = partial(jax.jit, compiler_options={"xla_backend_optimization_level": 0})
 SOLVERS = {
     "cg": solve_cg,
     "cg_steihaug": solve_cg_steihaug,

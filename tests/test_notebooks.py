@@ -9,6 +9,8 @@ import nbformat
 import pytest
 from nbclient import NotebookClient
 
+from tests.programs import XLA_FLAGS
+
 FOLDER = Path(__file__).resolve().parents[1] / "notebooks"
 NOTEBOOKS = sorted(FOLDER.glob("*.ipynb"))
 SLOW = pytest.mark.slow  # all but the quickest one
@@ -62,8 +64,7 @@ def test_the_notebook_runs(path, tmp_path):
     notebook = nbformat.read(path, as_version=4)
     environment = {
         "MPLBACKEND": "module://matplotlib_inline.backend_inline",
-        # LLVM's optimisations take longer here than they save.
-        "XLA_FLAGS": "--xla_backend_optimization_level=0",
+        "XLA_FLAGS": XLA_FLAGS,
     }
     with mock.patch.dict(os.environ, environment):
         NotebookClient(

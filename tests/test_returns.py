@@ -16,12 +16,12 @@ from imaml_jax.returns import (
     generalised_advantages,
 )
 from imaml_jax.trajectories import Trajectories, masked_mean, mean_return, rollout
+from tests.programs import jit
 
 pytestmark = pytest.mark.usefixtures("x64_module")
 
 KEY = jax.random.key(0)
 HORIZON, LENGTHS = 7, (7, 3, 1, 5)
-jit = partial(jax.jit, compiler_options={"xla_backend_optimization_level": 0})
 
 
 def counter(horizon):

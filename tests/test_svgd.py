@@ -12,11 +12,11 @@ from jax.flatten_util import ravel_pytree
 from jax.test_util import check_grads
 
 from imaml_jax import median_bandwidth, minimize, svgd_direction, svgd_objective
+from tests.programs import jit
 
 pytestmark = pytest.mark.usefixtures("x64_module")
 
 M = 5
-jit = partial(jax.jit, compiler_options={"xla_backend_optimization_level": 0})
 
 
 def tree(seed, number=M):

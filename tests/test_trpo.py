@@ -20,6 +20,7 @@ from imaml_jax.train_step import init_state
 from imaml_jax.training import train
 from imaml_jax.trajectories import masked_mean
 from imaml_jax.trpo import make_trpo_train_step, trpo_step
+from tests.programs import jit
 
 pytestmark = pytest.mark.usefixtures("x64_module")
 
@@ -28,7 +29,6 @@ POLICY = gaussian_policy(
     mlp([3, 2], activation=jnp.tanh, kernel_init=jax.nn.initializers.glorot_uniform())
 )
 sample = partial(sample_tasks, num_tasks=3)
-jit = partial(jax.jit, compiler_options={"xla_backend_optimization_level": 0})
 
 
 def make_problem(environment=None, **settings):

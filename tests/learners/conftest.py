@@ -1,15 +1,12 @@
 """Fixtures of the learners' exact tests."""
 
-from functools import partial
-
 import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
 from jax.flatten_util import ravel_pytree
 
-# LLVM's optimisations take longer than they save here.
-jit = partial(jax.jit, compiler_options={"xla_backend_optimization_level": 0})
+from tests.programs import jit
 
 
 def relative_error(actual, expected):

@@ -1,7 +1,5 @@
 """Bayesian MAML against MAML, loops and finite differences, in float64."""
 
-from functools import partial
-
 import jax
 import jax.numpy as jnp
 import numpy as np
@@ -23,12 +21,13 @@ from imaml_jax import (
 )
 from imaml_jax.learners.base import mean_outputs, mixture_logits
 from imaml_jax.networks import Network, conv4
+from tests.learners.conftest import relative_error
+from tests.programs import jit
 
 pytestmark = pytest.mark.usefixtures("x64_module")
 
 KEY = jax.random.key(0)
 M, RATE, N = 3, 0.02, 6
-jit = partial(jax.jit, compiler_options={"xla_backend_optimization_level": 0})
 
 
 def apply(params, inputs):
@@ -46,11 +45,6 @@ NETWORK = Network(init, apply)
 
 def is_head(path):
     return path.startswith("head")
-
-
-def relative_error(actual, expected):
-    actual, expected = (ravel_pytree(x)[0] for x in (actual, expected))
-    return float(jnp.linalg.norm(actual - expected) / jnp.linalg.norm(expected))
 
 
 @pytest.fixture(scope="module")

@@ -38,7 +38,7 @@ from imaml_jax import (
 )
 from imaml_jax.learners.base import is_head
 from imaml_jax.networks import Network, conv4, mlp
-from tests.learners.conftest import jit
+from tests.programs import jit
 
 sgd = optax.sgd(0.1)
 gauss_newton_cg = dict(solve=partial(solve_cg_steihaug, max_steps=5), curvature="gauss_newton")

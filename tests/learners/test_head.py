@@ -22,18 +22,15 @@ from imaml_jax import (
     solve_cg,
     solve_woodbury,
 )
-from imaml_jax.learners.base import Encoded, supervised
+from imaml_jax.learners.base import Encoded, is_head, supervised
 from imaml_jax.networks import Network, conv4, mlp
+from tests.learners.conftest import relative_error
+from tests.programs import jit
 
 pytestmark = pytest.mark.usefixtures("x64_module")
 
 KEY = jax.random.key(0)
 SGD = optax.sgd(0.2)
-jit = partial(jax.jit, compiler_options={"xla_backend_optimization_level": 0})
-
-
-def is_head(path):
-    return path.startswith("head/")
 
 
 @pytest.fixture(scope="module")
@@ -44,11 +41,6 @@ def problem(x64_module):
     inputs, labels = jnp.asarray(rng.normal(size=(20, 2))), jnp.tile(jnp.arange(4), 5)
     task = Task(Batch(inputs[:8], labels[:8]), Batch(inputs[8:], labels[8:]))
     return network, network.init(jax.random.key(2), inputs), task
-
-
-def relative_error(actual, expected):
-    actual, expected = (ravel_pytree(x)[0] for x in (actual, expected))
-    return float(jnp.linalg.norm(actual - expected) / jnp.linalg.norm(expected))
 
 
 CG = dict(solve=partial(solve_cg, max_steps=50), reg_strength=0.3)

@@ -34,7 +34,8 @@ from imaml_jax import (
 )
 from imaml_jax.learners.base import is_head
 from imaml_jax.networks import Network, conv4, mlp
-from tests.learners.conftest import jit, relative_error
+from tests.learners.conftest import relative_error
+from tests.programs import jit
 
 pytestmark = pytest.mark.usefixtures("x64_module")
 

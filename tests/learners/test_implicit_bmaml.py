@@ -26,12 +26,13 @@ from imaml_jax import (
     svgd_objective,
 )
 from imaml_jax.networks import Network
+from tests.learners.conftest import relative_error
+from tests.programs import jit
 
 pytestmark = pytest.mark.usefixtures("x64_module")
 
 KEY = jax.random.key(0)
 M, N, RATE, STRENGTH, STEPS = 3, 6, 0.15, 4.0, 600
-jit = partial(jax.jit, compiler_options={"xla_backend_optimization_level": 0})
 exact_gmres = partial(solve_gmres, tol=1e-12, max_restarts=20)
 
 
@@ -50,11 +51,6 @@ NETWORK = Network(init, apply)
 
 def is_head(path):
     return path.startswith("head")
-
-
-def relative_error(actual, expected):
-    actual, expected = (ravel_pytree(x)[0] for x in (actual, expected))
-    return float(jnp.linalg.norm(actual - expected) / jnp.linalg.norm(expected))
 
 
 @pytest.fixture(scope="module")

@@ -15,7 +15,7 @@ from jax.flatten_util import ravel_pytree
 from imaml_jax import Batch, Task, cross_entropy, leo
 from imaml_jax.inner import minimize
 from imaml_jax.metrics import accuracy
-from tests.learners.conftest import jit
+from tests.programs import jit
 
 leo_module = importlib.import_module("imaml_jax.learners.leo")
 WAYS, SHOTS, WIDTH, LATENTS = 3, 2, 4, 2

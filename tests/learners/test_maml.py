@@ -10,7 +10,8 @@ from jax.flatten_util import ravel_pytree
 from imaml_jax import Batch, Task, cross_entropy, fomaml, maml, mean_squared_error
 from imaml_jax.learners.base import is_head
 from imaml_jax.networks import Network, conv4, mlp
-from tests.learners.conftest import jit, relative_error
+from tests.learners.conftest import relative_error
+from tests.programs import jit
 
 pytestmark = pytest.mark.usefixtures("x64_module")
 

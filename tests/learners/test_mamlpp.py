@@ -14,7 +14,8 @@ from imaml_jax import Batch, Task, build, cross_entropy, maml, mamlpp, protocols
 from imaml_jax.learners.base import combine, is_norm, partition
 from imaml_jax.learners.mamlpp import LearnedRates, multi_step_weights
 from imaml_jax.networks import Network
-from tests.learners.conftest import jit, relative_error
+from tests.learners.conftest import relative_error
+from tests.programs import jit
 
 pytestmark = pytest.mark.usefixtures("x64_module")
 

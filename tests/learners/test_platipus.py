@@ -27,7 +27,8 @@ from imaml_jax import (
 from imaml_jax.learners.base import is_head
 from imaml_jax.learners.platipus import Gaussian, kl_divergence
 from imaml_jax.networks import conv4, mlp
-from tests.learners.conftest import jit, relative_error
+from tests.learners.conftest import relative_error
+from tests.programs import jit
 
 pytestmark = pytest.mark.usefixtures("x64_module")
 

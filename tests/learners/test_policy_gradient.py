@@ -32,7 +32,7 @@ from imaml_jax.networks import Network, mlp
 from imaml_jax.policy_losses import surrogate_loss, weighted_regression
 from imaml_jax.returns import Experience, discounted_sums, estimate_advantages
 from imaml_jax.trajectories import Trajectories, mean_return, rollout
-from tests.learners.conftest import jit
+from tests.programs import jit
 
 pytestmark = pytest.mark.usefixtures("x64_module")
 

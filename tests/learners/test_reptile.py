@@ -10,7 +10,7 @@ from jax.flatten_util import ravel_pytree
 from imaml_jax import Batch, Task, mean_squared_error, reptile
 from imaml_jax.inner import mini_batches
 from imaml_jax.networks import Network, mlp
-from tests.learners.conftest import jit
+from tests.programs import jit
 
 pytestmark = pytest.mark.usefixtures("x64_module")
 
