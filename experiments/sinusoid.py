@@ -22,7 +22,6 @@ from typing import Any, Literal
 import jax
 import jax.numpy as jnp
 import numpy as np
-import optax
 
 import imaml_jax
 from experiments import common
@@ -32,6 +31,7 @@ from experiments.sinusoid_learners import (
     Settings,
     Tasks,
     build_learner,
+    make_outer,
     settings_of,
     unadapted_params,
 )
@@ -87,11 +87,6 @@ def main(config: Config) -> dict[str, Any]:
     settings, tasks = resolve(config), TASKS[config.setting]
     make = partial(build_learner, config.algorithm, settings, tasks.network)
     learner, stacked = make(), make(average=None)
-    if config.algorithm == "reptile":
-        outer = optax.sgd(optax.linear_schedule(settings.outer_rate, 0.0, settings.meta_steps))
-    else:
-        outer = optax.adam(settings.outer_rate)
-
     unadapted = learner._replace(
         adapt=lambda meta_params, support, key: (
             Adapted(unadapted_params(config.algorithm, meta_params), None),
@@ -106,7 +101,7 @@ def main(config: Config) -> dict[str, Any]:
     result = common.run_training(
         config,
         learner,
-        outer,
+        make_outer(config.algorithm, settings),
         _training_tasks(config, tasks),
         num_steps=settings.meta_steps,
         example_inputs=jnp.zeros((1, 1)),

@@ -9,7 +9,7 @@ import jax
 import optax
 
 import imaml_jax
-from imaml_jax.learners.base import is_head
+from imaml_jax.learners.base import is_head, is_inner_rate, path_string
 from imaml_jax.networks import Network, mlp
 from imaml_jax.types import MetaLearner
 
@@ -55,7 +55,7 @@ SETTINGS: dict[Algorithm, Settings] = {
     "fomaml": Settings("sgd", 0.01, 1, 10, 1e-3, 70_000),
     "reptile": Settings("sgd", 0.02, 5, 32, 1.0, 15_000),
     "imaml": Settings("adaptive_gd", 0.01, 8, 16, 3e-3, 5_000, reg_strength=2.0),
-    "mamlpp": Settings("sgd", 0.005, 5, 5, 3e-4, 20_000),
+    "mamlpp": Settings("sgd", 0.01, 5, 5, 1e-3, 20_000),
     "anil": Settings("sgd", 0.01, 5, 5, 1e-3, 20_000),
     "implicit_anil": Settings("newton_cg", 1.0, 2, 2, 1e-3, 20_000, reg_strength=0.1),
     "platipus": Settings("sgd", 0.01, 5, 10, 3e-3, 20_000, num_samples=2, kl_weight=0.01),
@@ -113,7 +113,7 @@ TASKS = {
     "maml": Tasks({}, mlp([40, 40, 1]), 25, None, "phase in [0, pi]", {}),
     "bmaml": Tasks(
         {"phase": (0.0, 2 * math.pi), "frequency": (0.5, 2.0), "relative_noise": 0.01},
-        mlp([40, 40, 40, 1]),
+        mlp([40, 40, 40, 1], kernel_init=jax.nn.initializers.glorot_uniform()),  # its code's
         10,
         1000,
         "phase in [0, 2 pi], frequency in [0.5, 2], noise 0.01 of the amplitude, 1000 tasks",
@@ -190,3 +190,23 @@ def build_learner(
         ),
     }
     return factories[algorithm](network, loss_fn, inner=inner, **steps)
+
+
+def make_outer(algorithm: Algorithm, settings: Settings) -> optax.GradientTransformation:
+    """The outer optimiser; MAML++ learns its rates in units of the one they start from.
+
+    Adam at the weights' own pace would double a rate of 0.01 in ten meta-steps, and the largest
+    sinusoids then diverge.
+    """
+    if algorithm == "reptile":
+        return optax.sgd(optax.linear_schedule(settings.outer_rate, 0.0, settings.meta_steps))
+    adam = optax.adam(settings.outer_rate)
+    if algorithm != "mamlpp":
+        return adam
+    return optax.chain(adam, optax.masked(optax.scale(settings.inner_rate), _inner_rates))
+
+
+def _inner_rates(meta_params: Any) -> Any:
+    return jax.tree_util.tree_map_with_path(
+        lambda path, _: is_inner_rate(path_string(path)), meta_params
+    )

@@ -204,6 +204,11 @@ def is_norm(path: str) -> bool:
     return path.endswith(("/scale", "/offset"))
 
 
+def is_inner_rate(path: str) -> bool:
+    """Whether a meta-parameter is an inner rate that is learned, as `mamlpp` has it."""
+    return path.startswith("rates/")
+
+
 def path_string(path: tuple) -> str:
     """A tree path as "block_0/scale"."""
     return jax.tree_util.keystr(path, simple=True, separator="/")
