@@ -3,7 +3,7 @@
     python -m experiments.compute_and_memory
     python -m experiments.compute_and_memory --axis filters --ways 5 --shots 1
 
-The default is question 3 and figures 2b and 2c of Rajeswaran et al., NeurIPS 2019: one task of
+The default is question 3 and the rest of figure 2 of Rajeswaran et al., NeurIPS 2019: one task of
 20-way 5-shot Omniglot shapes, conv4 with 64 filters, growing inner steps; random images. Memory is
 what the compiled program allocates besides its arguments and results, and the device's own peak
 where it reports one; time is the median of interleaved rounds. One device, one task after another.
