@@ -166,7 +166,10 @@ def main(config: Config) -> dict[str, Any]:
             **_tested(config, learner, splits, result.best_meta_params),
             **common.outcome(result, started),
         }
-    results |= common.provenance() | {"rows": rows}
+    results |= common.provenance() | {
+        "published": published(config.features, config.ways, config.shots),
+        "rows": rows,
+    }
     common.write_results(config.workdir, results)
     common.say(report(results))
     return results

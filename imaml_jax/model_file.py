@@ -137,11 +137,13 @@ def save_model(path: str | os.PathLike, meta_params: PyTree, description: Descri
       description: what the model is.
 
     Raises:
-      ValueError: values that float16 has not, or a folder that holds something else.
+      ValueError: values that float16 has not, a folder that holds something else, or a
+        description that `load_model` refuses.
       OSError: it cannot be written.
     """
     check_place(path)
     folder = Path(path).expanduser()
+    _check_values(folder, description, "load_model would refuse it; change the description.")
     folder.mkdir(parents=True, exist_ok=True)
     arrays = {n: np.asarray(x, np.float16) for n, x in _named(rounded(meta_params)).items()}
     buffer = io.BytesIO()
@@ -233,17 +235,21 @@ def _read_description(path: Path) -> tuple[Description, str]:
     checksum = fields.pop("weights_sha256", None)
     fields["protocol"] = _record(path, Protocol, fields.get("protocol"))
     description = _record(path, Description, fields)
-    protocol = description.protocol
-    values = {**protocol.network, **protocol._asdict(), **description._asdict()}
-    for name, (least, most) in _ALLOWED.items():
-        value = values.get(name)
-        if isinstance(value, int | float) and not least <= value <= most:
-            raise ValueError(f"{path}: {name}={value}; allowed: {least} to {most}. {_REMEDY}")
+    _check_values(path, description, _REMEDY)
     try:
         check_image(description.image_size, description.channels)
     except ValueError as error:
         raise ValueError(f"{path}: {error} {_REMEDY}") from None
     return description, str(checksum)
+
+
+def _check_values(path: Path, description: Description, remedy: str) -> None:
+    protocol = description.protocol
+    values = {**protocol.network, **protocol._asdict(), **description._asdict()}
+    for name, (least, most) in _ALLOWED.items():
+        value = values.get(name)
+        if isinstance(value, int | float) and not least <= value <= most:
+            raise ValueError(f"{path}: {name}={value}; allowed: {least} to {most}. {remedy}")
 
 
 def _record(path: Path, kind: Any, fields: Any) -> Any:

@@ -70,6 +70,13 @@ def test_predictions_do_not_depend_on_other_queries():
     assert model_file.independent(reptile) == reptile
 
 
+def test_what_could_not_be_loaded_is_not_saved(tmp_path):
+    description = DESCRIPTION._replace(protocol=PROTOCOL._replace(num_steps=20_000))
+    with pytest.raises(ValueError, match=r"num_steps=20000; allowed: 1 to 10000\. load_model"):
+        model_file.save_model(tmp_path / "model", parameters(PROTOCOL), description)
+    assert not (tmp_path / "model").exists()
+
+
 def test_a_model_replaces_a_model_and_nothing_else(folder, tmp_path):
     model_file.save_model(folder, parameters(PROTOCOL, 1), DESCRIPTION)
     found = model_file.load_model(folder).meta_params

@@ -250,9 +250,11 @@ def _half(value: Any, scale: float = 1) -> float | None:
 def _published(results: dict[str, Any]) -> Published | None:
     dataset, ways, shots = _shape(results)
     algorithm: Any = word(results, "algorithm")
-    if results.get("constants") == "mini_imagenet" and algorithm == "leo" and ways == 5:
-        found = leo.PUBLISHED.get(shots or 0)
-        return found and Published(*found, "95% interval, on its authors' features")
+    if results.get("constants") and algorithm == "leo":
+        match results.get("published"):
+            case [int() | float() as value, int() | float() as half]:
+                return Published(value, half, "95% interval, on its authors' features")
+        return None
     if dataset == "navigation" or results.get("task") == "2D navigation":
         value = navigation.PUBLISHED["published, MAML"][1]
         return Published(value, None, _NO_INTERVAL) if algorithm == "maml" else None
