@@ -94,6 +94,9 @@ def solve_gmres(
 ) -> tuple[PyTree, SolveInfo]:
     """GMRES of `jax.scipy.sparse.linalg.gmres`, for non-symmetric `A`.
 
+    Its QR factorisation is built step by step; the normal equations, its default, square the
+    condition and give NaN on systems that are hard in float32.
+
     Args:
       operator: `A`.
       b: right-hand side.
@@ -106,7 +109,8 @@ def solve_gmres(
       `(x, SolveInfo)`, with `num_steps` and `min_curvature` None.
     """
     del key
-    return _solve_with(gmres, operator, b, tol=tol, restart=restart, maxiter=max_restarts)
+    settings = {"restart": restart, "maxiter": max_restarts, "solve_method": "incremental"}
+    return _solve_with(gmres, operator, b, tol=tol, **settings)
 
 
 def solve_cg_steihaug(

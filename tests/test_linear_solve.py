@@ -543,3 +543,11 @@ def test_a_right_hand_side_that_is_not_finite_is_never_solved(solve, bad):
     x, info = solve(LinearOperator(lambda v: 2 * v), jnp.array([bad, 1.0]))
     assert not np.isfinite(x).any()
     assert not bool(info.converged)
+
+
+def test_gmres_stays_finite_on_a_singular_system():
+    diagonal = jnp.array([1.0, 2.0, 0.0, 3.0])
+    x, info = solve_gmres(LinearOperator(lambda v: diagonal * v), jnp.ones(4))
+    assert np.isfinite(x).all()
+    assert info.relative_residual < 0.6
+    assert not info.converged
