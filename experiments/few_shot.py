@@ -67,9 +67,10 @@ class Config(common.ProcessConfig, common.RunConfig):
     per_step_norm: bool | None = None
     """MAML++ has a norm scale and offset for each inner step."""
     multi_step_epochs: int | None = None
-    """Epochs of 500 meta-steps with MAML++'s loss after every inner step; at least 0."""
+    """Hundredths of the meta-steps with MAML++'s loss after every inner step, at least 0."""
     first_order_epochs: int | None = None
-    """Epochs in which MAML++ takes first-order gradients before second-order ones, at least 0."""
+    """Hundredths of the meta-steps with MAML++'s first-order gradients, before the second-order ones;
+    at least 0."""
     num_samples: int | None = None
     """Samples of PLATIPUS in training, or particles of BMAML; at least 1, of BMAML at least 2."""
     ensemble: int | None = None
