@@ -69,8 +69,8 @@ class Config(common.ProcessConfig, common.RunConfig):
     multi_step_epochs: int | None = None
     """Hundredths of the meta-steps with MAML++'s loss after every inner step, at least 0."""
     first_order_epochs: int | None = None
-    """Hundredths of the meta-steps with MAML++'s first-order gradients, before the second-order ones;
-    at least 0."""
+    """Hundredths of the meta-steps in which MAML++ takes first-order gradients, before the
+    second-order ones; at least 0."""
     num_samples: int | None = None
     """Samples of PLATIPUS in training, or particles of BMAML; at least 1, of BMAML at least 2."""
     ensemble: int | None = None
