@@ -64,10 +64,10 @@ SETTINGS: dict[Algorithm, Settings] = {
     ),
     "bmaml": Settings(
         "sgd",
-        0.01,
+        0.005,
         5,
         5,
-        1e-3,
+        3e-3,
         10_000,
         num_samples=10,
         leader_steps=5,
@@ -79,7 +79,7 @@ SETTINGS: dict[Algorithm, Settings] = {
         0.001,
         10,
         20,
-        1e-3,
+        3e-3,
         5_000,
         reg_strength=20.0,
         num_samples=5,
@@ -121,7 +121,11 @@ TASKS = {
             # One step in training and ten at test diverge on these frequencies.
             "maml": {"num_steps": 5, "eval_num_steps": 5},
             "fomaml": {"num_steps": 5, "eval_num_steps": 5},
-            "bmaml": {"inner_rate": 1e-3, "posterior": "learned_precisions"},
+            "bmaml": {
+                "inner_rate": 1e-3,
+                "outer_rate": 1e-3,
+                "posterior": "learned_precisions",
+            },
         },
     ),
 }
