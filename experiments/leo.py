@@ -167,7 +167,7 @@ def main(config: Config) -> dict[str, Any]:
             **common.outcome(result, started),
         }
     results |= common.provenance() | {
-        "published": published(config.features, config.ways, config.shots),
+        "published": published(Path(_folder(config)), config.ways, config.shots),
         "rows": rows,
     }
     common.write_results(config.workdir, results)

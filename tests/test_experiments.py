@@ -191,6 +191,21 @@ def test_sinusoid(run, tmp_path, algorithm):
     assert (tmp_path / "bands.png").stat().st_size > 0
 
 
+def test_sinusoid_learns_the_rates_of_mamlpp_at_their_own_scale(modules):
+    sinusoid = modules["sinusoid"]
+    settings = sinusoid.settings_of("mamlpp", "maml")
+    learner = sinusoid.build_learner("mamlpp", settings, sinusoid.TASKS["maml"].network)
+    meta_params = learner.init(jax.random.key(0), np.zeros((1, 1), np.float32))
+    outer = sinusoid.make_outer("mamlpp", settings)
+    updates, _ = outer.update(jax.tree.map(np.ones_like, meta_params), outer.init(meta_params))
+    for tree, step in (
+        (updates.params, settings.outer_rate),
+        (updates.rates, settings.outer_rate * settings.inner_rate),
+    ):
+        for update in jax.tree.leaves(tree):
+            np.testing.assert_allclose(update, -step, rtol=1e-5)
+
+
 @pytest.mark.parametrize(
     "algorithm, outer",
     [("maml", "trpo"), pytest.param("reptile", "adam", marks=pytest.mark.slow)],
