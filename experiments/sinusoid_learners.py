@@ -64,7 +64,7 @@ SETTINGS: dict[Algorithm, Settings] = {
     ),
     "bmaml": Settings(
         "sgd",
-        0.005,
+        0.003,
         5,
         5,
         3e-3,
