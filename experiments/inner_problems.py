@@ -53,7 +53,7 @@ def logistic(key: jax.Array) -> Problem:
     spread, level = jax.random.uniform(keys[0], (2,))
     scales = jnp.logspace(0, -2 * spread, FEATURES)
     basis = jnp.linalg.qr(jax.random.normal(keys[1], (FEATURES, FEATURES)))[0]
-    inputs = (jax.random.normal(keys[2], (sum(EXAMPLES), FEATURES)) * scales) @ basis
+    inputs = (jax.random.normal(keys[2], (sum(EXAMPLES), FEATURES)) * scales[None]) @ basis
     margins = inputs @ (basis.T @ (3 * jax.random.normal(keys[3], (FEATURES,)) / scales))
     labels = jnp.sign(margins + jax.random.normal(keys[4], margins.shape))
     strength = 10 ** (-3 + 2 * level)
