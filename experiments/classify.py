@@ -10,6 +10,7 @@ image and the probability of each class, and OUTPUT.png, a picture of the first 
 import csv
 import dataclasses
 import sys
+from collections import Counter
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any, Literal, NamedTuple
@@ -21,7 +22,7 @@ import numpy as np
 from experiments import common
 from experiments.saved_model import percent
 from imaml_jax import build, model_file, plots
-from imaml_jax.data import images, listings, own
+from imaml_jax.data import class_splits, images, listings, own
 from imaml_jax.data.archives import DataError
 from imaml_jax.data.episodes import to_unit
 from imaml_jax.model_file import Description
@@ -85,9 +86,9 @@ def main(config: Config) -> dict[str, Any]:
     query = read_query(config.query, found, classes)
     support = _inverted(support, config.invert in ("support", "both"))
     query = _inverted(query, config.invert in ("query", "both"))
-    warning = look_inverted(found, support, query)
-    if warning:
-        print(f"warning: {warning}", file=sys.stderr, flush=True)
+    for warning in (look_inverted(found, support, query), uneven(support), seen(support, query)):
+        if warning:
+            print(f"warning: {warning}", file=sys.stderr, flush=True)
     probabilities = classify(model, support, query, classes, together=config.together)
     predicted = [classes[i] for i in probabilities.argmax(-1)]
     known = [label == p for label, p in zip(query.labels, predicted, strict=True) if label]
@@ -110,16 +111,22 @@ def read_support(path: Path, model: Description) -> Images:
     Raises:
       ValueError: another number of classes than the model has, or no class folders.
     """
+    if not Path(path).expanduser().is_dir():
+        raise DataError(
+            f"support={path}: expected a folder with one folder of images for each new class. Name "
+            "one that is there."
+        )
     folder = own.open_folder(path, has_splits=False)
     classes = sorted(folder.classes)
     if len(classes) != model.ways:
         few = len(classes) < model.ways
         passed_over = f"; passed over {folder.passed_over}" if folder.passed_over else ""
+        change = "Add classes, of any other images" if few else "Take classes away"
+        other = f", or train a model with --ways {len(classes)}" if len(classes) > 1 else ""
         raise ValueError(
-            f"support={path} has {len(classes)} classes ({', '.join(classes[:8])}{passed_over}), "
-            f"the model tells ways={model.ways} apart: its last layer has that many outputs. "
-            f"{'Add classes, of any other images,' if few else 'Take classes away'} or train a "
-            f"model with --ways {len(classes)}"
+            f"support={path} has {len(classes)} classes ({class_splits.some(classes)}"
+            f"{passed_over}), the model tells ways={model.ways} apart: its last layer has that "
+            f"many outputs. {change}{other}"
         )
     sources = [(name, source) for name in classes for source in folder.classes[name]]
     return _read(folder.path, sources, model)._replace(passed_over=folder.passed_over)
@@ -194,7 +201,33 @@ def look_inverted(model: Description, support: Images, query: Images) -> str | N
     return (
         f"{' and '.join(odd)} images look inverted: mean brightness {shown:.2f} of the support, "
         f"{asked:.2f} of the query, {trained:.2f} of the images that the model was trained on. "
-        f"--invert {'both' if len(odd) == 2 else odd[0]} turns them round"
+        f"--invert {'both' if len(odd) == 2 else odd[0]} turns them round; images of another kind "
+        "than those of training need a model of their own"
+    )
+
+
+def uneven(support: Images) -> str | None:
+    """A warning where some classes have fewer examples than others."""
+    counts = Counter(filter(None, support.labels))
+    most = max(counts.values())
+    fewer = [f"{name} ({count})" for name, count in sorted(counts.items()) if count < most]
+    if not fewer:
+        return None
+    return (
+        f"support classes with fewer images than the others' {most} are seldom predicted: "
+        f"{class_splits.some(fewer)}. Give each class as many"
+    )
+
+
+def seen(support: Images, query: Images) -> str | None:
+    """A warning where query images are support images too."""
+    known = {each.tobytes() for each in support.pixels}
+    same = [n for n, x in zip(query.names, query.pixels, strict=True) if x.tobytes() in known]
+    if not same:
+        return None
+    return (
+        f"{len(same)} query images are support images too ({class_splits.some(same)}): their "
+        "classes are known, and count in no honest accuracy"
     )
 
 
@@ -254,7 +287,8 @@ def report(
         f"model: {model.ways}-way {model.shots}-shot {model.protocol.algorithm} trained on "
         f"{model.dataset}; accuracy there on unseen classes {percent(mean, ci95)} (95% CI over "
         f"{model.test_tasks} tasks)",
-        f"support: {len(counts)} classes of {shots} images ({', '.join(results['classes'])})",
+        f"support: {len(counts)} classes of {shots} images ({', '.join(results['classes'])})"
+        + (f"; it was trained with {model.shots} of each" if {*counts} != {model.shots} else ""),
     ]
     lines += [
         f"{name}: passed over {found.passed_over}"

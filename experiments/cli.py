@@ -126,7 +126,7 @@ def run_cli(
             raise
         _exit(LOST_STATUS, f"another process was lost, or failed ({str(error)[:200]})")
     except KeyboardInterrupt:
-        _exit(_STOPPED_STATUS, "stopped by SIGINT")
+        _exit(_STOPPED_STATUS, "stopped by SIGINT", at_once=True)
     except (ValueError, OSError) as error:
         if isinstance(error, ValueError) and not _is_ours(error):
             raise
@@ -198,9 +198,10 @@ def _join_processes(config: ProcessConfig) -> None:
         processes.start(*named, timeout_seconds=config.process_timeout)
 
 
-def _exit(status: int, error: BaseException | str) -> NoReturn:
+def _exit(status: int, error: BaseException | str, at_once: bool = False) -> NoReturn:
     notes = getattr(error, "__notes__", [])
     print("\n".join([f"error: {error}", *notes]), file=sys.stderr, flush=True)
-    if jax.process_count() > 1:
-        os._exit(status)  # an orderly exit would wait for the others
+    if at_once or jax.process_count() > 1:
+        sys.stdout.flush()
+        os._exit(status)  # an orderly exit would wait for what is computing, and for the others
     sys.exit(status)

@@ -34,6 +34,8 @@ class Config(few_shot.Config):
     image_size: int = 32
     """Side in pixels to which images are resized, at least 16; time grows with its square.
     mini-ImageNet has 84, for which a GPU is wanted."""
+    log_every: int = 20
+    """Meta-steps between two log points, at least 1."""
     meta_steps: int | None = 1000
     """Meta-steps in all, a multiple of log_every; the schedule of the outer rate ends there."""
     channels: Literal[1, 3] = 3

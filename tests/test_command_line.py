@@ -191,7 +191,9 @@ def test_statuses(tmp_path, capsys):
     def interrupted(config):
         raise KeyboardInterrupt
 
-    assert refusal(capsys, interrupted, sinusoid.Config, []) == (130, "error: stopped by SIGINT\n")
+    with mock.patch("os._exit", sys.exit):
+        stopped = refusal(capsys, interrupted, sinusoid.Config, [])
+    assert stopped == (130, "error: stopped by SIGINT\n")
     status, said = refusal(capsys, print, sinusoid.Config, ["--config", str(tmp_path / "none")])
     assert status == 2 and "No such file" in said
     assert refusal(capsys, print, sinusoid.Config, ["--shotz", "3"])[0] == 2

@@ -200,12 +200,17 @@ def test_a_prediction_depends_on_no_other_query_image():
 def test_folders_that_classify_refuses(tmp_path):
     model = model_file.load_model(GLYPHS).description
     support = class_folders(tmp_path / "support", {c: 1 for c in "abcdef"})
-    with pytest.raises(ValueError, match=r"6 classes \(a, b.*ways=5 apart.*Take classes away or"):
+    message = (
+        r"6 classes \('a', 'b', 'c' \(and 3 more\)\).*ways=5 apart.*Take classes away, or train"
+    )
+    with pytest.raises(ValueError, match=message):
         classify.read_support(support, model)
+    with pytest.raises(ValueError, match=r"support=.*absent: expected a folder.*that is there\."):
+        classify.read_support(tmp_path / "absent", model)
     few = class_folders(tmp_path / "few", {"a": 1, "b": 0})
     (few / "c.heic").touch()
-    message = r"1 classes \(a; passed over class folders without images: 'b'; files that are no "
-    message += r"images: 'c.heic'\), .*Add classes, of any other images, or train"
+    message = r"1 classes \('a'; passed over class folders without images: 'b'; files that are no "
+    message += r"images: 'c.heic'\), .*Add classes, of any other images$"
     with pytest.raises(ValueError, match=message):
         classify.read_support(few, model)
     with pytest.raises(ValueError, match=r"no class of the support: f \(classes: a, b"):
@@ -214,6 +219,16 @@ def test_folders_that_classify_refuses(tmp_path):
     for name, message in (("empty", "found none"), ("absent", "expected a folder")):
         with pytest.raises(ValueError, match=message):
             classify.read_query(tmp_path / name, model, ["a"])
+
+
+def test_support_that_misleads_is_warned_of():
+    pixels = np.arange(4, dtype=np.uint8).reshape(4, 1, 1, 1)
+    support = classify.Images(list("0123"), pixels, ["a", "a", "b", "b"])
+    query = classify.Images(["x", "y"], pixels[:2] + 3, ["b", "a"])
+    assert classify.uneven(support) is None
+    assert "2 are seldom predicted: 'b (1)'" in classify.uneven(support._replace(labels=[*"aabc"]))
+    assert "1 query images are support images too ('x')" in classify.seen(support, query)
+    assert classify.seen(support, query._replace(pixels=pixels[:2] + 9)) is None
 
 
 def test_what_is_passed_over_is_said(tmp_path, capsys):
