@@ -84,9 +84,10 @@ def main(config: Config) -> dict[str, Any]:
     support = read_support(config.support, found)
     classes = sorted(set(filter(None, support.labels)))
     query = read_query(config.query, found, classes)
+    repeated = seen(support, query)
     support = _inverted(support, config.invert in ("support", "both"))
     query = _inverted(query, config.invert in ("query", "both"))
-    for warning in (look_inverted(found, support, query), uneven(support), seen(support, query)):
+    for warning in (look_inverted(found, support, query), uneven(support), repeated):
         if warning:
             print(f"warning: {warning}", file=sys.stderr, flush=True)
     probabilities = classify(model, support, query, classes, together=config.together)
@@ -207,15 +208,15 @@ def look_inverted(model: Description, support: Images, query: Images) -> str | N
 
 
 def uneven(support: Images) -> str | None:
-    """A warning where some classes have fewer examples than others."""
+    """A warning where some classes have far fewer examples than others."""
     counts = Counter(filter(None, support.labels))
     most = max(counts.values())
-    fewer = [f"{name} ({count})" for name, count in sorted(counts.items()) if count < most]
+    fewer = [name for name, count in sorted(counts.items()) if 2 * count <= most]
     if not fewer:
         return None
     return (
-        f"support classes with fewer images than the others' {most} are seldom predicted: "
-        f"{class_splits.some(fewer)}. Give each class as many"
+        f"support classes with half of the others' {most} images or fewer are predicted less "
+        f"often: {class_splits.some(fewer)}. Give each class as many"
     )
 
 
@@ -226,7 +227,7 @@ def seen(support: Images, query: Images) -> str | None:
     if not same:
         return None
     return (
-        f"{len(same)} query images are support images too ({class_splits.some(same)}): their "
+        f"query images that look the same as support images: {class_splits.some(same)}. Their "
         "classes are known, and count in no honest accuracy"
     )
 
@@ -280,6 +281,7 @@ def report(
     """The outcome in words."""
     counts = [support.labels.count(name) for name in results["classes"]]
     shots = f"{min(counts)}" if len(set(counts)) == 1 else f"{min(counts)} to {max(counts)}"
+    trained = model.protocol.train_shots
     mean, ci95 = (model.test_accuracy, model.test_ci95)
     if not config.together:
         mean, ci95 = (model.test_accuracy_alone, model.test_ci95_alone)
@@ -288,7 +290,7 @@ def report(
         f"{model.dataset}; accuracy there on unseen classes {percent(mean, ci95)} (95% CI over "
         f"{model.test_tasks} tasks)",
         f"support: {len(counts)} classes of {shots} images ({', '.join(results['classes'])})"
-        + (f"; it was trained with {model.shots} of each" if {*counts} != {model.shots} else ""),
+        + (f"; the model learned with {trained} of each" if {*counts} != {trained} else ""),
     ]
     lines += [
         f"{name}: passed over {found.passed_over}"

@@ -1,6 +1,7 @@
 """The command line of every experiment: its settings, and how it ends."""
 
 import argparse
+import contextlib
 import dataclasses
 import os
 import sys
@@ -200,8 +201,11 @@ def _join_processes(config: ProcessConfig) -> None:
 
 def _exit(status: int, error: BaseException | str, at_once: bool = False) -> NoReturn:
     notes = getattr(error, "__notes__", [])
-    print("\n".join([f"error: {error}", *notes]), file=sys.stderr, flush=True)
-    if at_once or jax.process_count() > 1:
+    at_once = at_once or jax.process_count() > 1
+    with contextlib.suppress(OSError):  # of a pipe whose reader the same Ctrl-C has ended
+        print("\n".join([f"error: {error}", *notes]), file=sys.stderr, flush=True)
+    with contextlib.suppress(OSError):
         sys.stdout.flush()
+    if at_once:
         os._exit(status)  # an orderly exit would wait for what is computing, and for the others
     sys.exit(status)

@@ -135,6 +135,7 @@ def main(config: Config) -> dict[str, Any]:
         "settings": constants._asdict(),
         "width": splits.train.images.shape[-1],
     }
+    in_print = published(Path(_folder(config)).expanduser(), config.ways, config.shots)
     centroid = imaml_jax.nearest_centroid(ways=config.ways)
     rows = {
         "nearest_centroid": {
@@ -166,10 +167,7 @@ def main(config: Config) -> dict[str, Any]:
             **_tested(config, learner, splits, result.best_meta_params),
             **common.outcome(result, started),
         }
-    results |= common.provenance() | {
-        "published": published(Path(_folder(config)), config.ways, config.shots),
-        "rows": rows,
-    }
+    results |= common.provenance() | {"published": in_print, "rows": rows}
     common.write_results(config.workdir, results)
     common.say(report(results))
     return results
@@ -212,7 +210,8 @@ def published(features: Path, ways: int, shots: int) -> tuple[float, float] | No
     """
     made, name = features / "results.json", "miniImageNet"
     if made.exists():
-        fits = json.loads(made.read_text(encoding="utf-8")).get("dataset") == "mini_imagenet"
+        found = json.loads(made.read_text(encoding="utf-8"))
+        fits = isinstance(found, dict) and found.get("dataset") == "mini_imagenet"
     else:
         below = (features / name, features / "embeddings" / name)
         fits = name in features.resolve().parts or any(folder.is_dir() for folder in below)

@@ -94,8 +94,9 @@ def solve_gmres(
 ) -> tuple[PyTree, SolveInfo]:
     """GMRES of `jax.scipy.sparse.linalg.gmres`, for non-symmetric `A`.
 
-    Its QR factorisation is built step by step; the normal equations, its default, square the
-    condition and give NaN on systems that are hard in float32.
+    Its QR factorisation is built step by step; the normal equations, its default and quicker on
+    GPUs, square the condition and give NaN on systems that are hard in float32. A singular system
+    may give a huge result, or one that is not finite: see `converged`.
 
     Args:
       operator: `A`.

@@ -137,8 +137,8 @@ def save_model(path: str | os.PathLike, meta_params: PyTree, description: Descri
       description: what the model is.
 
     Raises:
-      ValueError: values that float16 has not, a folder that holds something else, or a
-        description that `load_model` refuses.
+      ValueError: values that float16 has not, a folder that holds something else, or
+        counts and shares that `load_model` refuses.
       OSError: it cannot be written.
     """
     check_place(path)

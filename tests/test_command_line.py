@@ -191,9 +191,10 @@ def test_statuses(tmp_path, capsys):
     def interrupted(config):
         raise KeyboardInterrupt
 
-    with mock.patch("os._exit", sys.exit):
+    with mock.patch("os._exit", side_effect=sys.exit) as left:
         stopped = refusal(capsys, interrupted, sinusoid.Config, [])
     assert stopped == (130, "error: stopped by SIGINT\n")
+    left.assert_called_once_with(130)
     status, said = refusal(capsys, print, sinusoid.Config, ["--config", str(tmp_path / "none")])
     assert status == 2 and "No such file" in said
     assert refusal(capsys, print, sinusoid.Config, ["--shotz", "3"])[0] == 2

@@ -545,7 +545,7 @@ def test_a_right_hand_side_that_is_not_finite_is_never_solved(solve, bad):
     assert not bool(info.converged)
 
 
-def test_gmres_stays_finite_on_a_singular_system():
+def test_gmres_says_that_it_did_not_solve_a_singular_system():
     diagonal = jnp.array([1.0, 2.0, 0.0, 3.0])
     x, info = solve_gmres(LinearOperator(lambda v: diagonal * v), jnp.ones(4))
     assert np.isfinite(x).all()

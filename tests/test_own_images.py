@@ -226,8 +226,10 @@ def test_support_that_misleads_is_warned_of():
     support = classify.Images(list("0123"), pixels, ["a", "a", "b", "b"])
     query = classify.Images(["x", "y"], pixels[:2] + 3, ["b", "a"])
     assert classify.uneven(support) is None
-    assert "2 are seldom predicted: 'b (1)'" in classify.uneven(support._replace(labels=[*"aabc"]))
-    assert "1 query images are support images too ('x')" in classify.seen(support, query)
+    assert "2 images or fewer are predicted less often: 'b', 'c'. " in classify.uneven(
+        support._replace(labels=[*"aabc"])
+    )
+    assert "look the same as support images: 'x'. " in classify.seen(support, query)
     assert classify.seen(support, query._replace(pixels=pixels[:2] + 9)) is None
 
 
