@@ -230,7 +230,8 @@ def outcome(config: Config, solver: Solver, system: System, x: Any, info: Any) -
     error = None
     if system.solution is not None and np.isfinite(x).all():
         scale = np.abs(system.solution).max() or 1.0  # squares would leave the range
-        found, exact = x.astype(np.float64) / scale, system.solution / scale
+        with np.errstate(over="ignore"):  # of solutions that are far from it
+            found, exact = x.astype(np.float64) / scale, system.solution / scale
         error = float(np.linalg.norm(found - exact) / (np.linalg.norm(exact) or 1))
     curvature, condition = info.min_curvature, info.condition
     bound = None if condition is None else float(condition) * float(info.relative_residual)
