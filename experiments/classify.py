@@ -112,12 +112,8 @@ def read_support(path: Path, model: Description) -> Images:
     Raises:
       ValueError: another number of classes than the model has, or no class folders.
     """
-    if not Path(path).expanduser().is_dir():
-        raise DataError(
-            f"support={path}: expected a folder with one folder of images for each new class. Name "
-            "one that is there."
-        )
-    folder = own.open_folder(path, has_splits=False)
+    place = _existing("support", path, "with one folder of images for each new class")
+    folder = own.open_folder(place, has_splits=False)
     classes = sorted(folder.classes)
     if len(classes) != model.ways:
         few = len(classes) < model.ways
@@ -139,9 +135,7 @@ def read_query(path: Path, model: Description, classes: Sequence[str]) -> Images
     Raises:
       ValueError: no images, or folders that are no class.
     """
-    folder = Path(path).expanduser()
-    if not folder.is_dir():
-        raise DataError(f"query={folder}: expected a folder of images. Name one that is there.")
+    folder = _existing("query", path, "of images")
     files = [f for f in listings.scan(folder) if f.lower().endswith(listings.IMAGES)]
     labels = [_printable(name.split("/")[0]) if "/" in name else None for name in files]
     odd = sorted({label for label in labels if label and label not in classes})
@@ -304,6 +298,13 @@ def report(
     table, picture = (common.with_ending(config.output, ending) for ending in ("csv", "png"))
     count = f"{len(query.names)} prediction{'s' * (len(query.names) > 1)}"
     return "\n".join([*lines, f"{count} in {table}, picture in {picture}"])
+
+
+def _existing(name: str, path: Path, holding: str) -> Path:
+    folder = Path(path).expanduser()
+    if not folder.is_dir():
+        raise DataError(f"{name}={folder}: expected a folder {holding}. Name one that is there.")
+    return folder
 
 
 def _read(folder: Path, sources: Sequence[tuple[str | None, Any]], model: Description) -> Images:

@@ -9,7 +9,7 @@ import jax
 import optax
 
 import imaml_jax
-from imaml_jax.learners.base import is_head, is_inner_rate, path_string
+from imaml_jax.learners.base import is_head, learned_rates
 from imaml_jax.networks import Network, mlp
 from imaml_jax.types import MetaLearner
 
@@ -212,10 +212,4 @@ def make_outer(algorithm: Algorithm, settings: Settings) -> optax.GradientTransf
     adam = optax.adam(settings.outer_rate)
     if algorithm != "mamlpp":
         return adam
-    return optax.chain(adam, optax.masked(optax.scale(settings.inner_rate), _inner_rates))
-
-
-def _inner_rates(meta_params: Any) -> Any:
-    return jax.tree_util.tree_map_with_path(
-        lambda path, _: is_inner_rate(path_string(path)), meta_params
-    )
+    return optax.chain(adam, optax.masked(optax.scale(settings.inner_rate), learned_rates))

@@ -1,5 +1,6 @@
 """From a protocol's words to a learner and an optimiser."""
 
+import operator
 from functools import partial
 from typing import Any
 
@@ -9,7 +10,7 @@ from jax.nn import initializers
 
 from imaml_jax import learners
 from imaml_jax.inner import adaptive_gd, newton_cg
-from imaml_jax.learners.base import is_head, is_inner_rate, is_norm, path_string
+from imaml_jax.learners.base import is_head, is_norm, learned_rates
 from imaml_jax.linear_solve import solve_cg, solve_cg_steihaug
 from imaml_jax.low_rank import solve_woodbury
 from imaml_jax.minres import solve_minres
@@ -135,9 +136,7 @@ def _make_inner(protocol: Protocol) -> optax.GradientTransformation:
 
 
 def _all_but_rates(meta_params: Any) -> Any:
-    return jax.tree_util.tree_map_with_path(
-        lambda path, _: not is_inner_rate(path_string(path)), meta_params
-    )
+    return jax.tree.map(operator.not_, learned_rates(meta_params))
 
 
 def _is_not_norm(path: str) -> bool:

@@ -22,6 +22,7 @@ preconditioners there and in `imaml_jax.diagonal`.
 """
 
 from collections.abc import Callable
+from functools import partial
 from typing import NamedTuple
 
 import jax
@@ -110,8 +111,8 @@ def solve_gmres(
       `(x, SolveInfo)`, with `num_steps` and `min_curvature` None.
     """
     del key
-    settings = {"restart": restart, "maxiter": max_restarts, "solve_method": "incremental"}
-    return _solve_with(gmres, operator, b, tol=tol, **settings)
+    by_rotations = partial(gmres, solve_method="incremental")
+    return _solve_with(by_rotations, operator, b, tol=tol, restart=restart, maxiter=max_restarts)
 
 
 def solve_cg_steihaug(

@@ -204,9 +204,11 @@ def is_norm(path: str) -> bool:
     return path.endswith(("/scale", "/offset"))
 
 
-def is_inner_rate(path: str) -> bool:
-    """Whether a meta-parameter is an inner rate that is learned, as `mamlpp` has it."""
-    return path.startswith("rates/")
+def learned_rates(meta_params: PyTree) -> PyTree:
+    """For each meta-parameter whether it is an inner rate that `mamlpp` learns."""
+    return jax.tree_util.tree_map_with_path(
+        lambda path, _: path_string(path).startswith("rates/"), meta_params
+    )
 
 
 def path_string(path: tuple) -> str:
