@@ -7,8 +7,7 @@ Setting maml: amplitudes in [0.1, 5], phases in [0, pi], a network of two hidden
 Setting bmaml: phases in [0, 2 pi], frequencies in [0.5, 2], noise of a hundredth of the amplitude,
 three hidden layers, and only 1,000 tasks to train on. Points in [-5, 5] in both. In setting maml,
 MAML and first-order MAML have the settings of Finn et al., ICML 2017; all others were chosen on
-validation tasks of setting maml, with 5 points. Tasks whose points lie together can make the
-particles of bmaml diverge after thousands of meta-steps: --non-finite skip leaves them out.
+validation tasks of setting maml, with 5 points. The published loss of bmaml is --meta-loss chaser.
 
 Every predictive is a mixture of Gaussians about the outputs of its samples, of one width that
 validation tasks choose; an algorithm without samples has one.
@@ -69,6 +68,14 @@ class Config(common.RunConfig):
     """Particles of BMAML, or samples of PLATIPUS in training, which has 10 at test; at least 1."""
     kernel: Literal["exact", "official"] | None = None
     """BMAML's: exact, or the constants of its published code."""
+    bandwidth: float | None = None
+    """BMAML's, of the kernel, above 0; default the median's, with which the particles' gradients
+    count as much together as a particle's own."""
+    meta_loss: Literal["chaser", "particles", "query"] | None = None
+    """BMAML's: published is chaser, which implicit_bmaml has not; default particles, the mean of
+    their query losses."""
+    leader_steps: int | None = None
+    """BMAML's inner steps beyond the adapted particles, with the chaser loss; at least 1."""
 
 
 def main(config: Config) -> dict[str, Any]:
@@ -152,12 +159,19 @@ def resolve(config: Config) -> Settings:
         ("reg_strength", _WITH_STRENGTH),
         ("num_samples", _WITH_SAMPLES),
         ("kernel", _WITH_KERNEL),
+        ("bandwidth", _WITH_KERNEL),
+        ("meta_loss", _WITH_KERNEL),
+        ("leader_steps", ("bmaml",)),
     ):
         if config.algorithm not in owners and getattr(settings, name) is not None:
             raise ValueError(
                 f"{name}={getattr(settings, name)} is a setting of {', '.join(owners)}; leave it "
                 f"out for algorithm={config.algorithm}"
             )
+    if settings.leader_steps is not None and settings.meta_loss != "chaser":
+        raise ValueError(
+            f"leader_steps={settings.leader_steps} is a setting of meta_loss=chaser; leave it out"
+        )
     common.check_seed(config.seed)
     if settings.inner == "newton_cg" and config.inner_rate is not None:
         raise ValueError(f"inner_rate={config.inner_rate} has no effect on newton_cg; leave it out")
@@ -194,8 +208,11 @@ def describe(config: Config, settings: Settings) -> str:
     own = f", lambda {settings.reg_strength:g}" if settings.reg_strength else ""
     own += f", {settings.num_samples} samples" if settings.num_samples else ""
     own += f", KL weight {settings.kl_weight:g}" if settings.kl_weight else ""
+    own += f", loss {settings.meta_loss}" if settings.meta_loss else ""
     own += f", leader {settings.leader_steps} steps on" if settings.leader_steps else ""
-    own += f", {settings.posterior}, {settings.kernel} kernel" if settings.posterior else ""
+    if settings.posterior:
+        width = f" of bandwidth {settings.bandwidth:g}" if settings.bandwidth else ""
+        own += f", {settings.posterior}, {settings.kernel} kernel{width}"
     return (
         f"sinusoid {config.shots}-shot, {config.algorithm}: amplitude in [0.1, 5], {tasks.said}, "
         f"points in [-5, 5], {_TEST_QUERIES} query points at test, inner "

@@ -45,9 +45,11 @@ class Settings(NamedTuple):
     reg_strength: float | None = None
     num_samples: int | None = None
     kl_weight: float | None = None
+    meta_loss: Literal["chaser", "particles", "query"] | None = None
     leader_steps: int | None = None
     posterior: Literal["learned_precisions", "likelihood"] | None = None
     kernel: Literal["exact", "official"] | None = None
+    bandwidth: float | None = None
 
 
 SETTINGS: dict[Algorithm, Settings] = {
@@ -68,21 +70,22 @@ SETTINGS: dict[Algorithm, Settings] = {
         5,
         5,
         3e-3,
-        10_000,
+        20_000,
         num_samples=10,
-        leader_steps=5,
+        meta_loss="particles",
         posterior="likelihood",
         kernel="exact",
     ),
     "implicit_bmaml": Settings(
         "adaptive_gd",
         0.001,
-        10,
-        20,
+        30,
+        60,
         3e-3,
         5_000,
         reg_strength=20.0,
         num_samples=5,
+        meta_loss="particles",
         posterior="likelihood",
         kernel="exact",
     ),
@@ -181,7 +184,11 @@ def build_learner(
         "average": average,
         "posterior": _POSTERIORS[settings.posterior or "likelihood"],
         "kernel": settings.kernel or "exact",
+        "bandwidth": settings.bandwidth,
     }
+    meta_loss: dict[str, Any] = {"meta_loss": settings.meta_loss}
+    if settings.leader_steps:
+        meta_loss["leader_steps"] = settings.leader_steps
     factories: dict[str, Callable[..., MetaLearner]] = {
         "maml": imaml_jax.maml,
         "fomaml": imaml_jax.fomaml,
@@ -191,25 +198,28 @@ def build_learner(
         "implicit_anil": partial(implicit, fast=is_head),
         "platipus": partial(imaml_jax.platipus, **samples),
         "implicit_platipus": partial(imaml_jax.platipus, adaptation=implicit, **samples),
-        "bmaml": partial(
-            imaml_jax.bmaml, leader_steps=settings.leader_steps, remat=False, **particles
-        ),
+        "bmaml": partial(imaml_jax.bmaml, remat=False, **meta_loss, **particles),
         "implicit_bmaml": partial(
-            imaml_jax.implicit_bmaml, reg_strength=settings.reg_strength, **particles
+            imaml_jax.implicit_bmaml,
+            reg_strength=settings.reg_strength,
+            **meta_loss,
+            **particles,
         ),
     }
     return factories[algorithm](network, loss_fn, inner=inner, **steps)
 
 
 def make_outer(algorithm: Algorithm, settings: Settings) -> optax.GradientTransformation:
-    """The outer optimiser; MAML++ learns its rates in units of the one they start from.
+    """Adam, whose rate decays for BMAML; MAML++ learns its rates in units of the first.
 
     Adam at the weights' own pace would double a rate of 0.01 in ten meta-steps, and the largest
     sinusoids then diverge.
     """
     if algorithm == "reptile":
         return optax.sgd(optax.linear_schedule(settings.outer_rate, 0.0, settings.meta_steps))
-    adam = optax.adam(settings.outer_rate)
+    rate = settings.outer_rate
+    decays = "bmaml" in algorithm
+    adam = optax.adam(optax.cosine_decay_schedule(rate, settings.meta_steps) if decays else rate)
     if algorithm != "mamlpp":
         return adam
     return optax.chain(adam, optax.masked(optax.scale(settings.inner_rate), learned_rates))

@@ -57,6 +57,7 @@ from imaml_jax.linear_solve import (
     solve_dense,
     solve_gmres,
     solve_neumann,
+    solve_right_preconditioned,
 )
 from imaml_jax.low_rank import nystrom_preconditioner, solve_nystrom, solve_woodbury
 from imaml_jax.minres import solve_minres
@@ -135,6 +136,7 @@ __all__ = [
     "solve_minres",
     "solve_neumann",
     "solve_nystrom",
+    "solve_right_preconditioned",
     "solve_woodbury",
     "svgd_direction",
     "svgd_objective",

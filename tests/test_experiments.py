@@ -393,6 +393,11 @@ REFUSED_WITH_DATA = {
 }
 REFUSED_SINUSOID = {
     "--kernel official": ("kernel=official", "bmaml, implicit_bmaml"),
+    "--bandwidth 1": ("bandwidth=1", "bmaml, implicit_bmaml", "leave it out"),
+    "--bandwidth 0 --algorithm bmaml": ("bandwidth=0", "positive"),
+    "--bandwidth inf --algorithm bmaml": ("bandwidth=inf", "finite"),
+    "--leader-steps 1": ("leader_steps=1", "bmaml", "leave it out"),
+    "--leader-steps 0 --algorithm bmaml": ("leader_steps=0", "positive"),
     "--shots 0": ("shots=0", "positive"),
     "--meta-steps 1500": ("meta_steps=1500", "multiple of log_every=1000"),
     "--reg-strength 0": ("reg_strength=0", "positive"),

@@ -16,6 +16,7 @@ from imaml_jax.linear_solve import (
     solve_dense,
     solve_gmres,
     solve_neumann,
+    solve_right_preconditioned,
 )
 from imaml_jax.low_rank import nystrom_preconditioner, solve_nystrom, solve_woodbury
 from imaml_jax.minres import solve_minres
@@ -543,6 +544,31 @@ def test_a_right_hand_side_that_is_not_finite_is_never_solved(solve, bad):
     x, info = solve(LinearOperator(lambda v: 2 * v), jnp.array([bad, 1.0]))
     assert not np.isfinite(x).any()
     assert not bool(info.converged)
+
+
+def test_a_right_preconditioner_leaves_the_solution_and_the_residual(x64):
+    rng = np.random.default_rng(0)
+    scales = np.geomspace(1e-3, 1e3, 40)
+    a = jnp.asarray((np.eye(40) + 0.02 * rng.normal(size=(40, 40))) * scales)
+    b = {"x": jnp.asarray(rng.normal(size=(8, 5)))}
+    operator = LinearOperator(lambda v: {"x": (a @ v["x"].ravel()).reshape(8, 5)})
+    few = partial(solve_gmres, tol=1e-12, restart=8, max_restarts=1)
+    inverse = {"x": jnp.asarray(1 / scales).reshape(8, 5)}
+
+    def solve(b):
+        return solve_right_preconditioned(
+            operator, b, solve=few, inverse=lambda v: jax.tree.map(jnp.multiply, inverse, v)
+        )
+
+    x, info = jax.jit(solve)(b)
+    expected = np.linalg.solve(a, b["x"].ravel())
+    assert few(operator, b)[1].relative_residual > 0.1
+    assert info.relative_residual < 1e-4
+    np.testing.assert_allclose(x["x"].ravel() * scales, expected * scales, atol=1e-3)
+    left = b["x"].ravel() - a @ x["x"].ravel()
+    np.testing.assert_allclose(
+        info.relative_residual, np.linalg.norm(left) / np.linalg.norm(b["x"]), rtol=1e-6
+    )
 
 
 def test_gmres_says_that_it_did_not_solve_a_singular_system():

@@ -88,12 +88,17 @@ LEARNERS = {
         "posterior_variance": mostly((1e-3,), 0.0, -1.0),
     },
     "bmaml": {
-        "meta_loss": mostly(("chaser", "query"), "leader"),
+        "meta_loss": mostly(("chaser", "particles", "query"), "leader"),
         "leader_steps": mostly((0, 1, 2), -1, 1.5),
         "remat": st.booleans(),
         **PARTICLES,
     },
-    "implicit_bmaml": {"reg_strength": mostly((20.0, 100), 0.0, -1.0, NAN), **PARTICLES},
+    "implicit_bmaml": {
+        "reg_strength": mostly((20.0, 100), 0.0, -1.0, NAN),
+        "meta_loss": mostly(("particles", "query"), "chaser"),
+        "precondition": st.booleans(),
+        **PARTICLES,
+    },
 }
 STEP = {
     "map_tasks": mostly((None, "vmap", "map", 1, 2), 0, "tasks", True),

@@ -24,7 +24,7 @@ from imaml_jax.learners.posterior import Posterior
 from imaml_jax.svgd import Kernel, by_gradients, check_kernel, svgd_objective
 from imaml_jax.types import Batch, MetaLearner, Task
 
-MetaLoss = Literal["chaser", "query"]
+MetaLoss = Literal["chaser", "particles", "query"]
 
 
 def bmaml(
@@ -51,7 +51,8 @@ def bmaml(
 
     `Theta_c = SVGD_s(Theta, support)` is the chaser, `Theta_l = SVGD_t(Theta_c, support + query)`
     the leader. The chaser loss is `||Theta_c - stop(Theta_l)||^2`, differentiated by unrolling the
-    chaser; the query loss is that of the ensemble's one prediction.
+    chaser. The query loss is that of the ensemble's one prediction; the particles' is the mean of
+    their own, which bounds it from above where the one prediction is their mean or mixture.
 
     The meta-parameters are the network's, those that are adapted with a leading axis of particles.
     An inner rate is that of a sum over examples: one particle with a bandwidth of any value, a flat
@@ -65,7 +66,7 @@ def bmaml(
       inner: Optax transform that is fed minus the SVGD direction, such as `optax.sgd(1e-3)`; none
         that evaluates a function, as `newton_cg` and line searches do.
       num_steps: chaser's steps in training.
-      meta_loss: "chaser" or "query".
+      meta_loss: "chaser", "particles" or "query".
       leader_steps: leader's steps beyond the chaser, at least 0; only for the chaser loss.
       leader: transform of those steps; default `inner`, begun anew.
       eval_num_steps: steps in `adapt`; default `num_steps`.
@@ -100,7 +101,7 @@ def bmaml(
         check_steps("bmaml", leader_steps=leader_steps)
     if meta_loss not in get_args(MetaLoss):
         raise ValueError(f"bmaml: meta_loss={meta_loss!r} must be one of {get_args(MetaLoss)}")
-    if meta_loss == "query" and (leader is not None or leader_steps != 1):
+    if meta_loss != "chaser" and (leader is not None or leader_steps != 1):
         raise ValueError(
             "bmaml: leader and leader_steps are settings of meta_loss='chaser'; leave them out"
         )
@@ -141,7 +142,12 @@ def bmaml(
             encoded = problem.encode(slow, task)
             adapted, info = descend(particles, encoded, task.support, tx=inner, num_steps=num_steps)
             query_loss, accuracy = problem.query_loss(adapted, encoded, task)
-            value = query_loss if meta_loss == "query" else chaser_loss(adapted, slow, task)
+            if meta_loss == "chaser":
+                value = chaser_loss(adapted, slow, task)
+            elif meta_loss == "particles":
+                value = problem.query_losses(adapted, encoded, task).mean()
+            else:
+                value = query_loss
             return value, (query_loss, accuracy, info)
 
         (value, (query_loss, accuracy, info)), grads = jax.value_and_grad(

@@ -6,6 +6,7 @@ from typing import Any, NamedTuple
 import jax
 import optax
 
+from imaml_jax.curvature import gauss_newton
 from imaml_jax.learners.base import (
     Adapted,
     AverageOption,
@@ -20,7 +21,7 @@ from imaml_jax.learners.base import (
     supervised,
 )
 from imaml_jax.learners.posterior import Posterior, likelihood
-from imaml_jax.types import Array, Batch, Params, PyTree, Task
+from imaml_jax.types import Array, Batch, LowRank, Params, PyTree, Task
 
 
 class Ensemble(NamedTuple):
@@ -32,7 +33,10 @@ class Ensemble(NamedTuple):
       split: `meta_params -> (particles, slow)`, each with None where the other has a leaf.
       encode: `(slow, task) -> slow`, as in `Problem`.
       log_densities: `(particles, slow, batch) -> [M]`.
+      low_rank: `(particle, slow, batch) -> LowRank`, the Gauss-Newton matrix of one particle's
+        negative log-likelihood.
       query_loss: `(particles, slow, task) -> (scalar, accuracy or None)` of their one prediction.
+      query_losses: `(particles, slow, task) -> [M]`, one for each particle's prediction.
       compared: `particles -> particles`, without what the chaser loss leaves out.
       finish: `(particles, slow, support) -> Adapted`.
       predict: `(adapted, inputs) -> outputs`, as `average` says.
@@ -42,7 +46,9 @@ class Ensemble(NamedTuple):
     split: Callable[[Params], tuple[PyTree, PyTree]]
     encode: Callable[[PyTree, Task], PyTree]
     log_densities: Callable[[PyTree, PyTree, Batch], Array]
+    low_rank: Callable[[PyTree, PyTree, Batch], LowRank]
     query_loss: Callable[[PyTree, PyTree, Task], tuple[Array, Array | None]]
+    query_losses: Callable[[PyTree, PyTree, Task], Array]
     compared: Callable[[PyTree], PyTree]
     finish: Callable[[PyTree, PyTree, Batch], Adapted]
     predict: Callable[[Adapted, Any], Any]
@@ -105,6 +111,15 @@ def ensemble(
 
         return jax.vmap(log_density)(particles)
 
+    def low_rank(particle, slow, batch):
+        factor = gauss_newton(
+            lambda p: problem.support_outputs(p, slow, batch),
+            lambda outputs: -posterior.log_density(particle, outputs, batch.targets),
+            particle,
+        ).factor
+        assert factor is not None
+        return factor()
+
     def predict(adapted, inputs):
         particles, slow = problem.split(adapted.params)
 
@@ -121,12 +136,17 @@ def ensemble(
         targets = task.query.targets
         return loss_fn(outputs, targets), accuracy_of(outputs, targets)
 
+    def query_losses(particles, slow, task):
+        return jax.vmap(lambda particle: problem.query_loss(particle, slow, task)[0])(particles)
+
     return Ensemble(
         init,
         problem.split,
         problem.encode,
         log_densities,
+        low_rank,
         query_loss,
+        query_losses,
         lambda particles: partition(particles, posterior.compared)[0],
         problem.finish,
         predict,

@@ -2,10 +2,12 @@
 
 import math
 from functools import partial
-from typing import Any
+from typing import Any, Literal
 
 import jax
+import jax.numpy as jnp
 import optax
+from jax.flatten_util import ravel_pytree
 
 from imaml_jax.implicit import Solve, root_vjp
 from imaml_jax.inner import minimize
@@ -21,7 +23,8 @@ from imaml_jax.learners.base import (
 )
 from imaml_jax.learners.ensemble import ensemble
 from imaml_jax.learners.posterior import Posterior
-from imaml_jax.linear_solve import solve_gmres
+from imaml_jax.linear_solve import solve_gmres, solve_right_preconditioned
+from imaml_jax.linear_system import dot
 from imaml_jax.svgd import (
     Kernel,
     by_gradients,
@@ -32,7 +35,7 @@ from imaml_jax.svgd import (
 )
 from imaml_jax.types import LinearOperator, MetaLearner
 
-_SHORT_GMRES = partial(solve_gmres, restart=20, max_restarts=2)
+_SHORT_GMRES = partial(solve_gmres, restart=10, max_restarts=1)
 
 
 def implicit_bmaml(
@@ -43,6 +46,7 @@ def implicit_bmaml(
     inner: optax.GradientTransformation,
     num_steps: int,
     reg_strength: float,
+    meta_loss: Literal["particles", "query"] = "query",
     solve: Solve = _SHORT_GMRES,
     eval_num_steps: int | None = None,
     posterior: Posterior | None = None,
@@ -52,6 +56,7 @@ def implicit_bmaml(
     fast: FastPredicate | None = None,
     statistics: Statistics = "batch",
     init_spread: float = 0.01,
+    precondition: bool = True,
 ) -> MetaLearner:
     """The query loss of an ensemble at SVGD's fixed point, differentiated as a root.
 
@@ -71,8 +76,9 @@ def implicit_bmaml(
       inner: as in `bmaml`, such as `optax.sgd(0.01)`.
       num_steps: inner steps in training; the fixed point must be reached.
       reg_strength: lambda, positive; `n` times that of `imaml`, whose loss is a mean.
-      solve: a solver of `imaml_jax.linear_solve` for matrices without symmetry; default at most 40
-        steps of GMRES, restarted once.
+      meta_loss: as in `bmaml`, without the chaser's.
+      solve: a solver of `imaml_jax.linear_solve` for matrices without symmetry; default at most 10
+        steps of GMRES.
       eval_num_steps: inner steps in `adapt`; default `num_steps`.
       posterior: as in `bmaml`.
       bandwidth: as in `bmaml`.
@@ -81,6 +87,9 @@ def implicit_bmaml(
       fast: as in `bmaml`.
       statistics: as in `bmaml`.
       init_spread: as in `bmaml`.
+      precondition: solve for `M u` with the particles' Gauss-Newton matrices on the diagonal of
+        `M`, which takes a backward pass for every output of the support examples, and as many
+        copies of each particle in memory; without it GMRES needs several times the steps.
 
     Returns:
       The `MetaLearner`; its meta-parameters are those of `bmaml`.
@@ -98,6 +107,11 @@ def implicit_bmaml(
         raise ValueError(
             f"implicit_bmaml: reg_strength={reg_strength} must be positive and finite; at 0 the "
             "meta-gradient is 0"
+        )
+    if meta_loss not in ("particles", "query"):
+        raise ValueError(
+            f"implicit_bmaml: meta_loss={meta_loss!r} must be one of ('particles', 'query'); the "
+            "chaser loss is bmaml's"
         )
     problem = ensemble(
         "implicit_bmaml",
@@ -122,6 +136,22 @@ def implicit_bmaml(
         h = median_bandwidth(particles, kernel=kernel) if bandwidth is None else bandwidth
         return svgd_direction(scores, particles, bandwidth=h, kernel=kernel)
 
+    def approximate_inverse(particles, slow, support):
+        """Of `A^T`, as if its blocks were the particles' `-(G + lambda I) / M`."""
+
+        def factor(particle):
+            jacobian, output_hessian = problem.low_rank(particle, slow, support)
+            damped = dot(output_hessian, dot(jacobian, jacobian.T))
+            damped += reg_strength * jnp.eye(*damped.shape, dtype=damped.dtype)
+            return jacobian, jnp.linalg.solve(damped, output_hessian)
+
+        def apply(jacobian, core, v):
+            v, unravel = ravel_pytree(v)
+            low_rank = dot(dot(core, dot(jacobian, v)), jacobian)
+            return unravel((low_rank - v) * num_particles / reg_strength)
+
+        return partial(jax.vmap(apply), *jax.vmap(factor)(particles))
+
     objective = svgd_objective(log_densities, bandwidth=bandwidth, kernel=kernel)
     descend = partial(minimize, objective, tx=by_gradients("implicit_bmaml", inner))
 
@@ -129,30 +159,40 @@ def implicit_bmaml(
         del key
         return descend(anchors, anchors, slow, support, num_steps=eval_num_steps or num_steps)
 
+    def outer_loss(particles, slow, task):
+        query_loss, accuracy = problem.query_loss(particles, slow, task)
+        of_particles = problem.query_losses(particles, slow, task).mean()
+        return query_loss if meta_loss == "query" else of_particles, (query_loss, accuracy)
+
     def meta_grad(meta_params, task, key, step):
         del step
         anchors, slow = problem.split(meta_params)
         slow, pull_back = jax.vjp(lambda slow: problem.encode(slow, task), slow)
         adapted, inner_info = descend(anchors, anchors, slow, task.support, num_steps=num_steps)
-        (loss, accuracy), (query_grad, direct) = jax.value_and_grad(
-            problem.query_loss, argnums=(0, 1), has_aux=True
+        (value, (query_loss, accuracy)), (query_grad, direct) = jax.value_and_grad(
+            outer_loss, argnums=(0, 1), has_aux=True
         )(adapted, slow, task)
         optimality = partial(direction, support=task.support)
         transposed = jax.vjp(lambda p: optimality(p, anchors, slow), adapted)[1]
+        solver = solve
+        if precondition:
+            inverse = approximate_inverse(adapted, slow, task.support)
+            solver = partial(solve_right_preconditioned, solve=solve, inverse=inverse)
         (grads, through_adaptation), solve_info = root_vjp(
             optimality,
             adapted,
             (anchors, slow),
             query_grad,
             LinearOperator(lambda v: transposed(v)[0]),
-            solve,
+            solver,
             key=key,
         )
         (slow_grads,) = pull_back(optax.tree.add(direct, through_adaptation))
         return combine(grads, slow_grads), inner_report(
             inner_info,
-            query_loss=loss,
+            query_loss=query_loss,
             query_accuracy=accuracy,
+            meta_loss=None if meta_loss == "query" else value,
             solve_residual=solve_info.relative_residual,
             solve_steps=solve_info.num_steps,
         )

@@ -151,6 +151,18 @@ def test_query_loss_against_finite_differences(task, finite_differences):
     assert relative_error(grads, finite_differences(loss, flat)) < 1e-6
 
 
+def test_particles_far_apart_with_their_own_losses_are_as_many_times_maml(task):
+    """The kernel is the identity there, and the mean over particles divides rate and gradient."""
+    learner = make(bandwidth=1e-5, meta_loss="particles", inner=optax.sgd(M * RATE / N))
+    single = maml(NETWORK, mean_squared_error, inner=optax.sgd(RATE), num_steps=2)
+    params = start(learner, task)
+    grads, info = jit(learner.meta_grad)(params, task, KEY, 0)
+    expected, expected_info = jit(jax.vmap(lambda p: single.meta_grad(p, task, KEY, 0)))(params)
+    assert relative_error(grads, jax.tree.map(lambda g: g / M, expected)) < 1e-12
+    np.testing.assert_allclose(info.meta_loss, expected_info.query_loss.mean(), rtol=1e-12)
+    assert info.query_loss < info.meta_loss
+
+
 def test_a_leader_that_does_not_move_leaves_nothing_to_learn(task):
     learner = make(leader_steps=0, bandwidth=None)
     grads, info = jit(learner.meta_grad)(start(learner, task), task, KEY, 0)
@@ -158,7 +170,7 @@ def test_a_leader_that_does_not_move_leaves_nothing_to_learn(task):
     assert all((g == 0).all() for g in jax.tree.leaves(grads))
 
 
-@pytest.mark.parametrize("meta_loss", ["chaser", "query"])
+@pytest.mark.parametrize("meta_loss", ["chaser", "particles", "query"])
 def test_permuting_the_particles_permutes_the_gradient(task, meta_loss):
     learner = make(bandwidth=None, meta_loss=meta_loss, fast=is_head)
     params = start(learner, task)
@@ -295,6 +307,7 @@ def test_one_particle_with_the_median_kernel_is_told_what_to_do():
         (dict(num_particles=None), "num_particles=None"),
         (dict(leader_steps=None), "leader_steps=None"),
         (dict(meta_loss="query", leader_steps=7), "leader_steps are settings of meta_loss"),
+        (dict(meta_loss="particles", leader_steps=7), "leader_steps are settings of meta_loss"),
         (dict(meta_loss="query", leader=optax.sgd(0.1)), "leader and .*; leave them out"),
         (dict(num_steps=0), "num_steps=0"),
         (dict(num_steps=None), "num_steps=None"),

@@ -15,6 +15,7 @@ from imaml_jax import (
     custom_root,
     imaml,
     implicit_bmaml,
+    learned_precisions,
     likelihood,
     mean_squared_error,
     minimize,
@@ -151,21 +152,30 @@ def test_dense_solve_custom_root_and_unrolling(task, params):
     assert relative_error(grads, unravel(expected)) < 1e-9
 
 
+@pytest.mark.parametrize("meta_loss", ["particles", "query"])
 @pytest.mark.parametrize("bandwidth", [None, 3.0])
-def test_finite_differences_with_slow_parameters_and_a_prior(task, finite_differences, bandwidth):
+def test_finite_differences_with_slow_parameters_and_a_prior(
+    task, finite_differences, bandwidth, meta_loss
+):
     """The median bandwidth moves with the particles, and its derivative is there."""
     prior = likelihood(mean_squared_error, prior_precision=0.5)
-    learner = make(fast=is_head, posterior=prior, bandwidth=bandwidth)
+    learner = make(fast=is_head, posterior=prior, bandwidth=bandwidth, meta_loss=meta_loss)
     params = learner.init(jax.random.key(2), task.support.inputs)
     flat, unravel = ravel_pytree(params)
     grads, info = jit(learner.meta_grad)(params, task, KEY, 0)
     assert info.inner_residual < 1e-9
 
     def loss(x):
-        adapted, _ = learner.adapt(unravel(x), task.support, KEY)
-        return jnp.mean((learner.predict(adapted, task.query.inputs) - task.query.targets) ** 2)
+        (particles, _), body = learner.adapt(unravel(x), task.support, KEY)[0], unravel(x)["body"]
+        outputs = jax.vmap(lambda h: apply({"body": body, "head": h}, task.query.inputs))(
+            particles["head"]
+        )
+        if meta_loss == "query":
+            outputs = outputs.mean(0, keepdims=True)
+        return jnp.mean((outputs - task.query.targets[None]) ** 2)
 
-    np.testing.assert_allclose(info.query_loss, loss(flat), rtol=1e-12)
+    value = info.query_loss if meta_loss == "query" else info.meta_loss
+    np.testing.assert_allclose(value, loss(flat), rtol=1e-12)
     assert relative_error(grads, finite_differences(loss, flat)) < 1e-6
 
 
@@ -174,6 +184,39 @@ def test_what_is_not_solved_is_reported(task, params):
     _, info = jit(loose.meta_grad)(params, task, KEY, 0)
     assert 1e-3 < info.inner_residual < 1
     assert 1e-3 < info.solve_residual < 1
+
+
+def test_the_preconditioner_leaves_the_gradient(task):
+    make_one = partial(make, posterior=learned_precisions(noise_precision=2.0), bandwidth=None)
+    params = make_one().init(jax.random.key(2), task.support.inputs)
+    with_it, without = (
+        jit(make_one(inner=optax.sgd(0.02), precondition=p).meta_grad)(params, task, KEY, 0)
+        for p in (True, False)
+    )
+    assert max(with_it[1].solve_residual, without[1].solve_residual) < 1e-10
+    assert relative_error(with_it[0], without[0]) < 1e-9
+
+
+def test_the_preconditioner_is_the_inverse_for_linear_networks_far_apart(task):
+    """Gauss-Newton is the Hessian there, and the kernel's matrix the identity."""
+    linear = Network(init, lambda params, inputs: inputs @ params["body"] @ params["head"])
+    one_step = partial(solve_gmres, restart=1, max_restarts=1)
+    params = make().init(jax.random.key(2), task.support.inputs)
+    for precondition in (True, False):
+        learner = implicit_bmaml(
+            linear,
+            mean_squared_error,
+            num_particles=M,
+            inner=optax.sgd(0.05),
+            num_steps=5,
+            reg_strength=STRENGTH,
+            bandwidth=1e-5,
+            solve=one_step,
+            fast=is_head,
+            precondition=precondition,
+        )
+        _, info = jit(learner.meta_grad)(params | {"body": params["body"][0]}, task, KEY, 0)
+        assert (info.solve_residual < 1e-12) == precondition
 
 
 def test_permuting_the_particles_permutes_the_gradient(task):
@@ -194,6 +237,7 @@ def test_permuting_the_particles_permutes_the_gradient(task):
         (dict(reg_strength=-1.0), "reg_strength=-1.0"),
         (dict(reg_strength=float("nan")), "reg_strength=nan"),
         (dict(num_steps=0), "num_steps=0"),
+        (dict(meta_loss="chaser"), "meta_loss='chaser'"),
         (dict(eval_num_steps=0), "eval_num_steps=0"),
         (dict(num_particles=0), "num_particles=0"),
         (dict(kernel="rbf"), "kernel='rbf'"),
