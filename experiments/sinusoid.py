@@ -69,13 +69,14 @@ class Config(common.RunConfig):
     kernel: Literal["exact", "official"] | None = None
     """BMAML's: exact, or the constants of its published code."""
     bandwidth: float | None = None
-    """BMAML's, of the kernel, above 0; default the median's, with which the particles' gradients
-    count as much together as a particle's own."""
+    """BMAML's, of the kernel, above 0; default the median's, with which the gradients of the
+    other particles together count as much as a particle's own."""
     meta_loss: Literal["chaser", "particles", "query"] | None = None
     """BMAML's: published is chaser, which implicit_bmaml has not; default particles, the mean of
     their query losses."""
     leader_steps: int | None = None
-    """BMAML's inner steps beyond the adapted particles, with the chaser loss; at least 1."""
+    """Inner steps of bmaml's leader beyond the adapted particles, for the chaser loss; at least 1,
+    which is the default."""
 
 
 def main(config: Config) -> dict[str, Any]:
@@ -168,9 +169,12 @@ def resolve(config: Config) -> Settings:
                 f"{name}={getattr(settings, name)} is a setting of {', '.join(owners)}; leave it "
                 f"out for algorithm={config.algorithm}"
             )
+    if settings.meta_loss == "chaser" and settings.leader_steps is None:
+        settings = settings._replace(leader_steps=1)
     if settings.leader_steps is not None and settings.meta_loss != "chaser":
         raise ValueError(
-            f"leader_steps={settings.leader_steps} is a setting of meta_loss=chaser; leave it out"
+            f"leader_steps={settings.leader_steps} is a setting of meta_loss=chaser, not of "
+            f"{settings.meta_loss}: leave it out, or give --meta-loss chaser"
         )
     common.check_seed(config.seed)
     if settings.inner == "newton_cg" and config.inner_rate is not None:

@@ -186,9 +186,9 @@ def build_learner(
         "kernel": settings.kernel or "exact",
         "bandwidth": settings.bandwidth,
     }
-    meta_loss: dict[str, Any] = {"meta_loss": settings.meta_loss}
+    outer: dict[str, Any] = {"meta_loss": settings.meta_loss}
     if settings.leader_steps:
-        meta_loss["leader_steps"] = settings.leader_steps
+        outer["leader_steps"] = settings.leader_steps
     factories: dict[str, Callable[..., MetaLearner]] = {
         "maml": imaml_jax.maml,
         "fomaml": imaml_jax.fomaml,
@@ -198,11 +198,13 @@ def build_learner(
         "implicit_anil": partial(implicit, fast=is_head),
         "platipus": partial(imaml_jax.platipus, **samples),
         "implicit_platipus": partial(imaml_jax.platipus, adaptation=implicit, **samples),
-        "bmaml": partial(imaml_jax.bmaml, remat=False, **meta_loss, **particles),
+        "bmaml": partial(imaml_jax.bmaml, remat=False, **outer, **particles),
         "implicit_bmaml": partial(
             imaml_jax.implicit_bmaml,
             reg_strength=settings.reg_strength,
-            **meta_loss,
+            precondition=True,
+            solve=partial(imaml_jax.solve_gmres, restart=10, max_restarts=1),
+            **outer,
             **particles,
         ),
     }
@@ -210,15 +212,15 @@ def build_learner(
 
 
 def make_outer(algorithm: Algorithm, settings: Settings) -> optax.GradientTransformation:
-    """Adam, whose rate decays for BMAML; MAML++ learns its rates in units of the first.
+    """SGD for Reptile, else Adam; the rates of Reptile and BMAML decay to 0.
 
-    Adam at the weights' own pace would double a rate of 0.01 in ten meta-steps, and the largest
-    sinusoids then diverge.
+    MAML++ learns its inner rates in units of the one they start from: Adam at the weights' own pace
+    would double a rate of 0.01 in ten meta-steps, and the largest sinusoids then diverge.
     """
     if algorithm == "reptile":
         return optax.sgd(optax.linear_schedule(settings.outer_rate, 0.0, settings.meta_steps))
     rate = settings.outer_rate
-    decays = "bmaml" in algorithm
+    decays = algorithm in ("bmaml", "implicit_bmaml")
     adam = optax.adam(optax.cosine_decay_schedule(rate, settings.meta_steps) if decays else rate)
     if algorithm != "mamlpp":
         return adam

@@ -31,6 +31,7 @@ from typing import NamedTuple
 import jax
 import jax.numpy as jnp
 from jax import lax
+from jax.flatten_util import ravel_pytree
 from jax.scipy.sparse.linalg import cg, gmres
 
 from imaml_jax.linear_system import (
@@ -38,6 +39,7 @@ from imaml_jax.linear_system import (
     condition_bound,
     confirmed,
     dot,
+    in_range,
     ravel_system,
     relative_residual,
     report,
@@ -138,7 +140,7 @@ def solve_right_preconditioned(
       key: passed to `solve`.
 
     Returns:
-      `(x, SolveInfo)` as `solve` gave it for `y`.
+      `(x, SolveInfo)` with `min_curvature` and `condition` None, which would be those of `A M^-1`.
 
     Example:
       >>> import jax.numpy as jnp
@@ -157,7 +159,10 @@ def solve_right_preconditioned(
       Saad, "Iterative Methods for Sparse Linear Systems", 2nd ed., 2003, section 9.3.2.
     """
     y, info = solve(LinearOperator(lambda v: operator.matvec(inverse(v))), b, key=key)
-    return inverse(y), info
+    x = inverse(y)
+    kept = in_range(x, (ravel_pytree(y)[0] == 0).all())
+    converged = info.converged & kept
+    return x, info._replace(min_curvature=None, converged=converged, condition=None)
 
 
 def solve_cg_steihaug(

@@ -94,11 +94,15 @@ def report(
     Scaled back, the solution may leave the range; then it has not converged.
     """
     solution = unravel(x)
+    converged = (relative <= tol) & in_range(solution, (x == 0).all())
+    return solution, SolveInfo(relative, num_steps, min_curvature, converged, condition)
+
+
+def in_range(solution: PyTree, is_zero: Array) -> Array:
+    """Whether its largest entry neither left the range nor, unless it `is_zero`, lost digits."""
     flat = ravel_pytree(solution)[0]
     largest, limits = jnp.max(jnp.abs(flat), initial=0), jnp.finfo(flat.dtype)
-    kept = (largest < jnp.inf) & ((largest > limits.tiny / limits.eps) | (x == 0).all())
-    converged = (relative <= tol) & kept
-    return solution, SolveInfo(relative, num_steps, min_curvature, converged, condition)
+    return (largest < jnp.inf) & ((largest > limits.tiny / limits.eps) | is_zero)
 
 
 def confirmed(

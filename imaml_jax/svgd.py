@@ -147,9 +147,14 @@ def check_kernel(name: str, number: int, bandwidth: float | Array | None, kernel
             f"{name}: the median kernel needs distances, and one particle has none: give more "
             "particles, or a bandwidth, such as bandwidth=1.0, with which SVGD is gradient ascent"
         )
-    if bandwidth is not None and not isinstance(bandwidth, Tracer) and not 0 < bandwidth < math.inf:
+    if (
+        bandwidth is not None
+        and not isinstance(bandwidth, Tracer)
+        and not (jnp.finfo(jnp.float32).tiny <= bandwidth < math.inf)
+    ):
         raise ValueError(
-            f"{name}: bandwidth={bandwidth} must be positive and finite, or None for the median"
+            f"{name}: bandwidth={bandwidth} must be positive, at least float32's smallest normal "
+            "number, and finite, or None for the median"
         )
 
 

@@ -550,25 +550,35 @@ def test_a_right_preconditioner_leaves_the_solution_and_the_residual(x64):
     rng = np.random.default_rng(0)
     scales = np.geomspace(1e-3, 1e3, 40)
     a = jnp.asarray((np.eye(40) + 0.02 * rng.normal(size=(40, 40))) * scales)
-    b = {"x": jnp.asarray(rng.normal(size=(8, 5)))}
-    operator = LinearOperator(lambda v: {"x": (a @ v["x"].ravel()).reshape(8, 5)})
+    b, unravel = rng.normal(size=40), lambda v: {"x": v[:30].reshape(6, 5), "y": v[30:]}
+    operator = LinearOperator(lambda v: unravel(a @ ravel_pytree(v)[0]))
     few = partial(solve_gmres, tol=1e-12, restart=8, max_restarts=1)
-    inverse = {"x": jnp.asarray(1 / scales).reshape(8, 5)}
+    inverse = unravel(jnp.asarray(1 / scales))
 
     def solve(b):
         return solve_right_preconditioned(
             operator, b, solve=few, inverse=lambda v: jax.tree.map(jnp.multiply, inverse, v)
         )
 
-    x, info = jax.jit(solve)(b)
-    expected = np.linalg.solve(a, b["x"].ravel())
-    assert few(operator, b)[1].relative_residual > 0.1
+    x, info = jax.jit(solve)(unravel(jnp.asarray(b)))
+    x, expected = ravel_pytree(x)[0], np.linalg.solve(a, b)
+    assert few(operator, unravel(jnp.asarray(b)))[1].relative_residual > 0.1
     assert info.relative_residual < 1e-4
-    np.testing.assert_allclose(x["x"].ravel() * scales, expected * scales, atol=1e-3)
-    left = b["x"].ravel() - a @ x["x"].ravel()
-    np.testing.assert_allclose(
-        info.relative_residual, np.linalg.norm(left) / np.linalg.norm(b["x"]), rtol=1e-6
+    np.testing.assert_allclose(x * scales, expected * scales, atol=1e-4)
+    left = np.linalg.norm(b - a @ x) / np.linalg.norm(b)
+    np.testing.assert_allclose(info.relative_residual, left, rtol=1e-6)
+
+
+@pytest.mark.parametrize("entry, right", [(1e-30, 1e12), (1e30, 1e-12)])
+def test_a_right_preconditioned_solution_that_leaves_the_range_has_not_converged(entry, right):
+    a = jnp.full(3, entry, jnp.float32)
+    _, info = solve_right_preconditioned(
+        LinearOperator(lambda v: a * v),
+        jnp.full(3, right, jnp.float32),
+        solve=solve_gmres,
+        inverse=lambda v: v / a,
     )
+    assert not info.converged
 
 
 def test_gmres_says_that_it_did_not_solve_a_singular_system():

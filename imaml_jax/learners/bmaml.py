@@ -52,7 +52,7 @@ def bmaml(
     `Theta_c = SVGD_s(Theta, support)` is the chaser, `Theta_l = SVGD_t(Theta_c, support + query)`
     the leader. The chaser loss is `||Theta_c - stop(Theta_l)||^2`, differentiated by unrolling the
     chaser. The query loss is that of the ensemble's one prediction; the particles' is the mean of
-    their own, which bounds it from above where the one prediction is their mean or mixture.
+    their own, which bounds that of their mixture, or of their mean for a convex loss, from above.
 
     The meta-parameters are the network's, those that are adapted with a leading axis of particles.
     An inner rate is that of a sum over examples: one particle with a bandwidth of any value, a flat
@@ -141,14 +141,11 @@ def bmaml(
         def loss(particles, slow):
             encoded = problem.encode(slow, task)
             adapted, info = descend(particles, encoded, task.support, tx=inner, num_steps=num_steps)
-            query_loss, accuracy = problem.query_loss(adapted, encoded, task)
+            of_particles = meta_loss == "particles"
+            value, scores = problem.outer_loss(adapted, encoded, task, of_particles)
             if meta_loss == "chaser":
                 value = chaser_loss(adapted, slow, task)
-            elif meta_loss == "particles":
-                value = problem.query_losses(adapted, encoded, task).mean()
-            else:
-                value = query_loss
-            return value, (query_loss, accuracy, info)
+            return value, (*scores, info)
 
         (value, (query_loss, accuracy, info)), grads = jax.value_and_grad(
             loss, argnums=(0, 1), has_aux=True

@@ -36,7 +36,8 @@ class Ensemble(NamedTuple):
       low_rank: `(particle, slow, batch) -> LowRank`, the Gauss-Newton matrix of one particle's
         negative log-likelihood.
       query_loss: `(particles, slow, task) -> (scalar, accuracy or None)` of their one prediction.
-      query_losses: `(particles, slow, task) -> [M]`, one for each particle's prediction.
+      outer_loss: `(particles, slow, task, of_particles) -> (scalar, (query_loss, accuracy))`, the
+        mean of the particles' own query losses, or that of their one prediction again.
       compared: `particles -> particles`, without what the chaser loss leaves out.
       finish: `(particles, slow, support) -> Adapted`.
       predict: `(adapted, inputs) -> outputs`, as `average` says.
@@ -48,7 +49,7 @@ class Ensemble(NamedTuple):
     log_densities: Callable[[PyTree, PyTree, Batch], Array]
     low_rank: Callable[[PyTree, PyTree, Batch], LowRank]
     query_loss: Callable[[PyTree, PyTree, Task], tuple[Array, Array | None]]
-    query_losses: Callable[[PyTree, PyTree, Task], Array]
+    outer_loss: Callable[[PyTree, PyTree, Task, bool], tuple[Array, tuple[Array, Array | None]]]
     compared: Callable[[PyTree], PyTree]
     finish: Callable[[PyTree, PyTree, Batch], Adapted]
     predict: Callable[[Adapted, Any], Any]
@@ -136,8 +137,12 @@ def ensemble(
         targets = task.query.targets
         return loss_fn(outputs, targets), accuracy_of(outputs, targets)
 
-    def query_losses(particles, slow, task):
-        return jax.vmap(lambda particle: problem.query_loss(particle, slow, task)[0])(particles)
+    def outer_loss(particles, slow, task, of_particles):
+        loss, accuracy = query_loss(particles, slow, task)
+        if not of_particles:
+            return loss, (loss, accuracy)
+        own = jax.vmap(lambda particle: problem.query_loss(particle, slow, task)[0])(particles)
+        return own.mean(), (loss, accuracy)
 
     return Ensemble(
         init,
@@ -146,7 +151,7 @@ def ensemble(
         log_densities,
         low_rank,
         query_loss,
-        query_losses,
+        outer_loss,
         lambda particles: partition(particles, posterior.compared)[0],
         problem.finish,
         predict,

@@ -12,6 +12,7 @@ from jax.flatten_util import ravel_pytree
 from imaml_jax import (
     Batch,
     Task,
+    cross_entropy,
     custom_root,
     imaml,
     implicit_bmaml,
@@ -197,26 +198,41 @@ def test_the_preconditioner_leaves_the_gradient(task):
     assert relative_error(with_it[0], without[0]) < 1e-9
 
 
-def test_the_preconditioner_is_the_inverse_for_linear_networks_far_apart(task):
+@pytest.mark.parametrize("loss_fn", [cross_entropy, mean_squared_error])
+@pytest.mark.parametrize("precondition", [True, False])
+def test_the_preconditioner_is_the_inverse_for_heads_far_apart(task, loss_fn, precondition):
     """Gauss-Newton is the Hessian there, and the kernel's matrix the identity."""
-    linear = Network(init, lambda params, inputs: inputs @ params["body"] @ params["head"])
-    one_step = partial(solve_gmres, restart=1, max_restarts=1)
-    params = make().init(jax.random.key(2), task.support.inputs)
-    for precondition in (True, False):
-        learner = implicit_bmaml(
-            linear,
-            mean_squared_error,
-            num_particles=M,
-            inner=optax.sgd(0.05),
-            num_steps=5,
-            reg_strength=STRENGTH,
-            bandwidth=1e-5,
-            solve=one_step,
-            fast=is_head,
-            precondition=precondition,
-        )
-        _, info = jit(learner.meta_grad)(params | {"body": params["body"][0]}, task, KEY, 0)
-        assert (info.solve_residual < 1e-12) == precondition
+    labels = loss_fn is cross_entropy
+    batches = [Batch(x, (y[:, 0] > 0).astype(int) if labels else y) for x, y in task]
+    task = Task(*batches)
+    learner = implicit_bmaml(
+        NETWORK,
+        loss_fn,
+        num_particles=M,
+        inner=optax.sgd(0.05),
+        num_steps=5,
+        reg_strength=STRENGTH,
+        bandwidth=1e-5,
+        solve=partial(solve_gmres, restart=1, max_restarts=1),
+        fast=is_head,
+        precondition=precondition,
+    )
+    params = learner.init(jax.random.key(2), task.support.inputs)
+    shape = (M, 2, 2 if labels else 1)
+    params = params | {"head": jax.random.normal(jax.random.key(3), shape)}
+    _, info = jit(learner.meta_grad)(params, task, KEY, 0)
+    assert (info.solve_residual < 1e-12) == precondition
+
+
+@pytest.mark.parametrize("dtype", [jnp.float32, jnp.bfloat16])
+def test_the_preconditioner_in_low_precision(task, dtype):
+    params, task = jax.tree.map(
+        lambda x: x.astype(dtype), (make().init(jax.random.key(2), task.support.inputs), task)
+    )
+    few = partial(solve_gmres, restart=4, max_restarts=1)
+    learner = make(num_steps=20, inner=optax.sgd(0.05), precondition=True, solve=few)
+    grads, info = jax.eval_shape(learner.meta_grad, params, task, KEY, 0)
+    assert all(g.dtype == dtype for g in jax.tree.leaves(grads))
 
 
 def test_permuting_the_particles_permutes_the_gradient(task):
