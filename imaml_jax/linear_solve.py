@@ -152,7 +152,7 @@ def solve_right_preconditioned(
       ...     solve=solve_gmres,
       ...     inverse=lambda v: v / jnp.diagonal(a),
       ... )
-      >>> print(x)
+      >>> print(jnp.round(x, 3))
       [1. 1.]
 
     References:
