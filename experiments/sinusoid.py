@@ -27,6 +27,7 @@ import imaml_jax
 from experiments import common
 from experiments.sinusoid_learners import (
     TASKS,
+    WITH_KERNEL,
     Algorithm,
     Settings,
     Tasks,
@@ -44,7 +45,6 @@ from imaml_jax.types import MetaLearner, Task
 TRAIN_QUERIES, _TEST_QUERIES = 10, 100
 _WIDTHS = np.geomspace(0.01, 3.0, 60)
 _WITH_STRENGTH = ("imaml", "implicit_anil", "implicit_bmaml", "implicit_platipus")
-_WITH_KERNEL = ("bmaml", "implicit_bmaml")
 _WITH_SAMPLES = ("bmaml", "implicit_bmaml", "implicit_platipus", "platipus")
 
 
@@ -159,9 +159,9 @@ def resolve(config: Config) -> Settings:
     for name, owners in (
         ("reg_strength", _WITH_STRENGTH),
         ("num_samples", _WITH_SAMPLES),
-        ("kernel", _WITH_KERNEL),
-        ("bandwidth", _WITH_KERNEL),
-        ("meta_loss", _WITH_KERNEL),
+        ("kernel", WITH_KERNEL),
+        ("bandwidth", WITH_KERNEL),
+        ("meta_loss", WITH_KERNEL),
         ("leader_steps", ("bmaml",)),
     ):
         if config.algorithm not in owners and getattr(settings, name) is not None:

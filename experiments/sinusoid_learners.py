@@ -26,6 +26,7 @@ Algorithm = Literal[
     "platipus",
     "reptile",
 ]
+WITH_KERNEL: tuple[Algorithm, ...] = ("bmaml", "implicit_bmaml")
 _EVAL_SAMPLES = 10
 _POSTERIORS = {
     "learned_precisions": imaml_jax.learned_precisions(),
@@ -220,7 +221,7 @@ def make_outer(algorithm: Algorithm, settings: Settings) -> optax.GradientTransf
     if algorithm == "reptile":
         return optax.sgd(optax.linear_schedule(settings.outer_rate, 0.0, settings.meta_steps))
     rate = settings.outer_rate
-    decays = algorithm in ("bmaml", "implicit_bmaml")
+    decays = algorithm in WITH_KERNEL
     adam = optax.adam(optax.cosine_decay_schedule(rate, settings.meta_steps) if decays else rate)
     if algorithm != "mamlpp":
         return adam

@@ -35,9 +35,9 @@ class Ensemble(NamedTuple):
       log_densities: `(particles, slow, batch) -> [M]`.
       low_rank: `(particle, slow, batch) -> LowRank`, the Gauss-Newton matrix of one particle's
         negative log-likelihood.
-      query_loss: `(particles, slow, task) -> (scalar, accuracy or None)` of their one prediction.
       outer_loss: `(particles, slow, task, of_particles) -> (scalar, (query_loss, accuracy))`, the
-        mean of the particles' own query losses, or that of their one prediction again.
+        mean of the particles' own query losses, or that of their one prediction again, which the
+        pair is of; accuracy None for regression.
       compared: `particles -> particles`, without what the chaser loss leaves out.
       finish: `(particles, slow, support) -> Adapted`.
       predict: `(adapted, inputs) -> outputs`, as `average` says.
@@ -48,7 +48,6 @@ class Ensemble(NamedTuple):
     encode: Callable[[PyTree, Task], PyTree]
     log_densities: Callable[[PyTree, PyTree, Batch], Array]
     low_rank: Callable[[PyTree, PyTree, Batch], LowRank]
-    query_loss: Callable[[PyTree, PyTree, Task], tuple[Array, Array | None]]
     outer_loss: Callable[[PyTree, PyTree, Task, bool], tuple[Array, tuple[Array, Array | None]]]
     compared: Callable[[PyTree], PyTree]
     finish: Callable[[PyTree, PyTree, Batch], Adapted]
@@ -131,18 +130,14 @@ def ensemble(
         outputs = jax.vmap(sample_outputs)(particles)
         return outputs if average is None else one_prediction(outputs)
 
-    def query_loss(particles, slow, task):
-        outputs = jax.vmap(lambda particle: problem.query_outputs(particle, slow, task))(particles)
-        outputs = one_prediction(outputs)
-        targets = task.query.targets
-        return loss_fn(outputs, targets), accuracy_of(outputs, targets)
-
     def outer_loss(particles, slow, task, of_particles):
-        loss, accuracy = query_loss(particles, slow, task)
-        if not of_particles:
-            return loss, (loss, accuracy)
-        own = jax.vmap(lambda particle: problem.query_loss(particle, slow, task)[0])(particles)
-        return own.mean(), (loss, accuracy)
+        outputs = jax.vmap(lambda particle: problem.query_outputs(particle, slow, task))(particles)
+        prediction, targets = one_prediction(outputs), task.query.targets
+        loss = loss_fn(prediction, targets)
+        value = (
+            jax.vmap(lambda own: loss_fn(own, targets))(outputs).mean() if of_particles else loss
+        )
+        return value, (loss, accuracy_of(prediction, targets))
 
     return Ensemble(
         init,
@@ -150,7 +145,6 @@ def ensemble(
         problem.encode,
         log_densities,
         low_rank,
-        query_loss,
         outer_loss,
         lambda particles: partition(particles, posterior.compared)[0],
         problem.finish,
