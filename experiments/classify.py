@@ -19,13 +19,14 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from experiments import common
-from experiments.saved_model import percent
-from imaml_jax import build, model_file, plots
+from experiments.shared import common
+from experiments.shared.saved_model import percent
 from imaml_jax.data import class_splits, images, listings, own
 from imaml_jax.data.archives import DataError
 from imaml_jax.data.episodes import to_unit
-from imaml_jax.model_file import Description
+from imaml_jax.protocols import build, model_file
+from imaml_jax.protocols.model_file import Description
+from imaml_jax.training import plots
 from imaml_jax.types import Batch
 
 _BLOCK = 64  # query images of one compiled call

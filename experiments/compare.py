@@ -11,9 +11,9 @@ import json
 from pathlib import Path
 from typing import Any
 
-from experiments import common
-from imaml_jax import json_lines
-from imaml_jax.plots import new_figure
+from experiments.shared import common
+from imaml_jax.training import json_lines
+from imaml_jax.training.plots import new_figure
 
 _SAME = ("dataset", "ways", "shots")
 _SAME_SETTINGS = ("split", "test_rotations", "test_queries", "test_tasks", "invert")

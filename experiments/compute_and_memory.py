@@ -24,9 +24,9 @@ import numpy as np
 import optax
 
 import imaml_jax
-from experiments import common
+from experiments.shared import common
 from imaml_jax.networks import conv4
-from imaml_jax.plots import new_figure
+from imaml_jax.training.plots import new_figure
 from imaml_jax.types import Batch, Task
 
 VALUES = {

@@ -30,7 +30,7 @@ import jax.numpy as jnp
 import numpy as np
 
 import imaml_jax
-from experiments import common
+from experiments.shared import common
 from imaml_jax.types import LinearOperator, LowRank
 
 SPECTRA = ("positive", "hidden", "indefinite")

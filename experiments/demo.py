@@ -10,7 +10,8 @@ import sys
 from pathlib import Path
 from typing import Any
 
-from experiments import common, few_shot, glyphs
+from experiments import glyphs
+from experiments.shared import common, few_shot
 
 WORKDIR = Path("runs/demo")
 META_STEPS: dict[few_shot.Algorithm, int] = {"fomaml": 400, "imaml": 400}

@@ -23,10 +23,10 @@ import numpy as np
 import optax
 from jax import lax
 
-from experiments import bundled, common, softmax_regression
-from experiments.bundled import Examples
+from experiments.shared import bundled, common, softmax_regression
+from experiments.shared.bundled import Examples
 from imaml_jax import cross_entropy
-from imaml_jax.plots import new_figure
+from imaml_jax.training.plots import new_figure
 
 NUM_CLASSES, SIDE = 10, 8
 LOG_GRID = np.log(np.logspace(-5, 0, 11))

@@ -29,10 +29,10 @@ import numpy as np
 import optax
 from jax import lax
 
-from experiments import bundled, common
-from experiments.bundled import Examples
+from experiments.shared import bundled, common
+from experiments.shared.bundled import Examples
 from imaml_jax import cross_entropy, custom_root, solve_gmres
-from imaml_jax.plots import new_figure
+from imaml_jax.training.plots import new_figure
 from imaml_jax.types import LinearOperator
 
 NUM_CLASSES, BATCH = 10, 100

@@ -24,9 +24,9 @@ import numpy as np
 from jax import lax
 
 import imaml_jax
-from experiments import common
-from experiments.inner_problems import Kind, Problem, make_problem
-from imaml_jax.plots import new_figure
+from experiments.shared import common
+from experiments.shared.inner_problems import Kind, Problem, make_problem
+from imaml_jax.training.plots import new_figure
 
 NEWTON_STEPS, MOST_ROUNDS = 15, 200
 QUANTILES = (0.01, 0.05, 0.5, 0.95, 0.99)

@@ -12,9 +12,10 @@ import json
 from pathlib import Path
 from typing import Any
 
-from experiments import common, few_shot, folder, glyphs, mini_imagenet, omniglot, saved_model
-from imaml_jax import checkpoint
-from imaml_jax.model_file import Description
+from experiments import folder, glyphs, mini_imagenet, omniglot
+from experiments.shared import common, few_shot, saved_model
+from imaml_jax.protocols.model_file import Description
+from imaml_jax.training import checkpoint
 
 
 @dataclasses.dataclass(frozen=True)

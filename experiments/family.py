@@ -20,9 +20,6 @@ import jax
 import jax.numpy as jnp
 
 from experiments import (
-    accuracy_table,
-    common,
-    few_shot,
     glyphs,
     leo,
     mini_imagenet,
@@ -31,10 +28,10 @@ from experiments import (
     omniglot,
     omniglot_table,
     sinusoid,
-    sinusoid_learners,
 )
-from imaml_jax import build
-from imaml_jax.non_finite import NonFiniteError
+from experiments.shared import accuracy_table, common, few_shot, sinusoid_learners
+from imaml_jax.protocols import build
+from imaml_jax.training.non_finite import NonFiniteError
 from imaml_jax.types import Batch, MetaLearner, Task
 
 TaskName = Literal["glyphs", "leo", "mini_imagenet", "navigation", "omniglot", "sinusoid"]

@@ -27,10 +27,10 @@ import numpy as np
 import optax
 from jax import lax
 
-from experiments import bundled, common
-from experiments.bundled import Examples
+from experiments.shared import bundled, common
+from experiments.shared.bundled import Examples
 from imaml_jax import custom_argmin, mean_squared_error, minimize, newton_cg, solve_cg_steihaug
-from imaml_jax.plots import new_figure
+from imaml_jax.training.plots import new_figure
 
 GRID = np.log(np.logspace(-4, 2, 25))
 NEWTON_STEPS, NEWTON_TOLERANCE = 10, 1e-4

@@ -28,15 +28,16 @@ import numpy as np
 import optax
 
 import imaml_jax
-from experiments import common, mini_imagenet
-from imaml_jax.convolution import convolve, lax_convolve
+from experiments import mini_imagenet
+from experiments.shared import common
 from imaml_jax.data import episodes, features, omniglot
 from imaml_jax.data.images import SPLITS
-from imaml_jax.evaluation import Evaluation, evaluate
 from imaml_jax.learners.base import MetaInfo
 from imaml_jax.learners.nearest_centroid import nearest_centroid
 from imaml_jax.networks import Network, conv4, resnet12
+from imaml_jax.networks.convolution import convolve, lax_convolve
 from imaml_jax.training import train
+from imaml_jax.training.evaluation import Evaluation, evaluate
 from imaml_jax.types import Batch, MetaLearner, Task
 
 _MOMENTUM, _REFERENCE, _BLOCK, _WAYS, _QUERIES = 0.9, 256, 256, 5, 15

@@ -13,12 +13,12 @@ import json
 from pathlib import Path
 from typing import Any, Literal
 
-from experiments import common, few_shot
-from imaml_jax import processes
+from experiments.shared import common, few_shot
 from imaml_jax.data import class_splits, own
 from imaml_jax.data.episodes import Splits
 from imaml_jax.data.images import SPLITS, check_image
 from imaml_jax.protocols import Protocol
+from imaml_jax.training import processes
 
 _SHARES, _QUERIES, _LEAST_SIZE = (0.7, 0.15, 0.15), 15, 16
 

@@ -8,7 +8,7 @@ Needs no download. Rotations are off: many glyphs are quarter turns of one anoth
 import dataclasses
 from typing import Any
 
-from experiments import common, few_shot
+from experiments.shared import common, few_shot
 from imaml_jax.data import glyphs
 from imaml_jax.data.episodes import Splits
 from imaml_jax.protocols import Protocol

@@ -36,14 +36,14 @@ import numpy as np
 import optax
 
 import imaml_jax
-from experiments import common
-from experiments.inner_gradients import NUM_BATCHES, combination, make_measure, taylor
+from experiments.shared import common
+from experiments.shared.inner_gradients import NUM_BATCHES, combination, make_measure, taylor
 from imaml_jax.data import episodes, glyphs, omniglot
-from imaml_jax.evaluation import make_evaluate
 from imaml_jax.networks import conv4
-from imaml_jax.plots import new_figure
-from imaml_jax.train_step import init_meta_params
 from imaml_jax.training import train
+from imaml_jax.training.evaluation import make_evaluate
+from imaml_jax.training.plots import new_figure
+from imaml_jax.training.step import init_meta_params
 
 # Weights of g1, g2, ...; as many inner steps are made.
 COMBINATIONS = {

@@ -25,10 +25,10 @@ import numpy as np
 import optax
 from jax import lax
 
-from experiments import bundled, common, softmax_regression
-from experiments.bundled import Examples
+from experiments.shared import bundled, common, softmax_regression
+from experiments.shared.bundled import Examples
 from imaml_jax import cross_entropy
-from imaml_jax.plots import new_figure
+from imaml_jax.training.plots import new_figure
 
 NUM_CLASSES = 10
 LEARNED, ALL, CLEAN = "learned weights", "all examples alike", "clean examples only (oracle)"

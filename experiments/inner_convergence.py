@@ -22,11 +22,12 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from experiments import common, few_shot, glyphs, mini_imagenet
-from imaml_jax import build, protocols
+from experiments import glyphs, mini_imagenet
+from experiments.shared import common, few_shot
+from imaml_jax import protocols
 from imaml_jax.data import episodes
 from imaml_jax.data import glyphs as glyph_data
-from imaml_jax.protocols import Protocol
+from imaml_jax.protocols import Protocol, build
 from imaml_jax.types import Task
 
 _MORE_CG = {"cg_steps": 20}

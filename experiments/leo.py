@@ -31,9 +31,9 @@ import jax.numpy as jnp
 import optax
 
 import imaml_jax
-from experiments import common, scores
+from experiments.shared import common, scores
 from imaml_jax.data import episodes, features
-from imaml_jax.evaluation import make_evaluate, make_predictions
+from imaml_jax.training.evaluation import make_evaluate, make_predictions
 from imaml_jax.types import MetaLearner
 
 META_STEPS, QUERIES = 100_000, 15

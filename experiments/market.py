@@ -31,9 +31,9 @@ import jax.numpy as jnp
 import numpy as np
 from jax import lax
 
-from experiments import common
+from experiments.shared import common
 from imaml_jax import custom_root, minimize, newton_cg, solve_dense
-from imaml_jax.plots import new_figure
+from imaml_jax.training.plots import new_figure
 
 MOST_STEPS, TOLERANCE, TAX_STEPS, FIRST_TAX = 50, 1e-15, 20, 0.1
 

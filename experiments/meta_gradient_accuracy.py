@@ -22,10 +22,10 @@ import optax
 from jax.flatten_util import ravel_pytree
 
 import imaml_jax
-from experiments import common
+from experiments.shared import common
 from imaml_jax.data import sinusoid
 from imaml_jax.networks import Network, mlp
-from imaml_jax.plots import new_figure
+from imaml_jax.training.plots import new_figure
 from imaml_jax.types import Batch, Task
 
 NUM_PARAMS, NUM_POINTS, REG_STRENGTH = 50, 100, 1.0

@@ -10,7 +10,7 @@ import dataclasses
 from pathlib import Path
 from typing import Any
 
-from experiments import common, few_shot
+from experiments.shared import common, few_shot
 from imaml_jax.data import mini_imagenet, own, tiered_imagenet
 from imaml_jax.data.episodes import Splits
 from imaml_jax.protocols import Protocol

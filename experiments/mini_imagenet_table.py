@@ -10,7 +10,8 @@ import dataclasses
 from pathlib import Path
 from typing import Any, Literal
 
-from experiments import accuracy_table, common, mini_imagenet
+from experiments import mini_imagenet
+from experiments.shared import accuracy_table, common
 
 # Per cent and half-width of the interval. Five ways: Rajeswaran et al., NeurIPS 2019, table 3, with
 # the five-shot values from the papers that it cites. Ten ways, printed without intervals: Reptile.

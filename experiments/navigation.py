@@ -21,16 +21,16 @@ import numpy as np
 import optax
 
 import imaml_jax
-from experiments import common
-from imaml_jax.data import navigation
-from imaml_jax.evaluation import Evaluation
-from imaml_jax.learners.policy_problem import PolicyProblem
-from imaml_jax.mapping import draw_tasks, map_over_tasks
-from imaml_jax.metrics import mean_ci95
+from experiments.shared import common
 from imaml_jax.networks import mlp
-from imaml_jax.plots import new_figure
-from imaml_jax.trajectories import mean_return, rollout
-from imaml_jax.trpo import make_trpo_train_step
+from imaml_jax.policies import navigation
+from imaml_jax.policies.problem import PolicyProblem
+from imaml_jax.policies.trajectories import mean_return, rollout
+from imaml_jax.policies.trpo import make_trpo_train_step
+from imaml_jax.training.evaluation import Evaluation
+from imaml_jax.training.mapping import draw_tasks, map_over_tasks
+from imaml_jax.training.metrics import mean_ci95
+from imaml_jax.training.plots import new_figure
 
 _TRAJECTORIES, _TEST_TRAJECTORIES, _DRAWN_GOALS = 20, 40, 4
 _POLICY = imaml_jax.gaussian_policy(

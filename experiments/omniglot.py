@@ -8,7 +8,7 @@ import dataclasses
 from pathlib import Path
 from typing import Any, Literal
 
-from experiments import common, few_shot
+from experiments.shared import common, few_shot
 from imaml_jax.data import omniglot
 from imaml_jax.data.episodes import Splits
 from imaml_jax.protocols import Protocol

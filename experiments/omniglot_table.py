@@ -13,7 +13,8 @@ from functools import partial
 from pathlib import Path
 from typing import Any, Literal
 
-from experiments import accuracy_table, common, few_shot, omniglot
+from experiments import omniglot
+from experiments.shared import accuracy_table, common, few_shot
 
 TASKS = ((5, 1), (5, 5), (20, 1), (20, 5))
 # Rajeswaran et al., NeurIPS 2019, table 2, which takes the first four rows from their own papers:

@@ -28,12 +28,12 @@ import jax.numpy as jnp
 import optax
 
 import imaml_jax
-from experiments import common
 from experiments.benchmark import workload
 from experiments.benchmark.profile import traced
-from imaml_jax.convolution import convolve, lax_convolve
-from imaml_jax.mapping import MapTasks, map_over_tasks
+from experiments.shared import common
 from imaml_jax.networks import conv4
+from imaml_jax.networks.convolution import convolve, lax_convolve
+from imaml_jax.training.mapping import MapTasks, map_over_tasks
 from imaml_jax.types import Batch, Task
 
 CONVOLUTIONS = {"patches": convolve, "lax": lax_convolve}

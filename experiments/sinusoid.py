@@ -24,8 +24,8 @@ import jax.numpy as jnp
 import numpy as np
 
 import imaml_jax
-from experiments import common
-from experiments.sinusoid_learners import (
+from experiments.shared import common
+from experiments.shared.sinusoid_learners import (
     TASKS,
     WITH_KERNEL,
     Algorithm,
@@ -36,10 +36,10 @@ from experiments.sinusoid_learners import (
     settings_of,
     unadapted_params,
 )
-from imaml_jax import metrics, plots
 from imaml_jax.data import sinusoid
-from imaml_jax.evaluation import Predictions, make_evaluate, make_predictions
 from imaml_jax.learners.base import Adapted, MetaInfo
+from imaml_jax.training import metrics, plots
+from imaml_jax.training.evaluation import Predictions, make_evaluate, make_predictions
 from imaml_jax.types import MetaLearner, Task
 
 TRAIN_QUERIES, _TEST_QUERIES = 10, 100

@@ -31,7 +31,8 @@ import optax
 from jax import lax
 
 import imaml_jax
-from experiments import common, few_shot, glyphs
+from experiments import glyphs
+from experiments.shared import common, few_shot
 from imaml_jax.data import episodes
 from imaml_jax.data import glyphs as glyph_data
 from imaml_jax.data.episodes import Splits

@@ -21,12 +21,13 @@ import jax
 import jax.numpy as jnp
 import optax
 
-from experiments import common, few_shot, glyphs
-from imaml_jax import build, mapping
+from experiments import glyphs
+from experiments.shared import common, few_shot
 from imaml_jax.data import episodes
 from imaml_jax.data import glyphs as glyph_data
-from imaml_jax.train_step import init_meta_params
-from imaml_jax.training import train
+from imaml_jax.protocols import build
+from imaml_jax.training import mapping, train
+from imaml_jax.training.step import init_meta_params
 from imaml_jax.types import MetaLearner
 
 

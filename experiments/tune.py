@@ -12,7 +12,7 @@ import time
 from pathlib import Path
 from typing import Any
 
-from experiments import common, few_shot
+from experiments.shared import common, few_shot
 from imaml_jax.data import omniglot
 
 _MAML = (

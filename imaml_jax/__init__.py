@@ -4,8 +4,8 @@ The light modules' names; networks, data, training, evaluation and checkpoints a
 module, so that the toolbox needs neither flax nor orbax.
 """
 
-from imaml_jax.adaptive import AdaptiveInfo, adaptive_gradient
-from imaml_jax.curvature import (
+from imaml_jax.bilevel.adaptive import AdaptiveInfo, adaptive_gradient
+from imaml_jax.bilevel.curvature import (
     damped,
     gauss_newton,
     ggnvp,
@@ -14,20 +14,31 @@ from imaml_jax.curvature import (
     hvp,
     hvp_fn,
 )
-from imaml_jax.diagonal import estimate_diagonal, jacobi_preconditioner
-from imaml_jax.gradient_error import (
+from imaml_jax.bilevel.diagonal import estimate_diagonal, jacobi_preconditioner
+from imaml_jax.bilevel.gradient_error import (
     GradientError,
     implicit_gradient_bound,
     implicit_gradient_error,
 )
-from imaml_jax.implicit import custom_argmin, custom_root, root_jvp, root_vjp
-from imaml_jax.inner import (
+from imaml_jax.bilevel.implicit import custom_argmin, custom_root, root_jvp, root_vjp
+from imaml_jax.bilevel.inner import (
     MinimizeInfo,
     adaptive_gd,
     minimize,
     newton_cg,
     proximal_objective,
 )
+from imaml_jax.bilevel.linear_solve import (
+    SolveInfo,
+    solve_cg,
+    solve_cg_steihaug,
+    solve_dense,
+    solve_gmres,
+    solve_neumann,
+    solve_right_preconditioned,
+)
+from imaml_jax.bilevel.low_rank import nystrom_preconditioner, solve_nystrom, solve_woodbury
+from imaml_jax.bilevel.minres import solve_minres
 from imaml_jax.learners import (
     PlatipusParams,
     bmaml,
@@ -46,23 +57,10 @@ from imaml_jax.learners import (
     mixture_logits,
     nearest_centroid,
     platipus,
-    policy_gradient,
-    policy_problem,
     reptile,
 )
-from imaml_jax.linear_solve import (
-    SolveInfo,
-    solve_cg,
-    solve_cg_steihaug,
-    solve_dense,
-    solve_gmres,
-    solve_neumann,
-    solve_right_preconditioned,
-)
-from imaml_jax.low_rank import nystrom_preconditioner, solve_nystrom, solve_woodbury
-from imaml_jax.minres import solve_minres
-from imaml_jax.policies import categorical_policy, gaussian_policy
-from imaml_jax.svgd import median_bandwidth, svgd_direction, svgd_objective
+from imaml_jax.learners.svgd import median_bandwidth, svgd_direction, svgd_objective
+from imaml_jax.policies import categorical_policy, gaussian_policy, policy_gradient, policy_problem
 from imaml_jax.types import (
     Batch,
     Environment,

@@ -44,10 +44,10 @@ import optax
 
 from imaml_jax import fomaml, imaml, maml, mean_squared_error, solve_woodbury
 from imaml_jax.data import sinusoid
-from imaml_jax.evaluation import make_evaluate
-from imaml_jax.metrics import mean_ci95
 from imaml_jax.networks import mlp
-from imaml_jax.train_step import init_meta_params, init_state, make_train_step
+from imaml_jax.training.evaluation import make_evaluate
+from imaml_jax.training.metrics import mean_ci95
+from imaml_jax.training.step import init_meta_params, init_state, make_train_step
 
 # %% [markdown]
 # ## The same trials for all

@@ -44,10 +44,10 @@ import optax
 
 from imaml_jax import MetaLearner, custom_argmin, mean_squared_error
 from imaml_jax.data import sinusoid
-from imaml_jax.evaluation import make_evaluate
 from imaml_jax.learners.base import MetaInfo
 from imaml_jax.networks import mlp
 from imaml_jax.training import train
+from imaml_jax.training.evaluation import make_evaluate
 
 # %% [markdown]
 # ## The idea

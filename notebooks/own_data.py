@@ -42,11 +42,12 @@ import matplotlib.pyplot as plt
 import numpy as np
 from PIL import Image
 
-from imaml_jax import Batch, model_file, protocols
-from imaml_jax.build import build_learner, make_outer
+from imaml_jax import Batch, protocols
 from imaml_jax.data import class_splits, episodes, glyphs, images, own
-from imaml_jax.evaluation import make_evaluate
+from imaml_jax.protocols import model_file
+from imaml_jax.protocols.build import build_learner, make_outer
 from imaml_jax.training import train
+from imaml_jax.training.evaluation import make_evaluate
 
 # %% [markdown]
 # ## The folder

@@ -53,10 +53,10 @@ from imaml_jax import (
     solve_woodbury,
 )
 from imaml_jax.data import episodes, glyphs, sinusoid
-from imaml_jax.evaluation import evaluate
 from imaml_jax.learners import cross_entropy
 from imaml_jax.networks import conv4, mlp
 from imaml_jax.training import train
+from imaml_jax.training.evaluation import evaluate
 
 
 def first(tasks):

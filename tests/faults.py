@@ -33,9 +33,10 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from experiments import few_shot, sinusoid
-from imaml_jax import checkpoint, json_lines, workdir
+from experiments import sinusoid
+from experiments.shared import few_shot
 from imaml_jax.data import mini_imagenet, omniglot, own, pickles, tiered_imagenet
+from imaml_jax.training import checkpoint, json_lines, workdir
 
 ROOT = Path(__file__).resolve().parent.parent
 STEPS, INTERVAL = 800, 10

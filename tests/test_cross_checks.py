@@ -10,14 +10,14 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from imaml_jax.implicit import custom_argmin, custom_root
-from imaml_jax.linear_solve import (
+from imaml_jax.bilevel.implicit import custom_argmin, custom_root
+from imaml_jax.bilevel.linear_solve import (
     solve_cg,
     solve_cg_steihaug,
     solve_dense,
     solve_gmres,
 )
-from imaml_jax.minres import solve_minres
+from imaml_jax.bilevel.minres import solve_minres
 from imaml_jax.types import LinearOperator
 from tests.programs import jit
 

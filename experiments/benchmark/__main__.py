@@ -28,10 +28,10 @@ from typing import Any
 import jax
 import numpy as np
 
-from experiments import common
 from experiments.benchmark import workload
 from experiments.benchmark.workload import CONTENDERS, MATMUL, Contender, reference_of
-from imaml_jax.plots import new_figure
+from experiments.shared import common
+from imaml_jax.training.plots import new_figure
 
 AGREEMENT = 1e-10
 _ROOT = Path(__file__).parents[2]

@@ -11,10 +11,10 @@ import optax
 from flax.traverse_util import flatten_dict, unflatten_dict
 
 import imaml_jax
-from experiments import common
 from experiments.benchmark import workload
-from imaml_jax.mapping import map_over_tasks, replicated
+from experiments.shared import common
 from imaml_jax.networks import conv4
+from imaml_jax.training.mapping import map_over_tasks, replicated
 from imaml_jax.types import Batch, MetaLearner, Task
 
 

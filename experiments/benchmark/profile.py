@@ -20,8 +20,8 @@ from typing import Any
 
 import jax
 
-from experiments import common
 from experiments.benchmark import ours, workload
+from experiments.shared import common
 
 _INSTRUCTION = re.compile(r"\s*(?:ROOT )?%?([\w.-]+) = .*? ([\w-]+)\(")
 _HEADER = re.compile(r"(?:ENTRY )?%?([\w.-]+) .*\{$")

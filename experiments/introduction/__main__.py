@@ -14,8 +14,8 @@ from typing import Any, NamedTuple
 
 import numpy as np
 
-from experiments import common
 from experiments.introduction import costs, game, implicit, landscape, page, plane, sinusoids
+from experiments.shared import common
 
 _POSITION = 1 / 4096  # positions on the plane to 0.0002, up to 8 away from its middle
 _PREDICTION = 1e-3

@@ -9,12 +9,11 @@ import numpy as np
 import optax
 
 import imaml_jax
-from imaml_jax import mapping, metrics
 from imaml_jax.data import episodes, glyphs
-from imaml_jax.evaluation import make_predictions
 from imaml_jax.learners.base import is_head
 from imaml_jax.networks import conv4
-from imaml_jax.training import train
+from imaml_jax.training import mapping, metrics, train
+from imaml_jax.training.evaluation import make_predictions
 
 WAYS, QUERIES = 5, 5
 

@@ -8,8 +8,8 @@ from typing import Any
 
 import numpy as np
 
-from experiments import common
-from imaml_jax.workdir import write_whole
+from experiments.shared import common
+from imaml_jax.training.workdir import write_whole
 
 _FOLDER = Path(__file__).parent
 _SCRIPTS = ("state.js", "plot.js", "plane.js", "implicit.js", "figures.js")

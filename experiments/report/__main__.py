@@ -16,11 +16,11 @@ from pathlib import Path
 
 import tyro
 
-from experiments import common
 from experiments.report.page import page
 from experiments.report.rows import Group, group
 from experiments.report.runs import read
-from imaml_jax.workdir import write_whole
+from experiments.shared import common
+from imaml_jax.training.workdir import write_whole
 
 
 @dataclasses.dataclass(frozen=True)

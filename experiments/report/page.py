@@ -11,10 +11,10 @@ from pathlib import Path
 from typing import Any
 
 import imaml_jax
-from experiments import accuracy_table, common
 from experiments.report import charts
 from experiments.report.rows import Group, algorithm_name, mean, tasks_scored, trained_steps
 from experiments.report.runs import Run, number, provenance
+from experiments.shared import accuracy_table, common
 
 _HEAD = """<!doctype html>
 <html lang="en">

@@ -7,15 +7,9 @@ import statistics
 from collections.abc import Iterable, Mapping, Sequence
 from typing import Any, NamedTuple
 
-from experiments import (
-    accuracy_table,
-    leo,
-    mini_imagenet_table,
-    navigation,
-    omniglot_table,
-    sinusoid_learners,
-)
+from experiments import leo, mini_imagenet_table, navigation, omniglot_table
 from experiments.report.runs import Run, number, provenance, word
+from experiments.shared import accuracy_table, sinusoid_learners
 from imaml_jax import protocols
 
 _TABLES: dict[str, Mapping[Any, Any]] = {

@@ -8,7 +8,7 @@ import warnings
 from pathlib import Path
 from typing import Any, Literal, NamedTuple
 
-from imaml_jax import json_lines
+from imaml_jax.training import json_lines
 
 _MARKS = ("results.json", "metrics.jsonl", "checkpoints")
 _OWN_PICTURE = "learning_curve.png"  # drawn anew from the same numbers

@@ -1,4 +1,8 @@
-"""Meta-learning algorithms, one a file; each a factory of a `MetaLearner`."""
+"""Meta-learning algorithms, one a file: settings with their ranges, and a factory of `MetaLearner`.
+
+Imports the toolbox and `types`. Read `maml.py` first, the shortest of them; `base.py` has what all
+share, `registry.py` lists them.
+"""
 
 from imaml_jax.learners.base import (
     cross_entropy,
@@ -15,8 +19,6 @@ from imaml_jax.learners.maml import fomaml, maml
 from imaml_jax.learners.mamlpp import mamlpp
 from imaml_jax.learners.nearest_centroid import nearest_centroid
 from imaml_jax.learners.platipus import PlatipusParams, platipus
-from imaml_jax.learners.policy_gradient import policy_gradient
-from imaml_jax.learners.policy_problem import policy_problem
 from imaml_jax.learners.posterior import learned_precisions, likelihood
 from imaml_jax.learners.reptile import reptile
 
@@ -38,7 +40,5 @@ __all__ = [
     "mixture_logits",
     "nearest_centroid",
     "platipus",
-    "policy_gradient",
-    "policy_problem",
     "reptile",
 ]

@@ -10,8 +10,7 @@ import jax
 import jax.numpy as jnp
 import optax
 
-from imaml_jax import metrics
-from imaml_jax.inner import MinimizeInfo
+from imaml_jax.bilevel.inner import MinimizeInfo
 from imaml_jax.types import Array, Batch, Params, PyTree, Task
 
 LossFn = Callable[[Any, Any], Array]
@@ -99,6 +98,26 @@ class Problem(NamedTuple):
     predict: Callable[[Adapted, Any], Any]
 
 
+def is_right(outputs: Array, targets: Array) -> Array:
+    """Which examples have the largest logit at their label; none with a logit that is NaN.
+
+    Args:
+      outputs: `[..., classes]` logits.
+      targets: `[...]` integer labels.
+    """
+    return (outputs.argmax(-1) == targets) & ~jnp.isnan(outputs).any(-1)
+
+
+def accuracy(outputs: Array, targets: Array) -> Array:
+    """The share of examples that are right, see `is_right`.
+
+    Args:
+      outputs: `[n, classes]` logits.
+      targets: `[n]` integer labels.
+    """
+    return jnp.mean(is_right(outputs, targets), dtype=jnp.float32)
+
+
 def cross_entropy(logits: Array, labels: Array) -> Array:
     """Mean softmax cross-entropy of `[n, classes]` logits and `[n]` integer labels."""
     return optax.softmax_cross_entropy_with_integer_labels(logits, labels).mean()
@@ -167,7 +186,7 @@ def accuracy_of(outputs: Array, targets: Array) -> Array | None:
     """The share of integer targets whose logit is the largest; None for other targets."""
     if not jnp.issubdtype(targets.dtype, jnp.integer):
         return None
-    return metrics.accuracy(outputs, targets)
+    return accuracy(outputs, targets)
 
 
 def partition(params: Params, fast: FastPredicate) -> tuple[PyTree, PyTree]:

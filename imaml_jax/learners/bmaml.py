@@ -8,7 +8,7 @@ import jax.numpy as jnp
 import optax
 from jax import lax
 
-from imaml_jax.inner import minimize
+from imaml_jax.bilevel.inner import minimize
 from imaml_jax.learners.base import (
     AverageOption,
     FastPredicate,
@@ -21,7 +21,7 @@ from imaml_jax.learners.base import (
 )
 from imaml_jax.learners.ensemble import ensemble
 from imaml_jax.learners.posterior import Posterior
-from imaml_jax.svgd import Kernel, by_gradients, check_kernel, svgd_objective
+from imaml_jax.learners.svgd import Kernel, by_gradients, check_kernel, svgd_objective
 from imaml_jax.types import Batch, MetaLearner, Task
 
 MetaLoss = Literal["chaser", "particles", "query"]

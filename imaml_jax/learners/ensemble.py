@@ -6,7 +6,7 @@ from typing import Any, NamedTuple
 import jax
 import optax
 
-from imaml_jax.curvature import gauss_newton
+from imaml_jax.bilevel.curvature import gauss_newton
 from imaml_jax.learners.base import (
     Adapted,
     AverageOption,

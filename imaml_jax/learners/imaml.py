@@ -11,10 +11,11 @@ import optax
 from jax import lax
 from jax.core import Tracer
 
-from imaml_jax.adaptive import adaptive_gradient
-from imaml_jax.curvature import damped, gauss_newton, hessian
-from imaml_jax.implicit import root_vjp
-from imaml_jax.inner import minimize, proximal_objective
+from imaml_jax.bilevel.adaptive import adaptive_gradient
+from imaml_jax.bilevel.curvature import damped, gauss_newton, hessian
+from imaml_jax.bilevel.implicit import root_vjp
+from imaml_jax.bilevel.inner import minimize, proximal_objective
+from imaml_jax.bilevel.linear_solve import SolveInfo, solve_cg_steihaug
 from imaml_jax.learners.base import (
     FastPredicate,
     LossFn,
@@ -26,7 +27,6 @@ from imaml_jax.learners.base import (
     make_adapt,
     supervised,
 )
-from imaml_jax.linear_solve import SolveInfo, solve_cg_steihaug
 from imaml_jax.types import Array, MetaLearner, PyTree
 
 Curvature = Literal["hessian", "gauss_newton"]
@@ -86,7 +86,7 @@ def imaml(
         solution of the linear system. True learns what `reg_strength` holds: one lambda, or one for
         each branch of a tree. "leaf" learns one for each array of adapted parameters, "parameter"
         one for each of their entries.
-      solve: a solver of `imaml_jax.linear_solve`; `partial(solve_cg, max_steps=5)` is the original
+      solve: a solver of `bilevel.linear_solve`; `partial(solve_cg, max_steps=5)` is the original
         description's, `solve_woodbury` is exact for the Gauss-Newton matrix.
       curvature: "hessian" (exact), or "gauss_newton": positive semi-definite whatever batch norm
         does, but the meta-gradient is biased where the residual curvature matters. `newton_cg`

@@ -7,8 +7,9 @@ from typing import Any
 import jax
 import optax
 
-from imaml_jax.curvature import damped, hessian
-from imaml_jax.inner import minimize
+from imaml_jax.bilevel.curvature import damped, hessian
+from imaml_jax.bilevel.inner import minimize
+from imaml_jax.bilevel.linear_solve import solve_cg
 from imaml_jax.learners.base import (
     LossFn,
     Statistics,
@@ -17,7 +18,6 @@ from imaml_jax.learners.base import (
     make_adapt,
     supervised,
 )
-from imaml_jax.linear_solve import solve_cg
 from imaml_jax.types import MetaLearner
 
 _LAMBDA_DAMPING = 10.0  # a constant of the code

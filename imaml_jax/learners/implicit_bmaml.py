@@ -9,8 +9,10 @@ import jax.numpy as jnp
 import optax
 from jax.flatten_util import ravel_pytree
 
-from imaml_jax.implicit import Solve, root_vjp
-from imaml_jax.inner import minimize
+from imaml_jax.bilevel.implicit import Solve, root_vjp
+from imaml_jax.bilevel.inner import minimize
+from imaml_jax.bilevel.linear_solve import solve_gmres, solve_right_preconditioned
+from imaml_jax.bilevel.linear_system import dot
 from imaml_jax.learners.base import (
     AverageOption,
     FastPredicate,
@@ -23,9 +25,7 @@ from imaml_jax.learners.base import (
 )
 from imaml_jax.learners.ensemble import ensemble
 from imaml_jax.learners.posterior import Posterior
-from imaml_jax.linear_solve import solve_gmres, solve_right_preconditioned
-from imaml_jax.linear_system import dot
-from imaml_jax.svgd import (
+from imaml_jax.learners.svgd import (
     Kernel,
     by_gradients,
     check_kernel,
@@ -77,7 +77,7 @@ def implicit_bmaml(
       num_steps: inner steps in training; the fixed point must be reached.
       reg_strength: lambda, positive; `n` times that of `imaml`, whose loss is a mean.
       meta_loss: as in `bmaml`, without the chaser's.
-      solve: a solver of `imaml_jax.linear_solve` for matrices without symmetry; default at most 40
+      solve: a solver of `bilevel.linear_solve` for matrices without symmetry; default at most 40
         steps of GMRES, restarted once. With `precondition` its matrix is close to the identity, and
         not symmetric even for one particle.
       eval_num_steps: inner steps in `adapt`; default `num_steps`.

@@ -10,7 +10,7 @@ import optax
 from jax import lax
 from jax.core import Tracer
 
-from imaml_jax.inner import minimize
+from imaml_jax.bilevel.inner import minimize
 from imaml_jax.learners.base import accuracy_of, check_steps, cross_entropy, inner_report
 from imaml_jax.types import Array, Batch, MetaLearner
 

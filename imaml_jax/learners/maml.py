@@ -6,7 +6,7 @@ from typing import Any
 import jax
 import optax
 
-from imaml_jax.inner import minimize
+from imaml_jax.bilevel.inner import minimize
 from imaml_jax.learners.base import (
     FastPredicate,
     LossFn,

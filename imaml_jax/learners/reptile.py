@@ -6,7 +6,7 @@ import jax
 import jax.numpy as jnp
 import optax
 
-from imaml_jax.inner import mini_batches, minimize
+from imaml_jax.bilevel.inner import mini_batches, minimize
 from imaml_jax.learners.base import (
     FastPredicate,
     LossFn,

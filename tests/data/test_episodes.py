@@ -6,8 +6,8 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from imaml_jax import mapping
 from imaml_jax.data import episodes
+from imaml_jax.training import mapping
 
 SIDE = 4
 

@@ -13,8 +13,8 @@ from jax import lax
 from jax.flatten_util import ravel_pytree
 
 from imaml_jax import Batch, Task, cross_entropy, leo
-from imaml_jax.inner import minimize
-from imaml_jax.metrics import accuracy
+from imaml_jax.bilevel.inner import minimize
+from imaml_jax.training.metrics import accuracy
 from tests.programs import jit
 
 leo_module = importlib.import_module("imaml_jax.learners.leo")

@@ -10,10 +10,11 @@ import optax
 import pytest
 from jax.flatten_util import ravel_pytree
 
-from imaml_jax import Batch, Task, build, cross_entropy, maml, mamlpp, protocols
+from imaml_jax import Batch, Task, cross_entropy, maml, mamlpp, protocols
 from imaml_jax.learners.base import combine, is_norm, partition
 from imaml_jax.learners.mamlpp import LearnedRates, multi_step_weights
 from imaml_jax.networks import Network
+from imaml_jax.protocols import build
 from tests.learners.conftest import relative_error
 from tests.programs import jit
 

@@ -7,7 +7,7 @@ import pytest
 
 from imaml_jax import Batch, Task, nearest_centroid
 from imaml_jax.data import episodes
-from imaml_jax.evaluation import evaluate
+from imaml_jax.training.evaluation import evaluate
 
 RNG = np.random.default_rng(0)
 

@@ -8,7 +8,7 @@ import pytest
 from jax.flatten_util import ravel_pytree
 
 from imaml_jax import Batch, Task, mean_squared_error, reptile
-from imaml_jax.inner import mini_batches
+from imaml_jax.bilevel.inner import mini_batches
 from imaml_jax.networks import Network, mlp
 from tests.programs import jit
 

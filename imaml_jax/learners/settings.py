@@ -1,0 +1,299 @@
+"""Settings as records: frozen dataclasses whose fields declare their ranges, once.
+
+A range serves whoever takes the setting: the record itself, the factory of an algorithm (see
+`check_arguments`), a command line, a YAML file, a saved model. Records hold records, and all of
+their settings have names of their own, so that a tree of records is also one flat mapping::
+
+    @dataclass(frozen=True)
+    class Settings(Record):
+        num_steps: Count = 5
+        \"\"\"Inner steps in training.\"\"\"
+"""
+
+import ast
+import dataclasses
+import difflib
+import functools
+import inspect
+import itertools
+import math
+import textwrap
+import types
+import typing
+from collections.abc import Callable, Iterable, Iterator, Mapping
+from numbers import Integral, Real
+from typing import Annotated, Any, Literal, NamedTuple, Self
+
+
+@dataclasses.dataclass(frozen=True)
+class Range:
+    """The finite numbers that a setting may have; a bound that is None does not exist."""
+
+    least: float | None = None
+    above: float | None = None
+    most: float | None = None
+    below: float | None = None
+
+    def __contains__(self, value: Any) -> bool:
+        return (
+            math.isfinite(value)
+            and (self.least is None or value >= self.least)
+            and (self.above is None or value > self.above)
+            and (self.most is None or value <= self.most)
+            and (self.below is None or value < self.below)
+        )
+
+    def __str__(self) -> str:
+        bounds = dataclasses.asdict(self).items()
+        return " and ".join(
+            f"{'at ' if name in ('least', 'most') else ''}{name} {bound}"
+            for name, bound in bounds
+            if bound is not None
+        )
+
+
+@dataclasses.dataclass(frozen=True)
+class When:
+    """A setting that has an effect only where `holds` is true of its record.
+
+    Attributes:
+      holds: `record -> bool`.
+      otherwise: what it has no effect on, where it is not.
+    """
+
+    holds: Callable[[Any], bool]
+    otherwise: str
+
+
+Count = Annotated[int, Range(least=1)]
+NotNegative = Annotated[float, Range(least=0)]
+Positive = Annotated[float, Range(above=0)]
+Seed = Annotated[int, Range(least=0, most=2**32 - 1)]
+Share = Annotated[float, Range(least=0, most=1)]
+
+
+class Setting(NamedTuple):
+    """One setting of a record: its type with the range, its value and its documentation."""
+
+    hint: Any
+    value: Any
+    doc: str
+
+
+class Record:
+    """What a frozen dataclass of settings derives from: it exists only with values in range.
+
+    Raises:
+      ValueError: a value of another type or out of its range, or values that do not go together.
+    """
+
+    def __post_init__(self) -> None:
+        check(self)
+        self.check_together()
+
+    def check_together(self) -> None:
+        """Raises ValueError for values that do not go together; a record overrides it."""
+
+    def with_settings(self, values: Mapping[str, Any]) -> Self:
+        """A copy with other values, by the flat names of this record and of those in it.
+
+        Raises:
+          ValueError: an unknown name, a value out of its range, or one that has no effect.
+        """
+        known = settings_of(self)
+        for name, value in values.items():
+            if name not in known:
+                raise ValueError(f"{name}={value} is not a setting here{nearest(name, known)}")
+        made = _replaced(self, values)
+        effective = settings_of(made)
+        for name, value in values.items():
+            for condition in _metadata(known[name].hint, When):
+                if name not in effective:
+                    raise ValueError(
+                        f"{name}={value} has no effect on {condition.otherwise}; leave it out"
+                    )
+        return made
+
+
+def _replaced(record: Any, values: Mapping[str, Any]) -> Any:
+    changes = {}
+    for field in dataclasses.fields(record):
+        value = getattr(record, field.name)
+        if isinstance(value, Record):
+            changes[field.name] = _replaced(value, values)
+        elif field.name in values:
+            changes[field.name] = values[field.name]
+    return dataclasses.replace(record, **changes)
+
+
+def settings_of(record: Any, all_of_them: bool = False) -> dict[str, Setting]:
+    """The settings of a record and of the records in it by name.
+
+    Args:
+      record: a dataclass instance.
+      all_of_them: also those that have no effect, by their `When`.
+    """
+    found = {}
+    hints, docs = _hints(type(record)), field_docs(type(record))
+    for field in dataclasses.fields(record):
+        value, hint = getattr(record, field.name), hints[field.name]
+        if isinstance(value, Record):
+            found |= settings_of(value, all_of_them)
+        elif all_of_them or all(each.holds(record) for each in _metadata(hint, When)):
+            found[field.name] = Setting(hint, value, docs.get(field.name, ""))
+    return found
+
+
+def values_of(record: Any) -> dict[str, Any]:
+    """The values of `settings_of`, as JSON can hold them but for paths."""
+    return {name: setting.value for name, setting in settings_of(record).items()}
+
+
+def words(record: Any) -> str:
+    """The settings in words, without those that are None, False or empty."""
+    said = []
+    for name, value in values_of(record).items():
+        name = name.replace("_", " ")
+        if value is True:
+            said.append(name)
+        elif value is not None and value is not False and value != ():
+            said.append(f"{name} {value:g}" if isinstance(value, float) else f"{name} {value}")
+    return ", ".join(said)
+
+
+def check(record: Any) -> None:
+    """Raises ValueError for the first field of a dataclass that is not of its type and range."""
+    for name, hint in _hints(type(record)).items():
+        if hasattr(record, name) and typing.get_origin(hint) is not typing.ClassVar:
+            check_value(name, getattr(record, name), hint)
+
+
+def check_arguments(factory: str, record: type, **values: Any) -> None:
+    """The range checks of a factory, for its arguments that are fields of a record.
+
+    Args:
+      factory: its name, for the message.
+      record: where the ranges are declared.
+      **values: arguments by name; None passes, since it stands for a default.
+
+    Raises:
+      ValueError: the first value that is out of its range.
+    """
+    for name, value in values.items():
+        if value is not None:
+            check_value(name, value, _hints(record)[name], f"{factory}: ")
+
+
+def check_value(name: str, value: Any, hint: Any, prefix: str = "") -> None:
+    """Raises ValueError for a value that is not of the type and range of a hint."""
+    if not _fits(value, hint):
+        raise ValueError(
+            f"{prefix}{name}={value!r} must be {_said(hint)}{_near_choice(value, hint)}"
+        )
+
+
+def nearest(name: Any, names: Iterable[str]) -> str:
+    """A hint at the most similar of some names, or nothing."""
+    found = difflib.get_close_matches(str(name), list(names), 1)
+    return f"; did you mean {found[0]}?" if found else ""
+
+
+def range_of(hint: Any) -> str:
+    """The range of a hint in words; nothing where it has none."""
+    return "; ".join(str(each) for each in _metadata(hint, Range))
+
+
+def plain(hint: Any) -> Any:
+    """A hint without its ranges, as a parser of command lines takes it."""
+    if typing.get_origin(hint) is Annotated:
+        return plain(typing.get_args(hint)[0])
+    if _is_union(hint):
+        return functools.reduce(lambda a, b: a | b, map(plain, typing.get_args(hint)))
+    if typing.get_origin(hint) is tuple:
+        return tuple[tuple(each if each is ... else plain(each) for each in typing.get_args(hint))]
+    return hint
+
+
+@functools.cache
+def field_docs(record: type) -> dict[str, str]:
+    """The strings below the fields of a dataclass, by name; bases included."""
+    found: dict[str, str] = {}
+    for each in reversed(record.__mro__):
+        if not dataclasses.is_dataclass(each):
+            continue
+        try:
+            (tree,) = ast.parse(textwrap.dedent(inspect.getsource(each))).body
+        except (OSError, TypeError):  # made in an interactive session
+            continue
+        assert isinstance(tree, ast.ClassDef)
+        for field, doc in itertools.pairwise(tree.body):
+            if isinstance(field, ast.AnnAssign) and isinstance(field.target, ast.Name):
+                match doc:
+                    case ast.Expr(ast.Constant(str() as text)):
+                        found[field.target.id] = " ".join(text.split())
+    return found
+
+
+@functools.cache
+def _hints(record: type) -> dict[str, Any]:
+    return typing.get_type_hints(record, include_extras=True)
+
+
+def _is_union(hint: Any) -> bool:
+    return typing.get_origin(hint) in (typing.Union, types.UnionType)
+
+
+def _metadata(hint: Any, kind: type) -> Iterator[Any]:
+    """What a hint is annotated with, also below a union with None."""
+    if typing.get_origin(hint) is Annotated:
+        yield from (each for each in hint.__metadata__ if isinstance(each, kind))
+        yield from _metadata(typing.get_args(hint)[0], kind)
+    elif _is_union(hint):
+        for option in typing.get_args(hint):
+            yield from _metadata(option, kind)
+
+
+def _fits(value: Any, hint: Any) -> bool:
+    origin, parts = typing.get_origin(hint), typing.get_args(hint)
+    if hint is Any:
+        return True
+    if origin is Annotated:
+        ranges = [each for each in hint.__metadata__ if isinstance(each, Range)]
+        return _fits(value, parts[0]) and all(value in each for each in ranges)
+    if _is_union(hint):
+        return any(_fits(value, option) for option in parts)
+    if origin is Literal:
+        return any(type(value) is type(option) and value == option for option in parts)
+    if origin is tuple:
+        options = parts[:1] * len(value) if isinstance(value, tuple) and parts[-1] is ... else parts
+        return (
+            isinstance(value, tuple)
+            and len(value) == len(options)
+            and all(map(_fits, value, options))
+        )
+    if hint in (int, float):
+        kind = Integral if hint is int else Real
+        return isinstance(value, kind) and not isinstance(value, bool)
+    return isinstance(value, origin or hint)
+
+
+def _said(hint: Any) -> str:
+    """What a hint allows, in words."""
+    origin, parts = typing.get_origin(hint), typing.get_args(hint)
+    if origin is Annotated:
+        return " ".join(filter(None, [_said(parts[0]), range_of(hint)]))
+    if origin is Literal:
+        return f"one of {', '.join(map(str, parts))}"
+    if _is_union(hint):
+        return " or ".join(map(_said, parts))
+    if origin is tuple:
+        return f"values that are each {_said(parts[0])}"
+    names = {int: "an integer", float: "a finite number", bool: "True or False", str: "text"}
+    return names.get(hint) or (
+        "None" if hint is types.NoneType else getattr(hint, "__name__", str(hint))
+    )
+
+
+def _near_choice(value: Any, hint: Any) -> str:
+    options = typing.get_args(hint) if typing.get_origin(hint) is Literal else ()
+    return nearest(value, [each for each in options if isinstance(each, str)])

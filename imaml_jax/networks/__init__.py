@@ -1,0 +1,12 @@
+"""Networks of the field as `(init, apply)` pairs of pure functions; the only wing with flax.
+
+Imports `types` alone; any other pair of such functions serves the learners as well. Read
+`layers.py` first: it has the record `Network`.
+"""
+
+from imaml_jax.networks.conv4 import conv4
+from imaml_jax.networks.layers import Network, batch_norm, max_pool2x2
+from imaml_jax.networks.mlp import mlp
+from imaml_jax.networks.resnet12 import resnet12
+
+__all__ = ["Network", "batch_norm", "conv4", "max_pool2x2", "mlp", "resnet12"]

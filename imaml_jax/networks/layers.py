@@ -1,0 +1,167 @@
+"""What the networks share: the record, layers with the statistics of the batch at hand, checks."""
+
+from collections.abc import Callable
+from numbers import Integral
+from typing import Any, Literal, NamedTuple
+
+import flax.linen as nn
+import jax.numpy as jnp
+from jax import lax
+
+from imaml_jax.types import Array, Params
+
+Initializer = Any
+
+
+class Network(NamedTuple):
+    """A network as pure functions.
+
+    Attributes:
+      init: `(key, inputs [n, ...]) -> params`.
+      apply: `(params, inputs [n, ...]) -> outputs [n, ...]`. Networks with batch norm also take
+        `statistics_weights [n]`: the weight of each example in the batch statistics; default equal.
+      features: `(params, inputs) -> features [n, ...]`, what the last layer sees; None where it has
+        no name. With batch norm it takes `statistics_weights` too.
+      head: `(params, features) -> outputs`, by the parameters below `head/` alone, so that `apply`
+        is `head` after `features`.
+    """
+
+    init: Callable[[Array, Array], Params]
+    apply: Callable[..., Array]
+    features: Callable[..., Array] | None = None
+    head: Callable[[Params, Array], Array] | None = None
+
+
+class ConvNorm(nn.Module):
+    """A convolution and batch norm with the statistics of the batch at hand."""
+
+    filters: int
+    size: int
+    stride: int
+    bias: bool
+    epsilon: float
+    convolution: Callable[[Array, Array, int], Array]
+    kernel_init: Initializer
+
+    @nn.compact
+    def __call__(self, x, statistics_weights):  # noqa: D102
+        shape = (self.size, self.size, x.shape[-1], self.filters)
+        x = self.convolution(x, self.param("kernel", self.kernel_init, shape, x.dtype), self.stride)
+        width, zeros = (self.filters,), nn.initializers.zeros
+        if self.bias:
+            x = x + _per_channel(self.param("bias", zeros, width, x.dtype))
+        scale = self.param("scale", nn.initializers.ones, width, x.dtype)
+        offset = self.param("offset", zeros, width, x.dtype)
+        return batch_norm(x, scale, offset, self.epsilon, statistics_weights)
+
+
+def max_pool2x2(x: Array, padding: Literal["valid", "same"] = "valid") -> Array:
+    """2x2 max-pooling with stride 2; an odd last row or column is dropped, or pooled alone.
+
+    The derivative goes to one entry, the first of equal ones. It does so by comparing entries, not
+    by finding the maximum among them again, as `jnp.max` has it: where a compiler computes `x`
+    twice with another rounding, none is equal to the maximum, and 0/0 is the derivative.
+    """
+    n, height, width, channels = x.shape
+    if padding == "same":
+        x = jnp.pad(x, ((0, 0), (0, height % 2), (0, width % 2), (0, 0)), mode="edge")
+    rows, columns = x.shape[1] // 2, x.shape[2] // 2
+    x = x[:, : 2 * rows, : 2 * columns].reshape(n, rows, 2, columns, 2, channels)
+    x = _larger(x[:, :, 0], x[:, :, 1])
+    return _larger(x[:, :, :, 0], x[:, :, :, 1])
+
+
+def _larger(a: Array, b: Array) -> Array:
+    return jnp.where(b > a, b, a)
+
+
+def batch_norm(
+    x: Array,
+    scale: Array,
+    offset: Array,
+    epsilon: float,
+    statistics_weights: Array | None = None,
+) -> Array:
+    """Batch norm with the statistics of the batch at hand, as one multiply-add.
+
+    Args:
+      x: `[n, height, width, channels]`.
+      scale: `[channels]`.
+      offset: `[channels]`.
+      epsilon: added to the (biased) variance.
+      statistics_weights: `[n]`, weight of each example in the statistics; None for equal ones.
+
+    Returns:
+      Shaped like `x`.
+    """
+    if statistics_weights is None:
+        mean = x.mean((0, 1, 2))
+        variance = jnp.square(x - _per_channel(mean)).mean((0, 1, 2))
+    else:
+        positions = x.shape[1] * x.shape[2]
+        weights = statistics_weights / (positions * statistics_weights.sum())
+        mean = jnp.einsum("n,nhwc->c", weights, x, precision=lax.Precision.HIGHEST)
+        deviations = jnp.square(x - _per_channel(mean))
+        variance = jnp.einsum("n,nhwc->c", weights, deviations, precision=lax.Precision.HIGHEST)
+    factor = scale * lax.rsqrt(variance + epsilon)
+    return x * _per_channel(factor) + _per_channel(offset - mean * factor)
+
+
+def _per_channel(x: Array) -> Array:
+    return x[None, None, None, :]
+
+
+def dense(x: Array, width: int, kernel_init: Initializer, name: str | None = None) -> Array:
+    """A layer of full precision whose parameters have the type of its inputs."""
+    return nn.Dense(
+        width,
+        param_dtype=x.dtype,  # flax would keep float32 parameters in a float64 network
+        precision=lax.Precision.HIGHEST,
+        kernel_init=kernel_init,
+        name=name,
+    )(x)
+
+
+def from_parts(module: nn.Module, takes_weights: bool = True) -> Network:
+    """Of a module whose call takes `part`: "all", "features" or "head"."""
+
+    def apply_part(part: str) -> Callable[..., Any]:
+        def apply(params: Params, inputs: Array) -> Any:
+            return module.apply({"params": params}, inputs, part=part)
+
+        def apply_weighted(
+            params: Params, inputs: Array, statistics_weights: Array | None = None
+        ) -> Any:
+            return module.apply({"params": params}, inputs, statistics_weights, part=part)
+
+        return apply_weighted if takes_weights and part != "head" else apply
+
+    def init(key: Array, inputs: Array) -> Params:
+        return module.init(key, inputs)["params"]
+
+    return Network(init, *map(apply_part, ("all", "features", "head")))
+
+
+def check_inputs(name: str, x: Array, rank: int, shape: str) -> None:
+    """Raises ValueError for inputs that are not floating, or of another rank."""
+    if x.ndim != rank or not jnp.issubdtype(x.dtype, jnp.floating):
+        raise ValueError(
+            f"{name}: inputs are {x.dtype}{list(x.shape)}, must be floating {shape}; scale uint8 "
+            "images to [0, 1] and keep the axis of examples"
+        )
+
+
+def check_images(name: str, x: Array, num_poolings: int) -> None:
+    """Raises ValueError for inputs that are no images, or too small for the poolings."""
+    check_inputs(name, x, 4, "[n, height, width, channels]")
+    height, width = x.shape[1:3]
+    if min(height, width) < 2**num_poolings:
+        raise ValueError(
+            f"{name}: num_blocks={num_poolings} poolings leave nothing of {height}x{width} images"
+        )
+
+
+def check_size(network: str, name: str, size: int) -> None:
+    """Raises ValueError for a size that is not an integer of at least 1."""
+    if not isinstance(size, Integral) or isinstance(size, bool) or size < 1:
+        raise ValueError(f"{network}: {name}={size!r} must be an integer >= 1")

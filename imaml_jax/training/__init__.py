@@ -1,0 +1,8 @@
+"""Meta-training and what makes a run last: checkpoints, resume, logs, several devices, evaluation.
+
+Imports `types` and `learners/base.py`. Read `loop.py` first: `train` is Algorithm 1.
+"""
+
+from imaml_jax.training.loop import NonFiniteError, Scored, TrainResult, train
+
+__all__ = ["NonFiniteError", "Scored", "TrainResult", "train"]
