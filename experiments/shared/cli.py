@@ -184,7 +184,7 @@ def _settings(config: type, description: str | None, args: Sequence[str]) -> Any
 def _is_ours(error: BaseException) -> bool:
     """Whether our own code raised it, and not a library that it calls."""
     file = Path(traceback.extract_tb(error.__traceback__)[-1].filename).resolve()
-    homes = (Path(imaml_jax.__file__).parent, Path(__file__).parent)
+    homes = (Path(imaml_jax.__file__).parent, Path(__file__).parents[1])
     return any(file.is_relative_to(home.resolve()) for home in homes)
 
 

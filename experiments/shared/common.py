@@ -304,7 +304,7 @@ def _peak_memory_mib() -> float | None:
 @functools.cache
 def _commit() -> str | None:
     """That of the git checkout these experiments are run from, with `+` if files were changed."""
-    root = Path(__file__).resolve().parents[1]
+    root = Path(__file__).resolve().parents[2]
     if not (root / ".git").exists():
         return None
     try:

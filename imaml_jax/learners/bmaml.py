@@ -1,7 +1,8 @@
 """Bayesian MAML."""
 
+import dataclasses
 from functools import partial
-from typing import Any, Literal, get_args
+from typing import Annotated, Any, ClassVar, Literal
 
 import jax
 import jax.numpy as jnp
@@ -9,22 +10,81 @@ import optax
 from jax import lax
 
 from imaml_jax.bilevel.inner import minimize
+from imaml_jax.learners.algorithm import Adapts, DescentSettings, make_inner
 from imaml_jax.learners.base import (
     AverageOption,
     FastPredicate,
     LossFn,
     Statistics,
-    check_steps,
     combine,
     inner_report,
     make_adapt,
 )
 from imaml_jax.learners.ensemble import ensemble
-from imaml_jax.learners.posterior import Posterior
+from imaml_jax.learners.posterior import Posterior, PosteriorName, posterior_of
+from imaml_jax.learners.settings import Count, Positive, When, check_arguments
 from imaml_jax.learners.svgd import Kernel, by_gradients, check_kernel, svgd_objective
 from imaml_jax.types import Batch, MetaLearner, Task
 
 MetaLoss = Literal["chaser", "particles", "query"]
+
+
+@dataclasses.dataclass(frozen=True)
+class BmamlSettings(DescentSettings):
+    """Settings of `bmaml`."""
+
+    algorithm: ClassVar[str] = "bmaml"
+    title: ClassVar[str] = "BMAML"
+
+    adapts: Adapts = "head"
+    """Parameters that the inner loop adapts, of which there are particles; published for
+    classification is the head."""
+    num_samples: Count = 5
+    """Particles."""
+    meta_loss: MetaLoss = "chaser"
+    """Published is chaser; query is the loss of the particles' one prediction, particles the mean
+    of their own."""
+    leader_steps: Annotated[
+        Count, When(lambda own: own.meta_loss == "chaser", "a meta_loss but chaser")
+    ] = 1
+    """Inner steps of the leader beyond the adapted particles."""
+    posterior: PosteriorName = "likelihood"
+    """Density of the particles; published for regression is learned_precisions."""
+    kernel: Kernel = "exact"
+    """exact, or the constants of the published code."""
+    bandwidth: Positive | None = None
+    """Of the kernel; None for the median's, with which the gradients of the other particles
+    together count as much as a particle's own."""
+    remat: bool = True
+    """Recomputes each inner step in the backward pass instead of storing its activations."""
+
+    def check_together(self) -> None:
+        """Raises ValueError for one particle and the median's bandwidth."""
+        check_kernel(self.algorithm, self.num_samples, self.bandwidth, self.kernel)
+
+    def build(self, network: Any, loss_fn: LossFn) -> MetaLearner:
+        """The learner on a network and a loss."""
+        return bmaml(network, loss_fn, **self.arguments)
+
+    def build_samples(self, network: Any, loss_fn: LossFn) -> MetaLearner:
+        """The learner whose predictions are those of each particle."""
+        return bmaml(network, loss_fn, average=None, **self.arguments)
+
+    @property
+    def arguments(self) -> dict[str, Any]:
+        """The arguments of the factory."""
+        leader = {"leader_steps": self.leader_steps} if self.meta_loss == "chaser" else {}
+        return {
+            "inner": make_inner(self.inner, self.inner_rate),
+            "num_particles": self.num_samples,
+            "meta_loss": self.meta_loss,
+            "posterior": posterior_of(self.posterior),
+            "kernel": self.kernel,
+            "bandwidth": self.bandwidth,
+            "remat": self.remat,
+            **leader,
+            **self.shared,
+        }
 
 
 def bmaml(
@@ -79,7 +139,7 @@ def bmaml(
         return all particles' outputs.
       fast: which parameters are adapted and have particles, by path; default all. Published for
         classification is the head alone.
-      statistics: batch-norm mode of the query examples, see `learners.base.supervised`.
+      statistics: batch-norm mode of the query examples, see `learners.supervised.supervised`.
       init_spread: standard deviation of noise on two or more initial particles, for parameters
         that `network.init` makes equal (biases, a head of zeros): equal particles remain equal.
       remat: recompute each inner step in the backward pass instead of storing its activations.
@@ -96,11 +156,15 @@ def bmaml(
       Algorithms 1 to 3.
       github.com/jsikyoon/bmaml
     """
-    check_steps("bmaml", num_steps=num_steps, eval_num_steps=eval_num_steps)
+    check_arguments(
+        "bmaml",
+        BmamlSettings,
+        num_steps=num_steps,
+        eval_num_steps=eval_num_steps,
+        meta_loss=meta_loss,
+    )
     if leader_steps != 0:
-        check_steps("bmaml", leader_steps=leader_steps)
-    if meta_loss not in get_args(MetaLoss):
-        raise ValueError(f"bmaml: meta_loss={meta_loss!r} must be one of {get_args(MetaLoss)}")
+        check_arguments("bmaml", BmamlSettings, leader_steps=leader_steps)
     if meta_loss != "chaser" and (leader is not None or leader_steps != 1):
         raise ValueError(
             "bmaml: leader and leader_steps are settings of meta_loss='chaser'; leave them out"

@@ -18,9 +18,9 @@ from imaml_jax.learners.base import (
     combine,
     fitting_average,
     partition,
-    supervised,
 )
 from imaml_jax.learners.posterior import Posterior, likelihood
+from imaml_jax.learners.supervised import supervised
 from imaml_jax.types import Array, Batch, LowRank, Params, PyTree, Task
 
 

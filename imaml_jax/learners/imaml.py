@@ -1,8 +1,9 @@
 """Implicit MAML."""
 
+import dataclasses
 from collections.abc import Callable
 from functools import partial
-from typing import Any, Literal, NamedTuple
+from typing import Annotated, Any, ClassVar, Literal, NamedTuple
 
 import jax
 import jax.numpy as jnp
@@ -15,7 +16,10 @@ from imaml_jax.bilevel.adaptive import adaptive_gradient
 from imaml_jax.bilevel.curvature import damped, gauss_newton, hessian
 from imaml_jax.bilevel.implicit import root_vjp
 from imaml_jax.bilevel.inner import minimize, proximal_objective
-from imaml_jax.bilevel.linear_solve import SolveInfo, solve_cg_steihaug
+from imaml_jax.bilevel.linear_solve import SolveInfo, solve_cg, solve_cg_steihaug
+from imaml_jax.bilevel.low_rank import solve_woodbury
+from imaml_jax.bilevel.minres import solve_minres
+from imaml_jax.learners.algorithm import Adapts, AnyInner, InnerSettings, NewtonOrNot, make_inner
 from imaml_jax.learners.base import (
     FastPredicate,
     LossFn,
@@ -25,12 +29,107 @@ from imaml_jax.learners.base import (
     combine,
     inner_report,
     make_adapt,
-    supervised,
 )
+from imaml_jax.learners.settings import NotNegative, Positive, Range, When, check_arguments
+from imaml_jax.learners.supervised import supervised
 from imaml_jax.types import Array, MetaLearner, PyTree
 
 Curvature = Literal["hessian", "gauss_newton"]
+Solver = Literal["cg", "cg_steihaug", "minres", "woodbury"]
 _FIVE_CG_STEPS = partial(solve_cg_steihaug, tol=0.0, max_steps=5)
+
+
+def solver(name: Solver, steps: int) -> Callable[..., tuple[PyTree, SolveInfo]]:
+    """The solver of the linear system of that name, with a fixed number of steps."""
+    solvers = {"cg": solve_cg, "cg_steihaug": solve_cg_steihaug, "minres": solve_minres}
+    if name == "woodbury":
+        return solve_woodbury
+    return partial(solvers[name], tol=0.0, max_steps=steps)
+
+
+@dataclasses.dataclass(frozen=True)
+class ImplicitSettings(InnerSettings):
+    """Settings that the variants of implicit MAML share."""
+
+    reg_strength: Positive = 2.0
+    """Lambda, the strength of the proximal term."""
+    eval_reg_strength: NotNegative | None = None
+    """Lambda at validation and test; None for the same value, 0 for no proximal term."""
+    learn_reg_strength: Literal["one", "leaf", "parameter"] | None = None
+    """Learns one lambda, one for each array of parameters, or one for each parameter."""
+    curvature: Curvature = "hessian"
+    """Curvature matrix of the linear system."""
+    solve: Solver = "cg"
+    """Solver of the linear system; woodbury needs gauss_newton."""
+    cg_steps: Annotated[
+        int,
+        Range(least=1),
+        When(lambda own: own.solve != "woodbury" or own.inner == "newton_cg", "solve=woodbury"),
+    ] = 5
+    """Steps of that solver, and CG steps of a Newton direction."""
+    inner: AnyInner = "sgd"
+    """Inner optimiser; newton_cg is Hessian-free, nesterov is SGD with momentum 0.8."""
+    inner_rate: NewtonOrNot = 0.1
+    """Learning rate of the inner loop."""
+
+    def check_together(self) -> None:
+        """Raises ValueError for Woodbury's formula with the Hessian."""
+        if (self.solve, self.curvature) == ("woodbury", "hessian"):
+            raise ValueError(
+                "solve=woodbury needs the low rank of curvature=gauss_newton, not curvature="
+                "hessian; change either, for example to solve=cg_steihaug"
+            )
+
+    def build(self, network: Any, loss_fn: LossFn) -> MetaLearner:
+        """The learner on a network and a loss."""
+        learned = {None: False, "one": True, "leaf": "leaf", "parameter": "parameter"}
+        return imaml(
+            network,
+            loss_fn,
+            inner=make_inner(self.inner, self.inner_rate, cg_steps=self.cg_steps),
+            reg_strength=self.reg_strength,
+            eval_reg_strength=self.eval_reg_strength,
+            learn_reg_strength=learned[self.learn_reg_strength],  # pyright: ignore
+            curvature=self.curvature,
+            solve=solver(self.solve, self.cg_steps),
+            **self.shared,
+        )
+
+    def before_adaptation(self, meta_params: PyTree) -> PyTree:
+        """The network's parameters."""
+        return meta_params if self.learn_reg_strength is None else meta_params.params
+
+
+@dataclasses.dataclass(frozen=True)
+class ImamlSettings(ImplicitSettings):
+    """Settings of `imaml`."""
+
+    algorithm: ClassVar[str] = "imaml"
+    title: ClassVar[str] = "iMAML, gradient descent"
+
+
+@dataclasses.dataclass(frozen=True)
+class HessianFreeSettings(ImplicitSettings):
+    """Settings of `imaml` with the Hessian-free inner solver."""
+
+    algorithm: ClassVar[str] = "imaml_hf"
+    title: ClassVar[str] = "iMAML, Hessian-free"
+
+    inner: Literal["newton_cg"] = "newton_cg"
+    """Inner optimiser."""
+
+
+@dataclasses.dataclass(frozen=True)
+class ImplicitAnilSettings(ImplicitSettings):
+    """Settings of implicit ANIL, which is `imaml` with the head alone adapted."""
+
+    algorithm: ClassVar[str] = "implicit_anil"
+    title: ClassVar[str] = "implicit ANIL"
+
+    adapts: Adapts = "head"
+    """Parameters that the inner loop adapts: the head, or others."""
+    inner: AnyInner = "newton_cg"
+    """Inner optimiser; newton_cg is Hessian-free, nesterov is SGD with momentum 0.8."""
 
 
 class LearnedStrength(NamedTuple):
@@ -94,7 +193,7 @@ def imaml(
       eval_num_steps: inner steps in `adapt`, whatever `accuracy` says; default `num_steps`.
       eval_reg_strength: lambda in `adapt`, 0 turns the proximal term off; default `reg_strength`.
       fast: which parameters are adapted, by path; default all.
-      statistics: batch-norm mode of the query examples, see `learners.base.supervised`.
+      statistics: batch-norm mode of the query examples, see `learners.supervised.supervised`.
       accuracy: relative error of each meta-gradient, positive, instead of fixed step counts: rounds
         of `num_steps` inner steps and a linear solve follow one another until the estimate of its
         error, `gradient_error`, is within it, see `adaptive_gradient`. That takes lambda for the
@@ -111,7 +210,14 @@ def imaml(
       Rajeswaran, Finn, Kakade, Levine, "Meta-Learning with Implicit Gradients", NeurIPS 2019,
       Algorithms 1 and 2, Eq. 6.
     """
-    check_steps("imaml", num_steps=num_steps, eval_num_steps=eval_num_steps, max_rounds=max_rounds)
+    check_arguments(
+        "imaml",
+        ImamlSettings,
+        num_steps=num_steps,
+        eval_num_steps=eval_num_steps,
+        curvature=curvature,
+    )
+    check_steps("imaml", max_rounds=max_rounds)
     if accuracy is not None and (isinstance(accuracy, bool) or not 0 < accuracy < np.inf):
         raise ValueError(
             f"imaml: accuracy={accuracy} must be positive and finite, or None for fixed steps"
@@ -130,8 +236,6 @@ def imaml(
             f"imaml: learn_reg_strength={learn_reg_strength!r} must be True, False, 'leaf' or "
             "'parameter'"
         )
-    if curvature not in ("hessian", "gauss_newton"):
-        raise ValueError(f"imaml: curvature={curvature!r} must be 'hessian' or 'gauss_newton'")
     problem = supervised(network, loss_fn, fast=fast, statistics=statistics)
     objective = proximal_objective(problem.support_loss)
 

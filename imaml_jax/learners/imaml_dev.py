@@ -1,8 +1,8 @@
 """The meta-gradient of the code that was published with iMAML, which is not the paper's."""
 
-import math
+import dataclasses
 from functools import partial
-from typing import Any
+from typing import Annotated, Any, ClassVar, Literal
 
 import jax
 import optax
@@ -10,17 +10,53 @@ import optax
 from imaml_jax.bilevel.curvature import damped, hessian
 from imaml_jax.bilevel.inner import minimize
 from imaml_jax.bilevel.linear_solve import solve_cg
+from imaml_jax.learners.algorithm import InnerSettings
 from imaml_jax.learners.base import (
     LossFn,
     Statistics,
-    check_steps,
     inner_report,
     make_adapt,
-    supervised,
 )
+from imaml_jax.learners.settings import NotNegative, Positive, Range, check_arguments
+from imaml_jax.learners.supervised import supervised
 from imaml_jax.types import MetaLearner
 
 _LAMBDA_DAMPING = 10.0  # a constant of the code
+
+
+@dataclasses.dataclass(frozen=True)
+class ImamlDevSettings(InnerSettings):
+    """Settings of `imaml_dev`, which goes by the name of the algorithm that it is published as."""
+
+    algorithm: ClassVar[str] = "imaml"
+    title: ClassVar[str] = "iMAML, published code"
+
+    adapts: Literal["all"] = "all"
+    """Parameters that the inner loop adapts."""
+    inner: Literal["sgd"] = "sgd"
+    """Inner optimiser."""
+    inner_rate: Positive = 0.1
+    """Learning rate of the inner loop."""
+    reg_strength: NotNegative = 2.0
+    """Lambda, the strength of the last inner step's pull to the start."""
+    cg_damping: NotNegative = 1.0
+    """Damping of the linear system."""
+    cg_steps: Annotated[int, Range(least=2)] = 5
+    """Steps of conjugate gradient; with one the code takes the query gradient, as fomaml does."""
+
+    def build(self, network: Any, loss_fn: LossFn) -> MetaLearner:
+        """The learner on a network and a loss."""
+        return imaml_dev(
+            network,
+            loss_fn,
+            inner_rate=self.inner_rate,
+            num_steps=self.num_steps,
+            reg_strength=self.reg_strength,
+            cg_damping=self.cg_damping,
+            cg_steps=self.cg_steps,
+            eval_num_steps=self.eval_num_steps,
+            statistics=self.statistics,
+        )
 
 
 def imaml_dev(
@@ -52,7 +88,7 @@ def imaml_dev(
       cg_damping: at least 0.
       cg_steps: steps of conjugate gradient, at least 2.
       eval_num_steps: inner steps in `adapt`; default `num_steps`.
-      statistics: batch-norm mode of the query examples, see `learners.base.supervised`.
+      statistics: batch-norm mode of the query examples, see `learners.supervised.supervised`.
 
     Returns:
       The `MetaLearner`; `inner_residual` is that of the support loss before the last step.
@@ -64,17 +100,16 @@ def imaml_dev(
       github.com/aravindr93/imaml_dev, `examples/omniglot_implicit_maml.py` and
       `Learner.matrix_evaluator`; the defaults are its README's.
     """
-    check_steps("imaml_dev", num_steps=num_steps, cg_steps=cg_steps, eval_num_steps=eval_num_steps)
-    if cg_steps < 2:
-        raise ValueError(
-            f"imaml_dev: cg_steps={cg_steps} must be at least 2; with fewer the code takes the "
-            "query gradient itself, as fomaml does"
-        )
-    if not 0 < inner_rate < math.inf:
-        raise ValueError(f"imaml_dev: inner_rate={inner_rate} must be positive and finite")
-    for name, value in (("reg_strength", reg_strength), ("cg_damping", cg_damping)):
-        if not 0 <= value < math.inf:
-            raise ValueError(f"imaml_dev: {name}={value} must be at least 0 and finite")
+    check_arguments(
+        "imaml_dev",
+        ImamlDevSettings,
+        inner_rate=inner_rate,
+        num_steps=num_steps,
+        reg_strength=reg_strength,
+        cg_damping=cg_damping,
+        cg_steps=cg_steps,
+        eval_num_steps=eval_num_steps,
+    )
     problem = supervised(network, loss_fn, statistics=statistics)
     descend = partial(minimize, problem.support_loss, tx=optax.sgd(inner_rate))
 

@@ -1,8 +1,9 @@
 """Bayesian MAML by implicit differentiation."""
 
+import dataclasses
 import math
 from functools import partial
-from typing import Any, Literal
+from typing import Any, ClassVar, Literal
 
 import jax
 import jax.numpy as jnp
@@ -13,18 +14,19 @@ from imaml_jax.bilevel.implicit import Solve, root_vjp
 from imaml_jax.bilevel.inner import minimize
 from imaml_jax.bilevel.linear_solve import solve_gmres, solve_right_preconditioned
 from imaml_jax.bilevel.linear_system import dot
+from imaml_jax.learners.algorithm import Adapts, DescentSettings, make_inner
 from imaml_jax.learners.base import (
     AverageOption,
     FastPredicate,
     LossFn,
     Statistics,
-    check_steps,
     combine,
     inner_report,
     make_adapt,
 )
 from imaml_jax.learners.ensemble import ensemble
-from imaml_jax.learners.posterior import Posterior
+from imaml_jax.learners.posterior import Posterior, PosteriorName, posterior_of
+from imaml_jax.learners.settings import Count, Positive, check_arguments
 from imaml_jax.learners.svgd import (
     Kernel,
     by_gradients,
@@ -36,6 +38,61 @@ from imaml_jax.learners.svgd import (
 from imaml_jax.types import LinearOperator, MetaLearner
 
 _SHORT_GMRES = partial(solve_gmres, restart=20, max_restarts=2)
+
+
+@dataclasses.dataclass(frozen=True)
+class ImplicitBmamlSettings(DescentSettings):
+    """Settings of `implicit_bmaml`, its system solved by preconditioned GMRES."""
+
+    algorithm: ClassVar[str] = "implicit_bmaml"
+    title: ClassVar[str] = "implicit BMAML"
+
+    adapts: Adapts = "head"
+    """Parameters that the inner loop adapts, of which there are particles."""
+    inner_rate: Positive = 0.001
+    """Learning rate of the inner loop, of a sum over examples."""
+    num_samples: Count = 5
+    """Particles."""
+    reg_strength: Positive = 20.0
+    """Lambda, the strength of the proximal term; of a sum over examples."""
+    meta_loss: Literal["particles", "query"] = "particles"
+    """query is the loss of the particles' one prediction, particles the mean of their own."""
+    posterior: PosteriorName = "likelihood"
+    """Density of the particles; published for regression is learned_precisions."""
+    kernel: Kernel = "exact"
+    """exact, or the constants of the published code."""
+    bandwidth: Positive | None = None
+    """Of the kernel; None for the median's."""
+    gmres_steps: Count = 10
+    """Steps of the linear solve."""
+
+    def check_together(self) -> None:
+        """Raises ValueError for one particle and the median's bandwidth."""
+        check_kernel(self.algorithm, self.num_samples, self.bandwidth, self.kernel)
+
+    def build(self, network: Any, loss_fn: LossFn) -> MetaLearner:
+        """The learner on a network and a loss."""
+        return implicit_bmaml(network, loss_fn, **self.arguments)
+
+    def build_samples(self, network: Any, loss_fn: LossFn) -> MetaLearner:
+        """The learner whose predictions are those of each particle."""
+        return implicit_bmaml(network, loss_fn, average=None, **self.arguments)
+
+    @property
+    def arguments(self) -> dict[str, Any]:
+        """The arguments of the factory."""
+        return {
+            "inner": make_inner(self.inner, self.inner_rate),
+            "num_particles": self.num_samples,
+            "reg_strength": self.reg_strength,
+            "meta_loss": self.meta_loss,
+            "posterior": posterior_of(self.posterior),
+            "kernel": self.kernel,
+            "bandwidth": self.bandwidth,
+            "precondition": True,
+            "solve": partial(solve_gmres, restart=self.gmres_steps, max_restarts=1),
+            **self.shared,
+        }
 
 
 def implicit_bmaml(
@@ -105,7 +162,12 @@ def implicit_bmaml(
       Yoon et al., "Bayesian Model-Agnostic Meta-Learning", NeurIPS 2018, for the ensemble.
       Rajeswaran et al., "Meta-Learning with Implicit Gradients", NeurIPS 2019, for the derivative.
     """
-    check_steps("implicit_bmaml", num_steps=num_steps, eval_num_steps=eval_num_steps)
+    check_arguments(
+        "implicit_bmaml",
+        ImplicitBmamlSettings,
+        num_steps=num_steps,
+        eval_num_steps=eval_num_steps,
+    )
     if not 0 < reg_strength < math.inf:
         raise ValueError(
             f"implicit_bmaml: reg_strength={reg_strength} must be positive and finite; at 0 the "

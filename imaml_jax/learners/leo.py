@@ -1,8 +1,8 @@
 """LEO: adaptation in a learned latent space of classifier weights."""
 
-import math
+import dataclasses
 from functools import partial
-from typing import Any, NamedTuple
+from typing import Annotated, Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
@@ -11,7 +11,17 @@ from jax import lax
 from jax.core import Tracer
 
 from imaml_jax.bilevel.inner import minimize
-from imaml_jax.learners.base import accuracy_of, check_steps, cross_entropy, inner_report
+from imaml_jax.learners.base import accuracy_of, cross_entropy, inner_report
+from imaml_jax.learners.settings import (
+    Count,
+    NotNegative,
+    Positive,
+    Range,
+    Record,
+    check_arguments,
+    check_value,
+    values_of,
+)
 from imaml_jax.types import Array, Batch, MetaLearner
 
 _MIN_DEVIATION = 1e-10
@@ -32,6 +42,43 @@ class Noise(NamedTuple):
     weights: Array | None = None
     dropped_support: Array | None = None
     dropped_query: Array | None = None
+
+
+@dataclasses.dataclass(frozen=True)
+class LeoSettings(Record):
+    """Settings of `leo`, which learns from features of images, without a network.
+
+    The defaults are those of the official code; its published results have others for each data
+    set, see `protocols.leo`.
+    """
+
+    num_latents: Count = 64
+    """Size of a code; the relation network is twice as wide."""
+    num_steps: Count = 5
+    """Inner steps on the codes."""
+    num_finetuning_steps: Count = 5
+    """Steps on the weights that the last codes give."""
+    inner_rate: Positive = 1.0
+    """Learning rate of the inner loop on the codes, at the start."""
+    finetuning_rate: Positive = 1e-3
+    """Learning rate of the steps on the weights, at the start."""
+    stochastic: bool = True
+    """Samples codes and weights in training; else it takes their means."""
+    dropout: Annotated[float, Range(least=0, below=1)] = 0.5
+    """Share of the features that training drops."""
+    kl_weight: NotNegative = 1e-3
+    """Beta, the weight of the divergence of the codes from their prior."""
+    encoder_penalty: NotNegative = 1e-9
+    """Gamma, the weight of the distance of adapted codes from the encoder's."""
+    l2_penalty: NotNegative = 1e-8
+    """Lambda_1, the weight of the squared parameters."""
+    orthogonality_penalty: NotNegative = 1e-3
+    """Lambda_2, the weight of the decoder's correlations."""
+
+    def build(self, ways: int) -> MetaLearner:
+        """The learner of tasks of so many classes."""
+        values = values_of(self)
+        return leo(ways=ways, latent_rate=values.pop("inner_rate"), **values)
 
 
 def leo(
@@ -101,26 +148,21 @@ def leo(
       Rusu et al., "Meta-Learning with Latent Embedding Optimization", ICLR 2019; where it is
       silent, as https://github.com/google-deepmind/leo (model.py).
     """
-    check_steps(
+    check_value("ways", ways, Count, "leo: ")
+    check_value("latent_rate", latent_rate, Positive, "leo: ")
+    check_arguments(
         "leo",
-        ways=ways,
+        LeoSettings,
         num_latents=num_latents,
         num_steps=num_steps,
         num_finetuning_steps=num_finetuning_steps,
+        finetuning_rate=finetuning_rate,
+        dropout=dropout,
+        kl_weight=kl_weight,
+        encoder_penalty=encoder_penalty,
+        l2_penalty=l2_penalty,
+        orthogonality_penalty=orthogonality_penalty,
     )
-    for name, rate in (("latent_rate", latent_rate), ("finetuning_rate", finetuning_rate)):
-        if not 0 < rate < math.inf:
-            raise ValueError(f"leo: {name}={rate!r} must be positive and finite")
-    if not 0 <= dropout < 1:
-        raise ValueError(f"leo: dropout={dropout!r} must be at least 0 and less than 1")
-    for name, weight in (
-        ("kl_weight", kl_weight),
-        ("encoder_penalty", encoder_penalty),
-        ("l2_penalty", l2_penalty),
-        ("orthogonality_penalty", orthogonality_penalty),
-    ):
-        if not 0 <= weight < math.inf:
-            raise ValueError(f"leo: {name}={weight!r} must be at least 0 and finite")
 
     def init(key, example_inputs):
         example = _features(example_inputs)

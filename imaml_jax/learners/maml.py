@@ -1,23 +1,63 @@
 """MAML and first-order MAML."""
 
+import dataclasses
 from functools import partial
-from typing import Any
+from typing import Any, ClassVar
 
 import jax
 import optax
 
 from imaml_jax.bilevel.inner import minimize
+from imaml_jax.learners.algorithm import Adapts, DescentSettings, make_inner
 from imaml_jax.learners.base import (
     FastPredicate,
     LossFn,
     Statistics,
-    check_steps,
     combine,
     inner_report,
     make_adapt,
-    supervised,
 )
+from imaml_jax.learners.settings import check_arguments
+from imaml_jax.learners.supervised import supervised
 from imaml_jax.types import MetaLearner
+
+
+@dataclasses.dataclass(frozen=True)
+class MamlSettings(DescentSettings):
+    """Settings of `maml`."""
+
+    algorithm: ClassVar[str] = "maml"
+    title: ClassVar[str] = "MAML"
+
+    def build(self, network: Any, loss_fn: LossFn) -> MetaLearner:
+        """The learner on a network and a loss."""
+        inner = make_inner(self.inner, self.inner_rate, eps_root=1e-16)
+        return maml(network, loss_fn, inner=inner, **self.shared)
+
+
+@dataclasses.dataclass(frozen=True)
+class FomamlSettings(DescentSettings):
+    """Settings of `fomaml`."""
+
+    algorithm: ClassVar[str] = "fomaml"
+    title: ClassVar[str] = "first-order MAML"
+
+    def build(self, network: Any, loss_fn: LossFn) -> MetaLearner:
+        """The learner on a network and a loss."""
+        return fomaml(
+            network, loss_fn, inner=make_inner(self.inner, self.inner_rate), **self.shared
+        )
+
+
+@dataclasses.dataclass(frozen=True)
+class AnilSettings(MamlSettings):
+    """Settings of ANIL, which is `maml` with the head alone adapted."""
+
+    algorithm: ClassVar[str] = "anil"
+    title: ClassVar[str] = "ANIL"
+
+    adapts: Adapts = "head"
+    """Parameters that the inner loop adapts: the head, as published, or others."""
 
 
 def maml(
@@ -45,7 +85,7 @@ def maml(
       first_order: take the derivative of the adaptation as the identity (first-order MAML).
       fast: which parameters are adapted, by path; default all. The others are meta-learned only, as
         norm scales are in MAML's own code and all but the head in ANIL.
-      statistics: batch-norm mode of the query examples, see `learners.base.supervised`.
+      statistics: batch-norm mode of the query examples, see `learners.supervised.supervised`.
       remat: recompute each inner step in the backward pass instead of storing its activations.
 
     Returns:
@@ -57,7 +97,7 @@ def maml(
     References:
       Finn, Abbeel, Levine, "Model-Agnostic Meta-Learning", ICML 2017, Algorithm 1 and section 5.2.
     """
-    check_steps("maml", num_steps=num_steps, eval_num_steps=eval_num_steps)
+    check_arguments("maml", MamlSettings, num_steps=num_steps, eval_num_steps=eval_num_steps)
     problem = supervised(network, loss_fn, fast=fast, statistics=statistics)
 
     def run(fast_params, slow_params, support, steps):

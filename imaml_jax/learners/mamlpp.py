@@ -1,26 +1,75 @@
 """MAML++."""
 
-import math
+import dataclasses
 from collections.abc import Callable
-from numbers import Integral
-from typing import Any, NamedTuple
+from typing import Annotated, Any, ClassVar, Literal, NamedTuple, Self
 
 import jax
 import jax.numpy as jnp
 from jax import lax
 
+from imaml_jax.learners.algorithm import StepSettings
 from imaml_jax.learners.base import (
     FastPredicate,
     LossFn,
     MetaInfo,
     Statistics,
-    check_steps,
     is_norm,
     partition,
     path_string,
-    supervised,
 )
+from imaml_jax.learners.settings import Count, Positive, Range, Steps, check_arguments, check_value
+from imaml_jax.learners.supervised import supervised
 from imaml_jax.types import Array, MetaLearner, PyTree
+
+_HUNDREDTHS = 100  # epochs of a run, whatever its length
+
+
+@dataclasses.dataclass(frozen=True)
+class MamlppSettings(StepSettings):
+    """Settings of `mamlpp`."""
+
+    algorithm: ClassVar[str] = "mamlpp"
+    title: ClassVar[str] = "MAML++"
+
+    inner: Literal["sgd"] = "sgd"
+    """Inner optimiser."""
+    inner_rate: Positive = 0.1
+    """Learning rate of every inner step at the start."""
+    learn_rates: bool = True
+    """Learns the inner rates, one for each array and step."""
+    per_step_norm: bool = True
+    """Whether the norms have a scale and an offset for each inner step."""
+    multi_step_epochs: Annotated[int, Range(least=0)] = 10
+    """Epochs with a loss after every inner step."""
+    first_order_epochs: Annotated[int, Range(least=0)] = 0
+    """Epochs with first-order gradients, before the second-order ones."""
+    epoch_length: Count | None = None
+    """Meta-steps of an epoch; None for a hundredth of the run."""
+
+    def for_run(self, meta_steps: int) -> Self:
+        """With the length of an epoch."""
+        length = self.epoch_length or max(1, meta_steps // _HUNDREDTHS)
+        return dataclasses.replace(self, epoch_length=length)
+
+    def build(self, network: Any, loss_fn: LossFn) -> MetaLearner:
+        """The learner on a network and a loss."""
+        length = {} if self.epoch_length is None else {"epoch_length": self.epoch_length}
+        return mamlpp(
+            network,
+            loss_fn,
+            inner_rate=self.inner_rate,
+            learn_rates=self.learn_rates,
+            multi_step_epochs=self.multi_step_epochs,
+            first_order_epochs=self.first_order_epochs,
+            per_step=is_norm if self.per_step_norm else None,
+            **length,
+            **self.shared,
+        )
+
+    def before_adaptation(self, meta_params: PyTree) -> PyTree:
+        """The network's parameters."""
+        return meta_params.params if self.learn_rates else meta_params
 
 
 class LearnedRates(NamedTuple):
@@ -96,7 +145,7 @@ def mamlpp(
         the scales and offsets of norms. The query set is judged with those of the update before.
         None for none.
       fast: which of the other parameters are adapted, by path; default all.
-      statistics: batch-norm mode of the query examples, see `learners.base.supervised`.
+      statistics: batch-norm mode of the query examples, see `learners.supervised.supervised`.
       remat: recompute each inner step in the backward pass instead of storing its activations.
 
     Returns:
@@ -109,22 +158,21 @@ def mamlpp(
     References:
       Antoniou, Edwards, Storkey, "How to train your MAML", ICLR 2019, section 4.
     """
-    check_steps(
-        "mamlpp", num_steps=num_steps, eval_num_steps=eval_num_steps, epoch_length=epoch_length
+    check_arguments(
+        "mamlpp",
+        MamlppSettings,
+        inner_rate=inner_rate,
+        num_steps=num_steps,
+        multi_step_epochs=multi_step_epochs,
+        first_order_epochs=first_order_epochs,
+        epoch_length=epoch_length,
     )
+    check_value("eval_num_steps", eval_num_steps, Steps | None, "mamlpp: ")
     if (learn_rates or per_step) and eval_num_steps not in (None, num_steps):
         raise ValueError(
             f"mamlpp: eval_num_steps={eval_num_steps} must be num_steps={num_steps}: rates and "
             "norms were learned for these steps. Train with as many as you evaluate with"
         )
-    if not 0 < inner_rate < math.inf:
-        raise ValueError(f"mamlpp: inner_rate={inner_rate} must be positive and finite")
-    for name, epochs in (
-        ("multi_step_epochs", multi_step_epochs),
-        ("first_order_epochs", first_order_epochs),
-    ):
-        if isinstance(epochs, bool) or not isinstance(epochs, Integral) or int(epochs) < 0:
-            raise ValueError(f"mamlpp: {name}={epochs!r} must be an integer of at least 0")
     has_rows = per_step or (lambda path: False)
     problem = supervised(
         network,

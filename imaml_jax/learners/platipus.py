@@ -1,26 +1,78 @@
 """PLATIPUS: probabilistic MAML, which adapts samples of the initialisation."""
 
+import dataclasses
 import math
 from collections.abc import Callable
-from typing import Any, NamedTuple
+from typing import Any, ClassVar, NamedTuple
 
 import jax
 import jax.numpy as jnp
 import optax
 
+from imaml_jax.learners.algorithm import DescentSettings, make_inner
 from imaml_jax.learners.base import (
     AverageOption,
     FastPredicate,
     LossFn,
     MetaInfo,
     Statistics,
-    check_steps,
     combine,
     fitting_average,
-    supervised,
 )
 from imaml_jax.learners.maml import maml
+from imaml_jax.learners.settings import Count, NotNegative, Positive, check_arguments
+from imaml_jax.learners.supervised import supervised
 from imaml_jax.types import Array, MetaLearner, Params, PyTree
+
+
+@dataclasses.dataclass(frozen=True)
+class PlatipusSettings(DescentSettings):
+    """Settings of `platipus`."""
+
+    algorithm: ClassVar[str] = "platipus"
+    title: ClassVar[str] = "PLATIPUS"
+
+    num_samples: Count = 2
+    """Samples of the initialisation in training."""
+    eval_num_samples: Count = 10
+    """Samples at validation and test."""
+    kl_weight: NotNegative = 1e-2
+    """Weight of the divergence of the training samples' distribution from the prior."""
+    prior_rate: Positive = 0.01
+    """Initial gamma_p."""
+    posterior_rate: Positive = 0.01
+    """Initial gamma_q."""
+    prior_variance: Positive = 1e-3
+    """Initial sigma^2 of every parameter."""
+    posterior_variance: Positive = 1e-3
+    """Initial v_q of every parameter."""
+
+    def build(self, network: Any, loss_fn: LossFn) -> MetaLearner:
+        """The learner on a network and a loss."""
+        return platipus(network, loss_fn, **self.arguments)
+
+    def build_samples(self, network: Any, loss_fn: LossFn) -> MetaLearner:
+        """The learner whose predictions are those of each sample."""
+        return platipus(network, loss_fn, average=None, **self.arguments)
+
+    @property
+    def arguments(self) -> dict[str, Any]:
+        """The arguments of the factory."""
+        return {
+            "inner": make_inner(self.inner, self.inner_rate),
+            "num_samples": self.num_samples,
+            "eval_num_samples": self.eval_num_samples,
+            "kl_weight": self.kl_weight,
+            "prior_rate": self.prior_rate,
+            "posterior_rate": self.posterior_rate,
+            "prior_variance": self.prior_variance,
+            "posterior_variance": self.posterior_variance,
+            **self.shared,
+        }
+
+    def before_adaptation(self, meta_params: PyTree) -> PyTree:
+        """The mean, as the only sample."""
+        return jax.tree.map(lambda x: x[None], meta_params.mean)
 
 
 class PlatipusParams(NamedTuple):
@@ -101,7 +153,7 @@ def platipus(
         `partial(imaml, reg_strength=2.0)` for the implicit variant, where
         `U(theta) = argmin_phi L^support(phi) + lambda/2 ||phi - theta||^2`; watch what it reports.
       fast: which parameters are adapted and random, by path; default all.
-      statistics: batch-norm mode of the query examples, see `learners.base.supervised`.
+      statistics: batch-norm mode of the query examples, see `learners.supervised.supervised`.
 
     Returns:
       The `MetaLearner`. `adapted` holds the adapted parameters stacked `[samples, ...]`. In `info`,
@@ -114,19 +166,19 @@ def platipus(
       Finn, Xu, Levine, "Probabilistic Model-Agnostic Meta-Learning", NeurIPS 2018, Algorithms 1
       and 2.
     """
-    check_steps("platipus", num_steps=num_steps, eval_num_steps=eval_num_steps)
-    check_steps("platipus", num_samples=num_samples, eval_num_samples=eval_num_samples)
-    if not 0 <= kl_weight < math.inf:
-        raise ValueError(f"platipus: kl_weight={kl_weight} must be at least 0 and finite")
-    positive = {
-        "prior_rate": prior_rate,
-        "posterior_rate": posterior_rate,
-        "prior_variance": prior_variance,
-        "posterior_variance": posterior_variance,
-    }
-    for name, value in positive.items():
-        if not 0 < value < math.inf:
-            raise ValueError(f"platipus: {name}={value} must be positive and finite")
+    check_arguments(
+        "platipus",
+        PlatipusSettings,
+        num_steps=num_steps,
+        eval_num_steps=eval_num_steps,
+        num_samples=num_samples,
+        eval_num_samples=eval_num_samples,
+        kl_weight=kl_weight,
+        prior_rate=prior_rate,
+        posterior_rate=posterior_rate,
+        prior_variance=prior_variance,
+        posterior_variance=posterior_variance,
+    )
     one_prediction = lambda outputs: outputs  # noqa: E731
     if average is not None:
         one_prediction = fitting_average("platipus", average, loss_fn)

@@ -2,7 +2,7 @@
 
 import math
 from collections.abc import Callable
-from typing import Any, NamedTuple
+from typing import Any, Literal, NamedTuple
 
 import jax
 import jax.numpy as jnp
@@ -50,6 +50,14 @@ class Precisions(NamedTuple):
     params: Params
     log_noise_precision: Array
     log_weight_precision: Array
+
+
+PosteriorName = Literal["learned_precisions", "likelihood"]
+
+
+def posterior_of(name: PosteriorName) -> Posterior | None:
+    """The posterior of that name; None for the learners' default, the likelihood of their loss."""
+    return learned_precisions() if name == "learned_precisions" else None
 
 
 def likelihood(loss_fn: LossFn, *, prior_precision: float = 0.0) -> Posterior:

@@ -1,23 +1,62 @@
 """Reptile."""
 
-from typing import Any
+import dataclasses
+from typing import Any, ClassVar
 
 import jax
 import jax.numpy as jnp
 import optax
 
 from imaml_jax.bilevel.inner import mini_batches, minimize
+from imaml_jax.learners.algorithm import DescentSettings, make_inner
 from imaml_jax.learners.base import (
     FastPredicate,
     LossFn,
     Statistics,
-    check_steps,
     combine,
     inner_report,
     make_adapt,
-    supervised,
 )
+from imaml_jax.learners.settings import Count, check_arguments
+from imaml_jax.learners.supervised import supervised
 from imaml_jax.types import MetaLearner
+
+
+@dataclasses.dataclass(frozen=True)
+class ReptileSettings(DescentSettings):
+    """Settings of `reptile`."""
+
+    algorithm: ClassVar[str] = "reptile"
+    title: ClassVar[str] = "Reptile"
+
+    statistics: Statistics = "support_and_one"
+    """Batch-norm mode of the query examples; published is each with the support set."""
+    batch_size: Count | None = None
+    """Examples of an inner step in training; None for all."""
+    eval_batch_size: Count | None = None
+    """The same at validation and test; None for as many as in training."""
+
+    def build(self, network: Any, loss_fn: LossFn) -> MetaLearner:
+        """The learner on a network and a loss."""
+        return reptile(
+            network,
+            loss_fn,
+            inner=make_inner(self.inner, self.inner_rate),
+            batch_size=self.batch_size,
+            eval_batch_size=self.eval_batch_size,
+            **self.shared,
+        )
+
+
+@dataclasses.dataclass(frozen=True)
+class TransductiveReptileSettings(ReptileSettings):
+    """Settings of Reptile with the batch norm of the whole query set."""
+
+    algorithm: ClassVar[str] = "reptile_transductive"
+    title: ClassVar[str] = "Reptile + transduction"
+
+    statistics: Statistics = "batch"
+    """Batch-norm mode of the query examples: of the query set."""
 
 
 def reptile(
@@ -61,8 +100,9 @@ def reptile(
     References:
       Nichol, Achiam, Schulman, "On First-Order Meta-Learning Algorithms", 2018, Algorithm 1.
     """
-    check_steps(
+    check_arguments(
         "reptile",
+        ReptileSettings,
         num_steps=num_steps,
         batch_size=batch_size,
         eval_num_steps=eval_num_steps,

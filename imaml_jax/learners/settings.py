@@ -22,7 +22,9 @@ import types
 import typing
 from collections.abc import Callable, Iterable, Iterator, Mapping
 from numbers import Integral, Real
-from typing import Annotated, Any, Literal, NamedTuple, Self
+from typing import Annotated, Any, Literal, NamedTuple, Self, TypeVar
+
+_R = TypeVar("_R")
 
 
 @dataclasses.dataclass(frozen=True)
@@ -44,12 +46,8 @@ class Range:
         )
 
     def __str__(self) -> str:
-        bounds = dataclasses.asdict(self).items()
-        return " and ".join(
-            f"{'at ' if name in ('least', 'most') else ''}{name} {bound}"
-            for name, bound in bounds
-            if bound is not None
-        )
+        bounds = ((">=", self.least), (">", self.above), ("<=", self.most), ("<", self.below))
+        return " and ".join(f"{sign} {bound}" for sign, bound in bounds if bound is not None)
 
 
 @dataclasses.dataclass(frozen=True)
@@ -65,7 +63,12 @@ class When:
     otherwise: str
 
 
+class Fixed:
+    """Marks a field that says something about a record and is no setting of a user's."""
+
+
 Count = Annotated[int, Range(least=1)]
+Steps = Annotated[int, Range(least=1, most=1_000_000)]
 NotNegative = Annotated[float, Range(least=0)]
 Positive = Annotated[float, Range(above=0)]
 Seed = Annotated[int, Range(least=0, most=2**32 - 1)]
@@ -100,18 +103,16 @@ class Record:
         Raises:
           ValueError: an unknown name, a value out of its range, or one that has no effect.
         """
-        known = settings_of(self)
+        known = settings_of(self, all_of_them=True)
         for name, value in values.items():
             if name not in known:
                 raise ValueError(f"{name}={value} is not a setting here{nearest(name, known)}")
         made = _replaced(self, values)
-        effective = settings_of(made)
-        for name, value in values.items():
-            for condition in _metadata(known[name].hint, When):
-                if name not in effective:
-                    raise ValueError(
-                        f"{name}={value} has no effect on {condition.otherwise}; leave it out"
-                    )
+        for name in values.keys() - settings_of(made).keys():
+            (condition,) = _metadata(known[name].hint, When)
+            raise ValueError(
+                f"{name}={values[name]} has no effect on {condition.otherwise}; leave it out"
+            )
         return made
 
 
@@ -124,6 +125,22 @@ def _replaced(record: Any, values: Mapping[str, Any]) -> Any:
         elif field.name in values:
             changes[field.name] = values[field.name]
     return dataclasses.replace(record, **changes)
+
+
+def made_of(kind: type[_R], values: Mapping[str, Any]) -> _R:
+    """The record of these values, such as a file has them.
+
+    Raises:
+      ValueError: a field that is missing or unknown, or what the record itself raises.
+    """
+    fields = {field.name: field for field in dataclasses.fields(kind)}  # pyright: ignore
+    for name in values:
+        if name not in fields:
+            raise ValueError(f"unknown field {name}{nearest(name, fields)}")
+    for name, field in fields.items():
+        if name not in values and field.default is dataclasses.MISSING:
+            raise ValueError(f"the field {name} is missing")
+    return kind(**values)
 
 
 def settings_of(record: Any, all_of_them: bool = False) -> dict[str, Setting]:
@@ -139,6 +156,8 @@ def settings_of(record: Any, all_of_them: bool = False) -> dict[str, Setting]:
         value, hint = getattr(record, field.name), hints[field.name]
         if isinstance(value, Record):
             found |= settings_of(value, all_of_them)
+        elif any(_metadata(hint, Fixed)):
+            continue
         elif all_of_them or all(each.holds(record) for each in _metadata(hint, When)):
             found[field.name] = Setting(hint, value, docs.get(field.name, ""))
     return found
@@ -174,14 +193,13 @@ def check_arguments(factory: str, record: type, **values: Any) -> None:
     Args:
       factory: its name, for the message.
       record: where the ranges are declared.
-      **values: arguments by name; None passes, since it stands for a default.
+      **values: arguments by name.
 
     Raises:
       ValueError: the first value that is out of its range.
     """
     for name, value in values.items():
-        if value is not None:
-            check_value(name, value, _hints(record)[name], f"{factory}: ")
+        check_value(name, value, _hints(record)[name], f"{factory}: ")
 
 
 def check_value(name: str, value: Any, hint: Any, prefix: str = "") -> None:

@@ -14,14 +14,14 @@ from imaml_jax.networks.layers import (
 )
 from imaml_jax.types import Array
 
-_SMALL_NORMAL = nn.initializers.truncated_normal(0.01)
+SMALL_NORMAL = nn.initializers.truncated_normal(0.01)
 
 
 def mlp(
     features: Sequence[int],
     *,
     activation: Callable[[Array], Array] = nn.relu,
-    kernel_init: Initializer = _SMALL_NORMAL,
+    kernel_init: Initializer = SMALL_NORMAL,
 ) -> Network:
     """Fully connected network; `mlp([40, 40, 1])` is the sinusoid regressor of MAML.
 

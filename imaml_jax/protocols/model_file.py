@@ -6,6 +6,7 @@ weights. Reading either runs nothing that is in it: no pickles, no names of code
 type of an array are checked before its data are read.
 """
 
+import dataclasses
 import hashlib
 import io
 import json
@@ -13,8 +14,7 @@ import math
 import os
 import zipfile
 from pathlib import Path
-from types import NoneType, UnionType
-from typing import Any, Literal, NamedTuple, get_args, get_origin, get_type_hints
+from typing import Annotated, Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
@@ -23,27 +23,19 @@ import numpy as np
 from imaml_jax.data.cache import UNREADABLE
 from imaml_jax.data.images import check_image
 from imaml_jax.learners.base import path_string
-from imaml_jax.protocols.build import build_learner
-from imaml_jax.protocols.protocols import Protocol
+from imaml_jax.learners.settings import Range, Record, Share, values_of
+from imaml_jax.protocols.protocol import Protocol, from_settings
 from imaml_jax.training import workdir
 from imaml_jax.types import MetaLearner, PyTree
 
-FORMAT = 1
+FORMAT = 2  # 1 recorded the settings of all algorithms
 _DESCRIPTION, _WEIGHTS = "model.json", "weights.npz"
 _MAX_DESCRIPTION, _MAX_HEADER = 1 << 20, 1024  # bytes
-_SHARE, _COUNT = (0, 1), (1, 10_000)
-_ALLOWED = {
-    **dict.fromkeys(("brightness", "test_accuracy", "test_ci95"), _SHARE),
-    **dict.fromkeys(("test_accuracy_unrounded", "test_accuracy_alone", "test_ci95_alone"), _SHARE),
-    **dict.fromkeys(("ways", "shots", "num_steps", "eval_num_steps", "num_samples"), _COUNT),
-    **dict.fromkeys(("batch_size", "eval_batch_size"), _COUNT),
-    "cg_steps": (0, 10_000),
-    "test_tasks": (1, 10**9),
-    "num_blocks": (1, 100),
-}
+_Number = Annotated[int, Range(least=1, most=10_000)]
 
 
-class Description(NamedTuple):
+@dataclasses.dataclass(frozen=True)
+class Description(Record):
     """What a saved model is and what was measured of it; accuracies are shares in [0, 1].
 
     Attributes:
@@ -53,7 +45,7 @@ class Description(NamedTuple):
       image_size: side of its images in pixels.
       channels: 3 for RGB, 1 for grey.
       brightness: mean of the training images as the network sees them, in [0, 1].
-      protocol: architecture, algorithm and settings, all that `build_learner` needs.
+      protocol: architecture, algorithm and settings, all that makes the learner.
       test_tasks: tasks of unseen classes that the accuracies are means over.
       test_accuracy: by the protocol, of the weights as stored.
       test_ci95: half-width of its 95% confidence interval over tasks.
@@ -65,19 +57,28 @@ class Description(NamedTuple):
     """
 
     dataset: str
-    ways: int
-    shots: int
+    ways: _Number
+    shots: _Number
     image_size: int
     channels: int
-    brightness: float
+    brightness: Share
     protocol: Protocol
-    test_tasks: int
-    test_accuracy: float
-    test_ci95: float | None
-    test_accuracy_unrounded: float
-    test_accuracy_alone: float
-    test_ci95_alone: float | None
+    test_tasks: Annotated[int, Range(least=1, most=10**9)]
+    test_accuracy: Share
+    test_ci95: Share | None
+    test_accuracy_unrounded: Share
+    test_accuracy_alone: Share
+    test_ci95_alone: Share | None
     run: dict
+
+    def check_together(self) -> None:
+        """Raises ValueError for images of a size or kind that cannot be."""
+        check_image(self.image_size, self.channels)
+
+    def recorded(self) -> dict[str, Any]:
+        """What `model.json` says of it."""
+        fields = {field.name: getattr(self, field.name) for field in dataclasses.fields(self)}
+        return fields | {"protocol": self.protocol.recorded()}
 
 
 class Model(NamedTuple):
@@ -109,8 +110,8 @@ def independent(protocol: Protocol) -> Protocol:
     Those of the support set take the place of those that query images share, with which
     predictions are right only for queries like a test task's: all classes, in equal numbers.
     """
-    shared = protocol.statistics in ("batch", "joint")
-    return protocol._replace(statistics="support") if shared else protocol
+    shared = values_of(protocol.learner)["statistics"] in ("batch", "joint")
+    return protocol.with_settings({"statistics": "support"}) if shared else protocol
 
 
 def check_place(path: str | os.PathLike) -> bool:
@@ -133,17 +134,15 @@ def save_model(path: str | os.PathLike, meta_params: PyTree, description: Descri
 
     Args:
       path: the folder; made if missing.
-      meta_params: of the learner that `build_learner` makes of the description's protocol.
+      meta_params: of the learner that the description's protocol builds.
       description: what the model is.
 
     Raises:
-      ValueError: values that float16 has not, a folder that holds something else, or
-        counts and shares that `load_model` refuses.
+      ValueError: values that float16 has not, or a folder that holds something else.
       OSError: it cannot be written.
     """
     check_place(path)
     folder = Path(path).expanduser()
-    _check_values(folder, description, "load_model would refuse it; change the description.")
     folder.mkdir(parents=True, exist_ok=True)
     arrays = {n: np.asarray(x, np.float16) for n, x in _named(rounded(meta_params)).items()}
     buffer = io.BytesIO()
@@ -155,8 +154,7 @@ def save_model(path: str | os.PathLike, meta_params: PyTree, description: Descri
     os.replace(temporary, folder / _WEIGHTS)
     text = {
         "format": FORMAT,
-        **description._asdict(),
-        "protocol": description.protocol._asdict(),
+        **description.recorded(),
         "weights_sha256": hashlib.sha256(content).hexdigest(),
     }
     workdir.write_whole(folder / _DESCRIPTION, json.dumps(text, indent=1, allow_nan=False) + "\n")
@@ -186,7 +184,7 @@ def load_model(path: str | os.PathLike) -> Model:
     folder = Path(path).expanduser()
     description, checksum = _read_description(folder / _DESCRIPTION)
     try:
-        learner = build_learner(description.protocol, description.ways)
+        learner = description.protocol.build(description.ways)
         shape = (1, description.image_size, description.image_size, description.channels)
         example = jax.ShapeDtypeStruct(shape, jnp.float32)
         like = jax.eval_shape(learner.init, jax.random.key(0), example)
@@ -230,67 +228,17 @@ def _read_description(path: Path) -> tuple[Description, str]:
             f"{path} has format {found}, this version of imaml_jax reads {FORMAT} and older: "
             "install a newer one"
         )
-    if type(found) is not int or found != FORMAT:
+    if type(found) is not int or found < 1:
         raise ValueError(f"{path}: expected a model's description, format {FORMAT}. {_REMEDY}")
     checksum = fields.pop("weights_sha256", None)
-    fields["protocol"] = _record(path, Protocol, fields.get("protocol"))
-    description = _record(path, Description, fields)
-    _check_values(path, description, _REMEDY)
     try:
-        check_image(description.image_size, description.channels)
-    except ValueError as error:
-        raise ValueError(f"{path}: {error} {_REMEDY}") from None
-    return description, str(checksum)
-
-
-def _check_values(path: Path, description: Description, remedy: str) -> None:
-    protocol = description.protocol
-    values = {**protocol.network, **protocol._asdict(), **description._asdict()}
-    for name, (least, most) in _ALLOWED.items():
-        value = values.get(name)
-        if isinstance(value, int | float) and not least <= value <= most:
-            raise ValueError(f"{path}: {name}={value}; allowed: {least} to {most}. {remedy}")
-
-
-def _record(path: Path, kind: Any, fields: Any) -> Any:
-    """A NamedTuple of values that fit its annotations."""
-    hints = get_type_hints(kind)
-    if not isinstance(fields, dict):
-        raise ValueError(f"{path}: expected the fields of a {kind.__name__}. {_REMEDY}")
-    missing = [n for n in hints if n not in fields and n not in kind._field_defaults]
-    unknown = [n for n in fields if n not in hints]
-    wrong = [
-        f"{n}={fields[n]!r:.60}" for n in hints if n in fields and not _fits(fields[n], hints[n])
-    ]
-    for problem, names in (("lacks", missing), ("has unknown", unknown), ("has wrong", wrong)):
-        if names:
-            raise ValueError(
-                f"{path}: its {kind.__name__} {problem} {', '.join(names[:3])}. {_REMEDY}"
-            )
-    return kind(**fields)
-
-
-def _fits(value: Any, hint: Any) -> bool:
-    if hint is Any:
-        return True
-    if get_origin(hint) is Literal:
-        return value in get_args(hint)
-    if isinstance(hint, UnionType) or type(None) in get_args(hint):
-        return any(_fits(value, option) for option in get_args(hint))
-    if hint is float:
-        return isinstance(value, int | float) and not isinstance(value, bool) and _is_finite(value)
-    if hint is int:
-        return isinstance(value, int) and not isinstance(value, bool)
-    if hint in (None, NoneType):
-        return value is None
-    return isinstance(value, get_origin(hint) or hint)
-
-
-def _is_finite(value: float) -> bool:
-    try:
-        return math.isfinite(value)
-    except OverflowError:  # an integer past the floats
-        return False
+        if not isinstance(fields.get("protocol"), dict):
+            raise ValueError("expected the settings of a protocol")
+        return Description(**fields | {"protocol": from_settings(fields["protocol"])}), str(
+            checksum
+        )
+    except (ValueError, TypeError) as error:  # TypeError: a field that is missing or unknown
+        raise ValueError(f"{path}: {error}. {_REMEDY}") from None
 
 
 def _read_weights(

@@ -9,7 +9,8 @@ import optax
 import pytest
 
 from imaml_jax import Batch, Task, cross_entropy, fomaml, imaml, maml, mean_squared_error, reptile
-from imaml_jax.learners.base import Adapted, combine, partition, supervised
+from imaml_jax.learners.base import Adapted, combine, partition
+from imaml_jax.learners.supervised import supervised
 from imaml_jax.networks import Network, mlp
 
 KEY = jax.random.key(0)

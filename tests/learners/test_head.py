@@ -22,7 +22,8 @@ from imaml_jax import (
     solve_cg,
     solve_woodbury,
 )
-from imaml_jax.learners.base import Encoded, is_head, supervised
+from imaml_jax.learners.base import is_head
+from imaml_jax.learners.supervised import Encoded, supervised
 from imaml_jax.networks import Network, conv4, mlp
 from tests.learners.conftest import relative_error
 from tests.programs import jit

@@ -1,0 +1,64 @@
+"""The list of algorithms by name; it is the only one."""
+
+from imaml_jax.learners.algorithm import LearnerSettings
+from imaml_jax.learners.bmaml import BmamlSettings
+from imaml_jax.learners.imaml import HessianFreeSettings, ImamlSettings, ImplicitAnilSettings
+from imaml_jax.learners.implicit_bmaml import ImplicitBmamlSettings
+from imaml_jax.learners.implicit_platipus import ImplicitPlatipusSettings
+from imaml_jax.learners.maml import AnilSettings, FomamlSettings, MamlSettings
+from imaml_jax.learners.mamlpp import MamlppSettings
+from imaml_jax.learners.platipus import PlatipusSettings
+from imaml_jax.learners.reptile import ReptileSettings, TransductiveReptileSettings
+from imaml_jax.learners.settings import nearest
+
+ALGORITHMS: dict[str, type[LearnerSettings]] = {}
+"""The settings of each algorithm by its name, in the order of tables."""
+
+
+def register(settings: type[LearnerSettings]) -> type[LearnerSettings]:
+    """Makes an algorithm known by its name to protocols, command lines, reports and saved models.
+
+    Args:
+      settings: its settings, which have a default for every field; `algorithm` is the name.
+
+    Returns:
+      `settings`, so that this serves as a decorator.
+
+    Raises:
+      ValueError: a name that another algorithm has.
+    """
+    if ALGORITHMS.setdefault(settings.algorithm, settings) is not settings:
+        raise ValueError(f"algorithm={settings.algorithm!r} is registered already; choose another")
+    return settings
+
+
+def settings_class(algorithm: str) -> type[LearnerSettings]:
+    """The settings of an algorithm.
+
+    Raises:
+      ValueError: an unknown name.
+    """
+    if algorithm not in ALGORITHMS:
+        raise ValueError(
+            f"algorithm={algorithm!r} must be one of {', '.join(ALGORITHMS)}"
+            f"{nearest(algorithm, ALGORITHMS)}"
+        )
+    return ALGORITHMS[algorithm]
+
+
+for _settings in (
+    MamlSettings,
+    FomamlSettings,
+    ReptileSettings,
+    TransductiveReptileSettings,
+    ImamlSettings,
+    HessianFreeSettings,
+    MamlppSettings,
+    AnilSettings,
+    ImplicitAnilSettings,
+    PlatipusSettings,
+    ImplicitPlatipusSettings,
+    BmamlSettings,
+    ImplicitBmamlSettings,
+):
+    register(_settings)
