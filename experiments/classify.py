@@ -24,7 +24,7 @@ from experiments.shared.saved_model import percent
 from imaml_jax.data import class_splits, images, listings, own
 from imaml_jax.data.archives import DataError
 from imaml_jax.data.episodes import to_unit
-from imaml_jax.protocols import build, model_file
+from imaml_jax.protocols import model_file
 from imaml_jax.protocols.model_file import Description
 from imaml_jax.training import plots
 from imaml_jax.types import Batch
@@ -172,11 +172,11 @@ def classify(
     protocol = model.description.protocol
     if not together:
         protocol = model_file.independent(protocol)
-    learner = build.build_learner(protocol, model.description.ways)
+    learner = protocol.build(model.description.ways)
     labels = jnp.array([classes.index(label) for label in support.labels if label], jnp.int32)
-    batch = Batch(to_unit(jnp.asarray(support.pixels), protocol.invert), labels)
+    batch = Batch(to_unit(jnp.asarray(support.pixels), protocol.tasks.invert), labels)
     adapted, _ = jax.jit(learner.adapt)(model.meta_params, batch, jax.random.key(0))
-    inputs = to_unit(jnp.asarray(query.pixels), protocol.invert)
+    inputs = to_unit(jnp.asarray(query.pixels), protocol.tasks.invert)
     block = len(inputs) if together else min(_BLOCK, len(inputs))
     predict = jax.jit(lambda adapted, x: jax.nn.softmax(learner.predict(adapted, x)))
     missing = -len(inputs) % block  # filled up, so that one program serves all blocks
@@ -187,7 +187,7 @@ def classify(
 
 def look_inverted(model: Description, support: Images, query: Images) -> str | None:
     """A warning where dark and light look turned round against the training images."""
-    invert, trained = model.protocol.invert, model.brightness
+    invert, trained = model.protocol.tasks.invert, model.brightness
     shown, asked = (float(to_unit(jnp.asarray(x.pixels), invert).mean()) for x in (support, query))
     odd = [n for n, x in (("support", shown), ("query", asked)) if _are_opposite(x, trained)]
     if not odd and _are_opposite(shown, asked):
@@ -276,12 +276,12 @@ def report(
     """The outcome in words."""
     counts = [support.labels.count(name) for name in results["classes"]]
     shots = f"{min(counts)}" if len(set(counts)) == 1 else f"{min(counts)} to {max(counts)}"
-    trained = model.protocol.train_shots
+    trained = model.protocol.tasks.train_shots
     mean, ci95 = (model.test_accuracy, model.test_ci95)
     if not config.together:
         mean, ci95 = (model.test_accuracy_alone, model.test_ci95_alone)
     lines = [
-        f"model: {model.ways}-way {model.shots}-shot {model.protocol.algorithm} trained on "
+        f"model: {model.ways}-way {model.shots}-shot {model.protocol.learner.algorithm} trained on "
         f"{model.dataset}; accuracy there on unseen classes {percent(mean, ci95)} (95% CI over "
         f"{model.test_tasks} tasks)",
         f"support: {len(counts)} classes of {shots} images ({', '.join(results['classes'])})"

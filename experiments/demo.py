@@ -7,6 +7,7 @@ above the untrained one's.
 
 import dataclasses
 import sys
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
@@ -14,12 +15,12 @@ from experiments import glyphs
 from experiments.shared import common, few_shot
 
 WORKDIR = Path("runs/demo")
-META_STEPS: dict[few_shot.Algorithm, int] = {"fomaml": 400, "imaml": 400}
+META_STEPS = {"fomaml": 400, "imaml": 400}
 
 
 def main(
     workdir: Path = WORKDIR,
-    meta_steps: dict[few_shot.Algorithm, int] = META_STEPS,
+    meta_steps: Mapping[str, int] = META_STEPS,
     **settings: Any,
 ) -> bool:
     """Runs the demo.
@@ -32,12 +33,12 @@ def main(
     Returns:
       Whether implicit MAML's interval lies above the untrained one's.
     """
-    config = glyphs.Config(algorithm="imaml", **settings)
-    base = few_shot.untrained(config, glyphs.resolve(config), glyphs.glyphs.load())
+    config = glyphs.Config.of(algorithm="imaml", **settings)
+    base = few_shot.untrained(*glyphs.prepare(config)[:2])
     rows = [("untrained initialisation", base.mean, base.ci95, 0.0)]
     for algorithm, steps in meta_steps.items():
         results = glyphs.main(
-            glyphs.Config(
+            glyphs.Config.of(
                 algorithm=algorithm,
                 meta_steps=steps,
                 workdir=workdir / algorithm,

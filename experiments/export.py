@@ -13,7 +13,9 @@ from pathlib import Path
 from typing import Any
 
 from experiments import folder, glyphs, mini_imagenet, omniglot
-from experiments.shared import common, few_shot, saved_model
+from experiments.shared import common, config_file, few_shot, saved_model
+from imaml_jax import protocols
+from imaml_jax.learners.settings import settings_of
 from imaml_jax.protocols.model_file import Description
 from imaml_jax.training import checkpoint
 
@@ -41,10 +43,10 @@ def main(config: Config) -> Description:
     """
     common.cache_compilations()
     module, settings = read_run(config)
-    protocol, splits, dataset = module.prepare(settings)
+    settings, splits, dataset = module.prepare(settings)
     saved_model.check(config.output, splits)
-    result = few_shot.meta_train(settings, protocol, splits, dataset)
-    before = saved_model.measure(settings, protocol, splits, result.best_meta_params)
+    result = few_shot.meta_train(settings, splits, dataset)
+    before = saved_model.measure(settings, settings.settings, splits, result.best_meta_params)
     results = _of_run(config.workdir) | {
         "seed": settings.seed,
         "best_step": result.best_step,
@@ -53,7 +55,7 @@ def main(config: Config) -> Description:
         "test_accuracy": before.mean,
     }
     saved = saved_model.save(
-        config.output, settings, protocol, splits, dataset, result.best_meta_params, results
+        config.output, settings, splits, dataset, result.best_meta_params, results
     )
     common.say(saved_model.report(saved))
     return saved[1]
@@ -76,18 +78,26 @@ def read_run(config: Config) -> tuple[Any, Any]:
         ) from error
     by_dataset = {"Omniglot": omniglot, "glyphs": glyphs}
     module = folder if "split_seed" in names else by_dataset.get(dataset, mini_imagenet)
-    fields = {field.name for field in dataclasses.fields(module.Config)}
-    known = {name: recorded[name] for name in names & fields}
-    if "algorithm" not in known or not checkpoint.steps(config.workdir / "checkpoints"):
+    has_selectors = all(name in names for name in module.Config.SELECTORS)
+    if not has_selectors or not checkpoint.steps(config.workdir / "checkpoints"):
         raise ValueError(
             f"workdir={config.workdir} holds no checkpoint of experiments.folder, glyphs, "
             "mini_imagenet or omniglot: name the --workdir of one of them"
         )
-    given = {"data_dir": config.data_dir, "split_file": config.split_file}
-    known |= {name: value for name, value in given.items() if name in fields and value}
     if module is folder and config.data_dir is None:
         raise ValueError(f"data_dir: name the folder of images of the run in {config.workdir}")
-    return module, module.Config(**known, workdir=config.workdir, max_seconds=1e-9)
+    selectors = {name: recorded[name] for name in module.Config.SELECTORS}
+    default = module.Config.of(**selectors)
+    found = protocols.from_settings(recorded["settings"]).recorded() | recorded
+    values = {
+        name: config_file.typed(found[name], setting.hint)
+        for name, setting in settings_of(default).items()
+        if name in found and found[name] != setting.value
+    }
+    given = {"data_dir": config.data_dir, "split_file": config.split_file}
+    values |= {name: value for name, value in given.items() if value}
+    own = {"workdir": config.workdir, "max_seconds": 1e-9}
+    return module, default.with_settings({**values, **own})
 
 
 def _of_run(workdir: Path) -> dict[str, Any]:

@@ -10,11 +10,10 @@ The table is written to OUTPUT.json and OUTPUT.md after each, and printed at the
 
 import dataclasses
 import json
-import math
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Mapping
 from functools import partial
 from pathlib import Path
-from typing import Any, Literal, NamedTuple
+from typing import Annotated, Any, Literal, NamedTuple
 
 import jax
 import jax.numpy as jnp
@@ -23,28 +22,27 @@ from experiments import (
     glyphs,
     leo,
     mini_imagenet,
-    mini_imagenet_table,
     navigation,
     omniglot,
-    omniglot_table,
     sinusoid,
 )
-from experiments.shared import accuracy_table, common, few_shot, sinusoid_learners
-from imaml_jax.protocols import build
+from experiments.shared import accuracy_table, common
+from imaml_jax import protocols
+from imaml_jax.learners.registry import ALGORITHMS
+from imaml_jax.learners.settings import Count, Positive, Range, Record, nearest
+from imaml_jax.protocols import leo as leos
+from imaml_jax.protocols import navigation as navigators
+from imaml_jax.protocols import sinusoid as sinusoids
+from imaml_jax.protocols.published import PUBLISHED
 from imaml_jax.training.non_finite import NonFiniteError
 from imaml_jax.types import Batch, MetaLearner, Task
 
 TaskName = Literal["glyphs", "leo", "mini_imagenet", "navigation", "omniglot", "sinusoid"]
-# Of each kind of images: the experiment, its protocol, what is in print, and the images' shape.
-_IMAGES: dict[str, tuple[Any, Callable[[Any], Any], accuracy_table.Published, tuple]] = {
-    "glyphs": (glyphs, glyphs.resolve, {}, (28, 28, 1)),
-    "mini_imagenet": (
-        mini_imagenet,
-        mini_imagenet.resolve,
-        mini_imagenet_table.PUBLISHED,
-        (84, 84, 3),
-    ),
-    "omniglot": (omniglot, few_shot.resolve, omniglot_table.PUBLISHED, (28, 28, 1)),
+# Of each kind of images: the experiment, and the images' shape.
+_IMAGES: dict[str, tuple[Any, tuple[int, ...]]] = {
+    "glyphs": (glyphs, (28, 28, 1)),
+    "mini_imagenet": (mini_imagenet, (84, 84, 3)),
+    "omniglot": (omniglot, (28, 28, 1)),
 }
 
 
@@ -76,25 +74,25 @@ class Run(NamedTuple):
 
 
 @dataclasses.dataclass(frozen=True)
-class Config:
+class Config(Record):
     """Which rows to make, and for how long."""
 
     tasks: tuple[TaskName, ...] = ("sinusoid", "glyphs", "navigation")
     """What is learned; omniglot and mini_imagenet need data, leo features."""
     algorithms: tuple[str, ...] = ()
     """Which algorithms, by the names that the tables print; default all."""
-    budget: float = 1.0
-    """Share of each run's meta-steps, above 0."""
-    max_seconds: float | None = None
-    """Stop a run after the first log point past this many seconds of training, above 0."""
-    ways: int = 5
-    """Classes of a classification task, at least 2."""
-    shots: int = 1
-    """Support examples a class of a classification task, at least 1."""
-    sinusoid_setting: Literal["bmaml", "maml"] = "maml"
+    budget: Positive = 1.0
+    """Share of each run's meta-steps."""
+    max_seconds: Positive | None = None
+    """Stop a run after the first log point past this many seconds of training."""
+    ways: Annotated[int, Range(least=2)] = 5
+    """Classes of a classification task."""
+    shots: Count = 1
+    """Support examples a class of a classification task."""
+    sinusoid_setting: sinusoids.Setting = "maml"
     """Whose sinusoids."""
-    sinusoid_shots: int = 10
-    """Points of a sinusoid, at least 1."""
+    sinusoid_shots: Count = 10
+    """Points of a sinusoid."""
     data_dir: Path | None = None
     """Directory of Omniglot's or mini-ImageNet's files; default the environment variable
     IMAML_DATA_DIR."""
@@ -104,6 +102,25 @@ class Config:
     """One folder a row."""
     output: Path = Path("runs/family/table")
     """Where to write the table, without an ending."""
+
+    @classmethod
+    def choices(cls) -> Mapping[str, tuple[str, ...]]:
+        """The values of settings that are names."""
+        return {"algorithms": (*sorted({"leo", "nearest_centroid", *ALGORITHMS}),)}
+
+    def check_together(self) -> None:
+        """Raises ValueError for an unknown algorithm, or LEO without features."""
+        every = self.choices()["algorithms"]
+        for name in self.algorithms:
+            if name not in every:
+                raise ValueError(
+                    f"algorithms={name!r} must be of {', '.join(every)}{nearest(name, every)}"
+                )
+        if "leo" in self.tasks and self.features is None:
+            raise ValueError(
+                "features=None: tasks=leo needs the folder that python -m experiments.features "
+                "writes"
+            )
 
 
 def main(config: Config) -> list[dict[str, Any]]:
@@ -115,17 +132,6 @@ def main(config: Config) -> list[dict[str, Any]]:
     Raises:
       ValueError: a setting out of its range, or no row.
     """
-    if not 0 < config.budget < math.inf:
-        raise ValueError(f"budget={config.budget} must be above 0 and finite")
-    every = {"leo", "nearest_centroid", *accuracy_table.NAMES}
-    every |= {*navigation.SETTINGS, *sinusoid_learners.SETTINGS}
-    for name in config.algorithms:
-        if name not in every:
-            raise ValueError(f"algorithms={name!r} must be of {', '.join(sorted(every))}")
-    if "leo" in config.tasks and config.features is None:
-        raise ValueError(
-            "features=None: tasks=leo needs the folder that python -m experiments.features writes"
-        )
     runs = [
         run
         for task in config.tasks
@@ -208,30 +214,28 @@ def _steps(config: Config, full: int, log_every: int) -> int:
 
 
 def _sinusoids(config: Config) -> Iterator[Run]:
-    for algorithm in sinusoid_learners.SETTINGS:
-        settings = sinusoid_learners.settings_of(algorithm, config.sinusoid_setting)
-        steps = _steps(config, settings.meta_steps, 100)
+    for algorithm in sinusoids.SETTINGS:
+        selectors = {"algorithm": algorithm, "setting": config.sinusoid_setting}
+        full = sinusoid.Config.of(**selectors).settings.outer.meta_steps
+        steps = _steps(config, full, 100)
         folder = f"sinusoid_{config.sinusoid_setting}_{config.sinusoid_shots}shot_{algorithm}"
-        own = sinusoid.Config(
-            algorithm=algorithm,
-            setting=config.sinusoid_setting,
+        own = sinusoid.Config.of(
+            **selectors,
             shots=config.sinusoid_shots,
             meta_steps=steps,
             log_every=100 if steps % 1000 else 1000,
             max_seconds=config.max_seconds,
             workdir=config.workdir / f"{folder}_{steps}steps",
         )
-        learner = sinusoid_learners.build_learner(
-            algorithm, settings, sinusoid_learners.TASKS[own.setting].network
-        )
-        points = [jnp.zeros((n, 1)) for n in (own.shots, sinusoid.TRAIN_QUERIES)]
+        learner = own.settings.build()
+        points = [jnp.zeros((n, 1)) for n in (own.shots, own.settings.tasks.train_queries)]
         yield Run(
             f"sinusoid, setting {own.setting}, {own.shots}-shot",
             algorithm,
             "own",
             own.workdir or Path(),
             lambda own=own: sinusoid.main(own),
-            settings.meta_steps,
+            full,
             lambda _, learner=learner, points=points: _memory(
                 learner, Task(*(Batch(x, x) for x in points))
             ),
@@ -242,10 +246,10 @@ def _sinusoids(config: Config) -> Iterator[Run]:
 
 def of_images(config: Config, task: str) -> Iterator[Run]:
     """The runs of all that classify images."""
-    experiment, resolve, published, image = _IMAGES[task]
-    for algorithm in accuracy_table.NAMES:
+    experiment, image = _IMAGES[task]
+    for algorithm in ALGORITHMS:
         shape = {"algorithm": algorithm, "ways": config.ways, "shots": config.shots}
-        full = resolve(experiment.Config(**shape, meta_steps=None)).meta_steps
+        full = protocols.get("common", **shape, dataset=experiment.Config.DATASET).outer.meta_steps
         steps = _steps(config, full, 50)
         folder = f"{task}_{config.ways}way_{config.shots}shot_{algorithm}_{steps}steps"
         settings = {
@@ -258,15 +262,14 @@ def of_images(config: Config, task: str) -> Iterator[Run]:
         }
         if task != "glyphs":  # which need no data
             settings["data_dir"] = config.data_dir
-        own = experiment.Config(**settings)
-        protocol = resolve(own)
-        learner = build.build_learner(protocol, config.ways)
-        per_class = (protocol.train_shots, protocol.train_queries)
-        value = published.get(algorithm, {}).get((config.ways, config.shots), ("", None))
+        own = experiment.Config.of(**settings)
+        tasks, learner = own.settings.tasks, own.settings.build(config.ways)
+        per_class = (tasks.train_shots, tasks.train_queries)
+        published = PUBLISHED.get(task, {}).get(algorithm, {})
         yield Run(
             f"{task} {config.ways}-way {config.shots}-shot",
             algorithm,
-            protocol.name,
+            own.protocol,
             config.workdir / folder,
             partial(experiment.main, own),
             full,
@@ -274,29 +277,30 @@ def of_images(config: Config, task: str) -> Iterator[Run]:
                 learner, config.ways, per_class, image
             ),
             _of_accuracy,
-            accuracy_table.printed(*value),
+            accuracy_table.printed(*published.get((config.ways, config.shots), ("", None))),
         )
 
 
 def _navigators(config: Config) -> Iterator[Run]:
-    for algorithm, settings in navigation.SETTINGS.items():
-        steps = _steps(config, settings.meta_steps, 5)
-        own = navigation.Config(
+    for algorithm, (_, outer) in navigators.SETTINGS.items():
+        steps = _steps(config, outer.meta_steps, 5)
+        own = navigation.Config.of(
             algorithm=algorithm,
             meta_steps=steps,
             max_seconds=config.max_seconds,
             workdir=config.workdir / f"navigation_{algorithm}_{steps}steps",
         )
+        published = navigators.AFTER_ONE_UPDATE.get(algorithm)
         yield Run(
             "2D navigation",
             algorithm,
             "own",
             own.workdir or Path(),
             lambda own=own: navigation.main(own),
-            settings.meta_steps,
+            outer.meta_steps,
             lambda _: None,
             lambda results: (results["test_return"][1], results["test_ci95"][1], None),
-            "-11.7" if algorithm == "maml" else "",
+            "" if published is None else f"{published:g}",
         )
 
 
@@ -304,8 +308,8 @@ def of_features(config: Config) -> Iterator[Run]:
     """The runs of LEO and of the nearest class mean."""
     assert config.features is not None
     shape = f"{config.ways}way_{config.shots}shot"
-    steps = _steps(config, leo.META_STEPS, 1000)
-    own = leo.Config(
+    steps = _steps(config, leos.META_STEPS, 1000)
+    own = leo.Config.of(
         features=config.features,
         ways=config.ways,
         shots=config.shots,
@@ -319,14 +323,14 @@ def of_features(config: Config) -> Iterator[Run]:
     )
 
     def memory(results):
-        learner = leo.build_learner(own, leo.resolve(own), stochastic=True)
+        learner = leo.build_learner(own, stochastic=True)
         per_class = (own.shots, leo.QUERIES)
         return _memory_of_classifier(learner, own.ways, per_class, (1, 1, results["width"]))
 
     value = leo.published(config.features, config.ways, config.shots) or ("", None)
     for algorithm, of_run, full, memory_of, published in (
         ("nearest_centroid", baseline, 0, lambda _: None, ""),
-        ("leo", own, leo.META_STEPS, memory, accuracy_table.printed(*value)),
+        ("leo", own, leos.META_STEPS, memory, accuracy_table.printed(*value)),
     ):
         yield Run(
             f"features {config.ways}-way {config.shots}-shot",

@@ -11,37 +11,36 @@ import dataclasses
 import hashlib
 import json
 from pathlib import Path
-from typing import Any, Literal
+from typing import Annotated, Any, ClassVar, Literal
 
 from experiments.shared import common, few_shot
 from imaml_jax.data import class_splits, own
 from imaml_jax.data.episodes import Splits
-from imaml_jax.data.images import SPLITS, check_image
+from imaml_jax.data.images import SPLITS
+from imaml_jax.learners.settings import Count, Range
 from imaml_jax.protocols import Protocol
 from imaml_jax.training import processes
 
-_SHARES, _QUERIES, _LEAST_SIZE = (0.7, 0.15, 0.15), 15, 16
+_SHARES, _QUERIES = (0.7, 0.15, 0.15), 15
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class Config(few_shot.Config):
     """Few-shot classification of your own images."""
 
-    data_dir: Path
+    DATASET: ClassVar = "mini_imagenet"
+
+    data_dir: Path | None = None
     """Folder with one folder of images for each class, or with train/, val/ and test/ of these."""
     model: Path | None = Path("model")
     """Folder for the trained model, in float16, which experiments.classify uses."""
-    image_size: int = 32
-    """Side in pixels to which images are resized, at least 16; time grows with its square.
-    mini-ImageNet has 84, for which a GPU is wanted."""
-    log_every: int = 20
-    """Meta-steps between two log points, at least 1."""
-    meta_steps: int | None = 1000
-    """Meta-steps in all, a multiple of log_every; the schedule of the outer rate ends there."""
+    image_size: Annotated[int, Range(least=16, most=1024)] = 32
+    """Side in pixels to which images are resized; time grows with its square. mini-ImageNet has 84,
+    for which a GPU is wanted."""
+    log_every: Count = 20
+    """Meta-steps between two log points."""
     channels: Literal[1, 3] = 3
     """3 for colour, 1 for grey."""
-    invert: bool = False
-    """Whether to turn dark and light round, for dark drawings on a light ground."""
     split_file: Path | None = None
     """JSON object or CSV file (class,split) that says which class is for train, validation or
     test."""
@@ -49,27 +48,21 @@ class Config(few_shot.Config):
     """Shares of classes for training, validation and test, each at least 0, 1 together; default 0.7
     0.15 0.15, with as many test classes as a task has, and validation classes only where enough are
     left for training."""
-    split_seed: int = 0
-    """Seed of the random split of classes, where neither a file nor the folder tells it; at
-    least 0."""
-    queries: int | None = None
-    """Query examples a class, at least 1; default 15, or what the smallest class has left."""
+    split_seed: Annotated[int, Range(least=0)] = 0
+    """Seed of the random split of classes, where neither a file nor the folder tells it."""
+    queries: Count | None = None
+    """Query examples a class; default 15, or what the smallest class has left."""
 
+    @classmethod
+    def published(cls, **selectors: Any) -> Protocol:
+        """The protocol of photographs, for less time."""
+        return super().published(**selectors).with_settings({"meta_steps": 1000})
 
-def resolve(config: Config) -> Protocol:
-    """The protocol of photographs, for images of the config's kind.
-
-    Raises:
-      ValueError: a setting out of its range, or a protocol that has none for photographs.
-    """
-    protocol = few_shot.resolve(config, "mini_imagenet")
-    check_image(config.image_size, config.channels)
-    common.check_least(config, image_size=_LEAST_SIZE, split_seed=0)
-    if config.queries is not None:
-        common.check_least(config, queries=1)
-    if config.shares is not None and config.split_file is not None:
-        raise ValueError(f"shares={config.shares} has no effect on split_file; leave either out")
-    return protocol
+    def check_together(self) -> None:
+        """Raises ValueError for settings that do not go together."""
+        super().check_together()
+        if self.shares is not None and self.split_file is not None:
+            raise ValueError(f"shares={self.shares} has no effect on split_file; leave either out")
 
 
 def split_classes(config: Config, folder: own.Folder) -> dict[str, str]:
@@ -100,14 +93,17 @@ def split_classes(config: Config, folder: own.Folder) -> dict[str, str]:
     return split
 
 
-def choose_queries(config: Config, protocol: Protocol, folder: own.Folder) -> int:
+def choose_queries(config: Config, folder: own.Folder) -> int:
     """Query examples a class that every class has beside its support examples.
 
     Raises:
       ValueError: a class has too few images.
     """
     smallest = min(folder.classes, key=lambda name: len(folder.classes[name]))
-    size, shots = len(folder.classes[smallest]), max(config.shots, protocol.train_shots)
+    size, shots = (
+        len(folder.classes[smallest]),
+        max(config.shots, config.settings.tasks.train_shots),
+    )
     wanted = config.queries or max(1, min(_QUERIES, size - shots))
     if shots + wanted > size:
         raise ValueError(
@@ -118,17 +114,21 @@ def choose_queries(config: Config, protocol: Protocol, folder: own.Folder) -> in
     return wanted
 
 
-def prepare(config: Config) -> tuple[Protocol, Splits, str]:
-    """The protocol, the data and their name, as `few_shot.run` takes them."""
+def prepare(config: Config) -> tuple[Config, Splits, str]:
+    """The config, the data and their name, as `few_shot.run` takes them."""
     return _prepare(config)[:3]
 
 
-def _prepare(config: Config) -> tuple[Protocol, Splits, str, dict[str, str]]:
+def _prepare(config: Config) -> tuple[Config, Splits, str, dict[str, str]]:
     """These, and the split of the classes."""
-    protocol = resolve(config)
+    if config.data_dir is None:
+        raise ValueError(
+            "data_dir=None: name the folder that has one folder of images for each class, "
+            "--data-dir PATH"
+        )
     folder = own.open_folder(config.data_dir)
     split = split_classes(config, folder)
-    queries = choose_queries(config, protocol, folder)
+    queries = choose_queries(config, folder)
     counts = "/".join(str(list(split.values()).count(name)) for name in SPLITS)
     sizes = [len(sources) for sources in folder.classes.values()]
     common.say(
@@ -140,18 +140,23 @@ def _prepare(config: Config) -> tuple[Protocol, Splits, str, dict[str, str]]:
         config.data_dir, split=split, image_size=config.image_size, channels=config.channels
     )
     digest = hashlib.sha256(json.dumps(sorted(split.items())).encode()).hexdigest()[:8]
-    protocol = protocol._replace(
+    protocol = config.settings
+    tasks = dataclasses.replace(
+        protocol.tasks,
         split=f"of {counts} classes ({digest})",
         test_queries=queries,
-        train_queries=1 if protocol.algorithm.startswith("reptile") else queries,
+        # A protocol with one query in training has an algorithm that uses none.
+        train_queries=1 if protocol.tasks.train_queries == 1 else queries,
     )
-    return protocol, splits, folder.path.resolve().name, split
+    settings = dataclasses.replace(protocol, tasks=tasks)
+    name = folder.path.resolve().name
+    return dataclasses.replace(config, settings=settings), splits, name, split
 
 
 def main(config: Config) -> dict[str, Any]:
     """Runs the experiment and keeps the split beside its results; see `few_shot.run`."""
-    protocol, splits, dataset, split = _prepare(config)
-    results = few_shot.run(config, protocol, splits, dataset)
+    config, splits, dataset, split = _prepare(config)
+    results = few_shot.run(config, splits, dataset)
     for place in (config.workdir, config.model):
         if place is not None and processes.is_first():
             class_splits.write_split(place.expanduser() / "split.json", split)

@@ -12,30 +12,31 @@ from experiments.shared import common, few_shot
 from imaml_jax.data import glyphs
 from imaml_jax.data.episodes import Splits
 from imaml_jax.protocols import Protocol
+from imaml_jax.protocols.protocol import ImageTasks
 
 
-@dataclasses.dataclass(frozen=True)
+@dataclasses.dataclass(frozen=True, kw_only=True)
 class Config(few_shot.Config):
     """Glyph few-shot classification."""
 
-    meta_steps: int | None = 1000
-    """Meta-steps in all, a multiple of log_every; the schedule of the outer rate ends there."""
+    @classmethod
+    def published(cls, **selectors: Any) -> Protocol:
+        """The protocol of Omniglot on the glyphs' own split, without rotations and shorter."""
+        protocol = super().published(**selectors)
+        tasks = {f.name: getattr(protocol.tasks, f.name) for f in dataclasses.fields(ImageTasks)}
+        tasks |= {"split": "glyphs", "train_rotations": None, "test_rotations": None}
+        protocol = dataclasses.replace(protocol, tasks=ImageTasks(**tasks))
+        return protocol.with_settings({"meta_steps": 1000})
 
 
-def resolve(config: Config) -> Protocol:
-    """The protocol for glyphs: the config's, on the data's own split and without rotations."""
-    protocol = few_shot.resolve(config)
-    return protocol._replace(split="glyphs", train_rotations=None, test_rotations=None)
-
-
-def prepare(config: Config) -> tuple[Protocol, Splits, str]:
-    """The protocol, the data and their name, as `few_shot.run` takes them."""
-    return resolve(config), glyphs.load(), "glyphs"
+def prepare(config: Config) -> tuple[Config, Splits, str]:
+    """The config, the data and their name, as `few_shot.run` takes them."""
+    return config, glyphs.load(), "glyphs"
 
 
 def main(config: Config) -> dict[str, Any]:
     """Runs the experiment; see `few_shot.run`."""
-    return few_shot.run(config, *prepare(config))
+    return few_shot.run(*prepare(config))
 
 
 if __name__ == "__main__":

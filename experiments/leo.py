@@ -24,7 +24,7 @@ import time
 from collections.abc import Callable
 from functools import partial
 from pathlib import Path
-from typing import Any, Literal, NamedTuple
+from typing import Annotated, Any, ClassVar, Literal
 
 import jax
 import jax.numpy as jnp
@@ -32,46 +32,36 @@ import optax
 
 import imaml_jax
 from experiments.shared import common, scores
+from experiments.shared.cli import ProtocolConfig
 from imaml_jax.data import episodes, features
+from imaml_jax.learners.settings import Count, Range, Record, words
+from imaml_jax.protocols import Protocol
+from imaml_jax.protocols import leo as protocols
 from imaml_jax.training.evaluation import make_evaluate, make_predictions
 from imaml_jax.types import MetaLearner
 
-META_STEPS, QUERIES = 100_000, 15
-PUBLISHED = {1: (61.76, 0.08), 5: (77.59, 0.12)}  # 5-way, on the authors' mini-ImageNet features
+QUERIES = 15
 _CLIP, _TASKS_A_CALL = 0.1, 100
-
-
-class Constants(NamedTuple):
-    """What the authors chose for a data set and a number of shots."""
-
-    outer_rate: float
-    l2_penalty: float
-    orthogonality_penalty: float
-    dropout: float
-    kl_weight: float
-    encoder_penalty: float
-
-
-CONSTANTS = {
-    ("mini_imagenet", 1): Constants(
-        2.739071e-4, 3.623413e-10, 0.188103, 0.307651, 0.756143, 5.756821e-6
-    ),
-    ("mini_imagenet", 5): Constants(
-        4.102361e-4, 8.540338e-9, 1.523998e-3, 0.300299, 0.466387, 2.661608e-7
-    ),
-    ("tiered_imagenet", 1): Constants(
-        8.659053e-4, 4.148858e-10, 5.451078e-3, 0.475126, 2.034189e-3, 8.302962e-5
-    ),
-    ("tiered_imagenet", 5): Constants(
-        6.110314e-4, 1.690399e-10, 2.481216e-2, 0.415158, 1.622811, 2.672450e-5
-    ),
-}
 VARIANTS = {"leo": True, "deterministic": False}
 
 
 @dataclasses.dataclass(frozen=True)
-class Config(common.RunConfig):
-    """LEO on features; fields that are None take the published value."""
+class FeatureTasks(Record):
+    """Tasks of classification by features."""
+
+    meta_batch: Count = 12
+    """Tasks a meta-step."""
+    test_tasks: Annotated[int, Range(least=2)] = 10_000
+    """Test tasks."""
+    test_queries: Count = 15
+    """Query examples a class at validation and test; all others of 600 as published."""
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class Config(ProtocolConfig):
+    """LEO on features."""
+
+    SELECTORS: ClassVar = ("constants", "shots")
 
     features: Path | None = None
     """Folder of {train,val,test}_embeddings.pkl; default the environment variable
@@ -83,33 +73,31 @@ class Config(common.RunConfig):
     nearest class mean alone."""
     centred: bool = False
     """Subtract the mean feature of the training classes before features are scaled to norm 1."""
-    ways: int = 5
-    """Classes a task, at least 2."""
-    shots: int = 1
-    """Support examples a class, at least 1."""
-    meta_batch: int = 12
-    """Tasks a meta-step, at least 1."""
-    log_every: int = 1000
-    """Meta-steps between two log points, each with a validation; at least 1."""
-    validation_tasks: int = 2000
-    """Validation tasks, the same each time; at least 1."""
-    test_tasks: int = 10_000
-    """Test tasks, at least 2."""
-    test_queries: int = 15
-    """Query examples a class at validation and test; all others of 600 as published; at least
-    1."""
-    num_latents: int = 64
-    """Size of a code, at least 1."""
-    dropout: float | None = None
-    """Share of the features that training drops, at least 0 and below 1."""
-    kl_weight: float | None = None
-    """Beta, the weight of the divergence of the codes from their prior; at least 0."""
-    encoder_penalty: float | None = None
-    """Gamma, the weight of the distance of adapted codes from the encoder's; at least 0."""
-    l2_penalty: float | None = None
-    """Lambda_1, the weight of the squared parameters; at least 0."""
-    orthogonality_penalty: float | None = None
-    """Lambda_2, the weight of the decoder's correlations; at least 0."""
+    ways: Annotated[int, Range(least=2)] = 5
+    """Classes a task."""
+    shots: Count = 1
+    """Support examples a class."""
+    log_every: Count = 1000
+    """Meta-steps between two log points, each with a validation."""
+    validation_tasks: Count = 2000
+    """Validation tasks, the same each time."""
+
+    @classmethod
+    def published(cls, **selectors: Any) -> Protocol:
+        """The constants of the data set and the number of shots."""
+        name, shots = selectors["constants"], selectors["shots"]
+        if (name, 1) not in protocols.CONSTANTS:
+            raise ValueError(f"constants={name!r} must be mini_imagenet or tiered_imagenet")
+        learner, outer = protocols.CONSTANTS[name, 1 if shots == 1 else 5]
+        return Protocol("leo", "Rusu et al., ICLR 2019", FeatureTasks(), Record(), outer, learner)
+
+    def check_together(self) -> None:
+        """Raises ValueError for settings that do not go together."""
+        weight = self.settings.learner.kl_weight
+        theirs = self.published(constants=self.constants, shots=self.shots).learner.kl_weight
+        if "leo" not in self.variants and weight != theirs:
+            raise ValueError(f"kl_weight={weight} has no effect without variants=leo")
+        self.check_multiples(meta_steps=self.settings.outer.meta_steps)
 
 
 def main(config: Config) -> dict[str, Any]:
@@ -125,14 +113,12 @@ def main(config: Config) -> dict[str, Any]:
       ValueError: a setting out of its range, or features that are not there.
     """
     common.cache_compilations()
-    constants = resolve(config)
-    learners = {name: build_learner(config, constants, VARIANTS[name]) for name in config.variants}
+    learners = {name: build_learner(config, VARIANTS[name]) for name in config.variants}
     splits = features.load(config.features, centred=config.centred)
     _check_data(config, splits)
-    common.say(describe(config, constants, splits))
-    results = common.recorded(config) | {
+    common.say(describe(config, splits))
+    results = common.recorded(config, config.constants) | {
         "features": _folder(config),
-        "settings": constants._asdict(),
         "width": splits.train.images.shape[-1],
     }
     in_print = published(Path(_folder(config)).expanduser(), config.ways, config.shots)
@@ -154,9 +140,9 @@ def main(config: Config) -> dict[str, Any]:
         result = common.run_training(
             dataclasses.replace(config, workdir=workdir),
             learner,
-            outer(constants.outer_rate),
-            sampler(config, splits.train, config.meta_batch, QUERIES),
-            num_steps=config.meta_steps or META_STEPS,
+            outer(config.settings.outer.outer_rate),
+            sampler(config, splits.train, config.settings.tasks.meta_batch, QUERIES),
+            num_steps=config.settings.outer.meta_steps,
             example_inputs=jnp.zeros((1, *splits.train.images.shape[1:])),
             validate=validate,
             map_tasks="vmap",
@@ -173,35 +159,6 @@ def main(config: Config) -> dict[str, Any]:
     return results
 
 
-def resolve(config: Config) -> Constants:
-    """The published constants with the config's overrides in place.
-
-    Raises:
-      ValueError: a setting out of its range.
-    """
-    common.check_seed(config.seed)
-    least = {"ways": 2, "shots": 1, "meta_batch": 1, "log_every": 1, "num_latents": 1}
-    least |= {"validation_tasks": 1, "test_tasks": 2, "test_queries": 1}
-    common.check_least(config, **least)
-    for name in ("eval_num_steps", "reg_strength"):
-        if getattr(config, name) is not None:
-            raise ValueError(f"{name}={getattr(config, name)} has no effect on LEO; leave it out")
-    for name in ("meta_steps", "max_seconds", "inner_rate", "outer_rate", "num_steps"):
-        if getattr(config, name) is not None:
-            common.check_positive(config, name)
-    meta_steps = config.meta_steps or META_STEPS
-    if meta_steps % config.log_every:
-        raise ValueError(
-            f"meta_steps={meta_steps} must be a multiple of log_every={config.log_every}; "
-            "change either"
-        )
-    if config.kl_weight is not None and "leo" not in config.variants:
-        raise ValueError(f"kl_weight={config.kl_weight} has no effect without variants=leo")
-    published = CONSTANTS[config.constants, 1 if config.shots == 1 else 5]
-    overrides = {name: getattr(config, name) for name in Constants._fields}
-    return published._replace(**{n: value for n, value in overrides.items() if value is not None})
-
-
 def published(features: Path, ways: int, shots: int) -> tuple[float, float] | None:
     """What is in print of LEO on such tasks, None where features are not of mini-ImageNet.
 
@@ -215,21 +172,12 @@ def published(features: Path, ways: int, shots: int) -> tuple[float, float] | No
     else:
         below = (features / name, features / "embeddings" / name)
         fits = name in features.resolve().parts or any(folder.is_dir() for folder in below)
-    return PUBLISHED.get(shots) if fits and ways == 5 else None
+    return protocols.PUBLISHED.get(shots) if fits and ways == 5 else None
 
 
-def build_learner(config: Config, constants: Constants, stochastic: bool) -> MetaLearner:
-    """LEO by these constants."""
-    penalties = constants._asdict()
-    del penalties["outer_rate"]
-    return imaml_jax.leo(
-        ways=config.ways,
-        num_latents=config.num_latents,
-        num_steps=config.num_steps or 5,
-        latent_rate=config.inner_rate or 1.0,
-        stochastic=stochastic,
-        **penalties,
-    )
+def build_learner(config: Config, stochastic: bool) -> MetaLearner:
+    """LEO by these constants, or with means for samples."""
+    return dataclasses.replace(config.settings.learner, stochastic=stochastic).build(config.ways)
 
 
 def outer(rate: float) -> optax.GradientTransformation:
@@ -265,28 +213,27 @@ def scorer(
 ) -> Callable[[Any], Any]:
     """Accuracy, or what else `make` is for, on tasks that only the key and features decide."""
     is_test = seed == common.TEST_KEY
-    num_tasks = config.test_tasks if is_test else config.validation_tasks
+    tasks = config.settings.tasks
+    num_tasks = tasks.test_tasks if is_test else config.validation_tasks
     score = make(
         learner,
-        sampler(config, dataset, min(num_tasks, _TASKS_A_CALL), config.test_queries),
+        sampler(config, dataset, min(num_tasks, _TASKS_A_CALL), tasks.test_queries),
         num_tasks=num_tasks,
     )
     return lambda meta_params: score(meta_params, common.fixed_key(seed))
 
 
-def describe(config: Config, constants: Constants, splits: episodes.Splits) -> str:
+def describe(config: Config, splits: episodes.Splits) -> str:
     """The protocol in words, printed beside every number."""
-    named = ", ".join(f"{name} {value:g}" for name, value in constants._asdict().items())
-    trained = (
-        f"; LEO of {config.num_latents} latents, {named}, {config.meta_batch} tasks a meta-step, "
-        f"{QUERIES} queries a class in training"
-    )
+    protocol = config.settings
+    trained = f"; LEO: {words(protocol.learner)}; {words(protocol.outer)}"
+    trained += f"; {QUERIES} queries a class in training"
     counts = [0 if part is None else episodes.num_classes(part) for part in splits]
     return (
         f"{config.ways}-way {config.shots}-shot on features of width "
         f"{splits.train.images.shape[-1]} in {_folder(config)}, "
         f"{'centred and ' if config.centred else ''}scaled to norm 1; "
-        f"{'/'.join(map(str, counts))} classes; {config.test_queries} queries a class at test"
+        f"{'/'.join(map(str, counts))} classes; {words(protocol.tasks)}"
         + (trained if config.variants else "")
     )
 
@@ -294,8 +241,8 @@ def describe(config: Config, constants: Constants, splits: episodes.Splits) -> s
 def report(results: dict[str, Any]) -> str:
     """The outcome in words."""
     lines = [
-        f"test accuracy, 95% CI over {results['test_tasks']} tasks of unseen classes, the same for "
-        "all (validation accuracy; checkpoint)"
+        f"test accuracy, 95% CI over {results['settings']['test_tasks']} tasks of unseen classes, "
+        "the same for all (validation accuracy; checkpoint)"
     ]
     for name, row in results["rows"].items():
         validation = row["validation_accuracy"]
@@ -320,7 +267,9 @@ def _tested(
 
 
 def _check_data(config: Config, splits: episodes.Splits) -> None:
-    for dataset, queries in zip(splits, (QUERIES, *[config.test_queries] * 2), strict=True):
+    for dataset, queries in zip(
+        splits, (QUERIES, *[config.settings.tasks.test_queries] * 2), strict=True
+    ):
         if dataset is not None:
             episodes.check_task_shape(
                 dataset, ways=config.ways, shots=config.shots, queries=queries

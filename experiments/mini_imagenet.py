@@ -8,17 +8,19 @@ python -m experiments.mini_imagenet --dataset arrays:FILE.npz
 
 import dataclasses
 from pathlib import Path
-from typing import Any
+from typing import Annotated, Any, ClassVar
 
 from experiments.shared import common, few_shot
 from imaml_jax.data import mini_imagenet, own, tiered_imagenet
 from imaml_jax.data.episodes import Splits
-from imaml_jax.protocols import Protocol
+from imaml_jax.learners.settings import Range
 
 
-@dataclasses.dataclass(frozen=True)
+@dataclasses.dataclass(frozen=True, kw_only=True)
 class Config(few_shot.Config):
     """Few-shot classification of photographs."""
+
+    DATASET: ClassVar = "mini_imagenet"
 
     dataset: str = "mini_imagenet"
     """mini_imagenet, tiered_imagenet, folder:PATH (folders {train,val,test}/<class>/, or <class>/
@@ -26,18 +28,8 @@ class Config(few_shot.Config):
     data_dir: Path | None = None
     """Directory of mini_imagenet or tiered_imagenet; default the environment variable
     IMAML_DATA_DIR."""
-    image_size: int = 84
-    """Side of the images in pixels, between 1 and 1024; arrays keep theirs."""
-
-
-def resolve(config: Config) -> Protocol:
-    """The protocol of mini-ImageNet, which serves the other data sets too.
-
-    Raises:
-      ValueError: a setting out of its range, or a protocol that has none for photographs.
-    """
-    protocol = few_shot.resolve(config, "mini_imagenet")
-    return protocol._replace(split=config.dataset)
+    image_size: Annotated[int, Range(least=1, most=1024)] = 84
+    """Side of the images in pixels; arrays keep theirs."""
 
 
 def load(config: Config) -> Splits:
@@ -60,14 +52,17 @@ def load(config: Config) -> Splits:
     return named[config.dataset].load(config.data_dir, image_size=config.image_size)
 
 
-def prepare(config: Config) -> tuple[Protocol, Splits, str]:
-    """The protocol, the data and their name, as `few_shot.run` takes them."""
-    return resolve(config), load(config), config.dataset
+def prepare(config: Config) -> tuple[Config, Splits, str]:
+    """The config, the data and their name, as `few_shot.run` takes them."""
+    protocol = config.settings
+    tasks = dataclasses.replace(protocol.tasks, split=config.dataset)
+    settings = dataclasses.replace(protocol, tasks=tasks)
+    return dataclasses.replace(config, settings=settings), load(config), config.dataset
 
 
 def main(config: Config) -> dict[str, Any]:
     """Runs the experiment; see `few_shot.run`."""
-    return few_shot.run(config, *prepare(config))
+    return few_shot.run(*prepare(config))
 
 
 if __name__ == "__main__":

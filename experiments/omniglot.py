@@ -6,15 +6,14 @@ python -m experiments.omniglot --algorithm maml --protocol finn --ways 20 --down
 
 import dataclasses
 from pathlib import Path
-from typing import Any, Literal
+from typing import Any
 
 from experiments.shared import common, few_shot
 from imaml_jax.data import omniglot
 from imaml_jax.data.episodes import Splits
-from imaml_jax.protocols import Protocol
 
 
-@dataclasses.dataclass(frozen=True)
+@dataclasses.dataclass(frozen=True, kw_only=True)
 class Config(few_shot.Config):
     """Omniglot few-shot classification."""
 
@@ -22,20 +21,18 @@ class Config(few_shot.Config):
     """Directory of the public zips; default the environment variable IMAML_DATA_DIR."""
     download: bool = False
     """Fetch the zips through tensorflow-datasets where they are absent."""
-    split: Literal["finn", "lake", "mamlpp", "reptile", "vinyals"] | None = None
-    """Character split."""
 
 
-def prepare(config: Config) -> tuple[Protocol, Splits, str]:
-    """The protocol, the data and their name, as `few_shot.run` takes them."""
-    protocol = few_shot.resolve(config)
-    splits = omniglot.load(config.data_dir, split=protocol.split, download=config.download)
-    return protocol, splits, "Omniglot"
+def prepare(config: Config) -> tuple[Config, Splits, str]:
+    """The config, the data and their name, as `few_shot.run` takes them."""
+    split = config.settings.tasks.split
+    splits = omniglot.load(config.data_dir, split=split, download=config.download)
+    return config, splits, "Omniglot"
 
 
 def main(config: Config) -> dict[str, Any]:
     """Runs the experiment; see `few_shot.run`."""
-    return few_shot.run(config, *prepare(config))
+    return few_shot.run(*prepare(config))
 
 
 if __name__ == "__main__":

@@ -9,73 +9,46 @@ best. Finished trials are skipped, so that a run that was stopped goes on.
 import dataclasses
 import json
 import time
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
+from experiments import omniglot
 from experiments.shared import common, few_shot
-from imaml_jax.data import omniglot
-
-_MAML = (
-    {"inner_rate": 0.1},
-    {"inner_rate": 0.1, "outer_rate": 1e-3},
-    {"inner_rate": 0.4},
-    {"inner_rate": 0.03},
-)
-# Reptile trains alike with and without transduction, so that one set of trials serves both. They
-# have the published 5 tasks a meta-step; `common` has 8, which two devices can share.
-_REPTILE = (
-    {"meta_batch": 5, "inner_rate": 1e-3},
-    {"meta_batch": 5, "inner_rate": 3e-3},
-    {"meta_batch": 5, "inner_rate": 1e-3, "num_steps": 10},
-    {"meta_batch": 5, "inner_rate": 3e-3, "num_steps": 10},
-)
-_FEWER = {"num_steps": 2, "eval_num_steps": 2, "cg_steps": 5}
-TRIALS: dict[few_shot.Algorithm, tuple[dict[str, Any], ...]] = {
-    "imaml": (
-        {"reg_strength": 0.1},
-        {"reg_strength": 0.1, "outer_rate": 1e-3},
-        {"reg_strength": 0.03},
-        {"reg_strength": 0.1, "curvature": "hessian"},
-    ),
-    "implicit_anil": (
-        {"reg_strength": 0.03},
-        {"reg_strength": 0.003},
-        {"reg_strength": 0.3},
-        {"reg_strength": 0.03, "outer_rate": 1e-3},
-    ),
-    "anil": (*_MAML[:2], {"inner_rate": 0.4}, {"inner_rate": 1.0}),
-    "mamlpp": _MAML,
-    "platipus": _MAML,
-    "bmaml": ({"inner_rate": 0.03}, {"inner_rate": 0.1}, {"inner_rate": 0.3}, {"inner_rate": 0.01}),
-    "imaml_hf": (
-        {"reg_strength": 0.1, "num_steps": 3, "eval_num_steps": 3, "cg_steps": 8},
-        {"reg_strength": 0.1, **_FEWER},
-        {"reg_strength": 0.1, **_FEWER, "num_steps": 1, "eval_num_steps": 1},
-        {"reg_strength": 0.5, **_FEWER},
-    ),
-    "maml": _MAML,
-    "fomaml": _MAML,
-    "reptile": _REPTILE,
-    "reptile_transductive": _REPTILE,
-}
+from imaml_jax import protocols
+from imaml_jax.learners.settings import Count, Record, Seed, nearest
+from imaml_jax.protocols.trials import TRIALS
 
 
 @dataclasses.dataclass(frozen=True)
-class Config:
+class Config(Record):
     """Which trials to run."""
 
-    algorithm: few_shot.Algorithm = "imaml"
+    algorithm: str = "imaml"
     """Meta-learning algorithm."""
     data_dir: Path | None = None
     """Directory of the public zips; default the environment variable IMAML_DATA_DIR."""
-    meta_steps: int = 500
-    """Meta-steps of a trial, at least 1."""
-    validation_tasks: int = 300
-    """Validation tasks, the same for every trial and algorithm; at least 1."""
-    seed: int = 0
-    """Seed of every trial, at least 0."""
+    meta_steps: Count = 500
+    """Meta-steps of a trial."""
+    validation_tasks: Count = 300
+    """Validation tasks, the same for every trial and algorithm."""
+    seed: Seed = 0
+    """Seed of every trial."""
     output: Path = Path("runs/tuning")
     """Directory for one JSON file an algorithm."""
+
+    @classmethod
+    def choices(cls) -> Mapping[str, tuple[str, ...]]:
+        """The values of settings that are names."""
+        return {"algorithm": (*TRIALS,)}
+
+    def check_together(self) -> None:
+        """Raises ValueError for an algorithm without trials."""
+        if self.algorithm not in TRIALS:
+            raise ValueError(
+                f"algorithm={self.algorithm!r} must be one of {', '.join(TRIALS)}"
+                f"{nearest(self.algorithm, TRIALS)}"
+            )
 
 
 def main(config: Config) -> list[dict[str, Any]]:
@@ -84,25 +57,25 @@ def main(config: Config) -> list[dict[str, Any]]:
     rows = json.loads(path.read_text(encoding="utf-8")) if path.exists() else []
     config.output.mkdir(parents=True, exist_ok=True)
     for changes in TRIALS[config.algorithm]:
-        settings = few_shot.Config(
+        own = omniglot.Config.of(
             algorithm=config.algorithm,
+            data_dir=config.data_dir,
             meta_steps=config.meta_steps,
             validate_every=config.meta_steps,
             validation_tasks=config.validation_tasks,
             seed=config.seed,
             **changes,
         )
-        protocol = few_shot.resolve(settings)
         trial = {
-            "settings": protocol._asdict(),
+            "settings": own.settings.recorded(),
             "seed": config.seed,
             "validation_tasks": config.validation_tasks,
         }
-        if any(all(row[k] == v for k, v in trial.items()) for row in rows):
+        if any(_is_of(row, trial) for row in rows):
             continue
-        splits = omniglot.load(config.data_dir, split=protocol.split)
+        prepared = omniglot.prepare(own)
         started = time.perf_counter()
-        history = few_shot.meta_train(settings, protocol, splits, "Omniglot").history
+        history = few_shot.meta_train(*prepared).history
         rows.append(
             {
                 "algorithm": config.algorithm,
@@ -118,6 +91,12 @@ def main(config: Config) -> list[dict[str, Any]]:
         common.write_json(path, rows)
         print(f"{changes}: {100 * rows[-1]['validation']:.2f}%", flush=True)
     return rows
+
+
+def _is_of(row: dict[str, Any], trial: dict[str, Any]) -> bool:
+    """Whether a row is of the trial; earlier versions recorded the settings of all algorithms."""
+    settings = protocols.from_settings(row["settings"]).recorded()
+    return row | {"settings": settings} | trial == row | {"settings": settings}
 
 
 if __name__ == "__main__":

@@ -4,18 +4,15 @@ import itertools
 import json
 import re
 import statistics
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Iterable, Sequence
 from typing import Any, NamedTuple
 
-from experiments import leo, mini_imagenet_table, navigation, omniglot_table
 from experiments.report.runs import Run, number, provenance, word
-from experiments.shared import accuracy_table, sinusoid_learners
 from imaml_jax import protocols
+from imaml_jax.learners.registry import ALGORITHMS
+from imaml_jax.protocols import leo, navigation, sinusoid
+from imaml_jax.protocols.published import OWN_PROTOCOL, PUBLISHED, SPREADS
 
-_TABLES: dict[str, Mapping[Any, Any]] = {
-    "omniglot": omniglot_table.PUBLISHED,
-    "mini_imagenet": mini_imagenet_table.PUBLISHED,
-}
 _OVER_TASKS, _NO_INTERVAL = "95% interval over test tasks", "no interval in print"
 # Of results that have no config beside them: what tells one experiment from another.
 _IDENTITY = (
@@ -85,7 +82,7 @@ def group(runs: Sequence[Run]) -> list[Group]:
                 members.append(run)
                 break
     groups = [_group(members) for members in found.values()]
-    order = list(accuracy_table.NAMES)
+    order = list(ALGORITHMS)
 
     def place(each: Group) -> tuple[Any, ...]:
         algorithm = each.runs[0].results.get("algorithm")
@@ -121,8 +118,7 @@ def tasks_scored(group: Group) -> str:
 def algorithm_name(results: dict[str, Any]) -> str:
     """As the tables print it."""
     algorithm = str(results.get("algorithm", ""))
-    names: Mapping[str, str] = {**accuracy_table.NAMES}
-    return names.get(algorithm, algorithm)
+    return ALGORITHMS[algorithm].title if algorithm in ALGORITHMS else algorithm
 
 
 def _identity(run: Run) -> str:
@@ -178,7 +174,7 @@ def _shape(results: dict[str, Any]) -> tuple[str, int | None, int | None]:
         command = str(provenance(results).get("command", ""))
         if "experiments.tune " in command:
             return "Omniglot", 5, 1
-        names = [name for name in _TABLES if f"experiments.{name}_table" in command]
+        names = [name for name in PUBLISHED if f"experiments.{name}_table" in command]
         dataset = "Omniglot" if names == ["omniglot"] else names[0] if names else None
     known = [value if isinstance(value, int) else None for value in (ways, shots)]
     return str(dataset or ""), known[0], known[1]
@@ -250,13 +246,13 @@ def _published(results: dict[str, Any]) -> Published | None:
                 return Published(value, half, "95% interval, on its authors' features")
         return None
     if dataset == "navigation" or results.get("task") == "2D navigation":
-        value = navigation.PUBLISHED["published, MAML"][1]
-        return Published(value, None, _NO_INTERVAL) if algorithm == "maml" else None
-    found = _TABLES.get(dataset.lower(), {}).get(algorithm, {}).get((ways, shots))
+        value = navigation.AFTER_ONE_UPDATE.get(algorithm)
+        return None if value is None else Published(value, None, _NO_INTERVAL)
+    found = PUBLISHED.get(dataset.lower(), {}).get(algorithm, {}).get((ways, shots))
     if not found:
         return None
     value, half = found
-    kind = accuracy_table.SPREADS.get(algorithm, _OVER_TASKS)
+    kind = SPREADS.get(algorithm, _OVER_TASKS)
     return Published(value, half, _NO_INTERVAL if half is None else kind)
 
 
@@ -267,18 +263,17 @@ def _full_steps(results: dict[str, Any]) -> int | None:
     if results.get("constants"):
         return leo.META_STEPS if algorithm in ("leo", "deterministic") else None
     if dataset == "navigation" and algorithm in navigation.SETTINGS:
-        return navigation.SETTINGS[algorithm].meta_steps
-    if dataset == "sinusoid" and algorithm in sinusoid_learners.SETTINGS:
-        return sinusoid_learners.SETTINGS[algorithm].meta_steps
+        return navigation.SETTINGS[algorithm][1].meta_steps
+    if dataset == "sinusoid" and algorithm in sinusoid.SETTINGS:
+        return sinusoid.SETTINGS[algorithm][1].meta_steps
     names = word(_settings(results), "name"), word(results, "protocol"), _own_protocol(results)
     found = (_protocol(name, results) for name in names)
-    return next((protocol.meta_steps for protocol in found if protocol is not None), None)
+    return next((protocol.outer.meta_steps for protocol in found if protocol is not None), None)
 
 
 def _own_protocol(results: dict[str, Any]) -> str | None:
     """The name of the one that was published with the algorithm."""
-    owners: Mapping[Any, str] = {**accuracy_table.OWN_PROTOCOL}
-    return owners.get(word(results, "algorithm"))
+    return OWN_PROTOCOL.get(str(word(results, "algorithm")))
 
 
 def _protocol(name: Any, results: dict[str, Any]) -> protocols.Protocol | None:
@@ -292,6 +287,14 @@ def _protocol(name: Any, results: dict[str, Any]) -> protocols.Protocol | None:
         )
     except (ValueError, OverflowError):  # it does not cover the algorithm, or such shots
         return None
+
+
+def _flat(settings: dict[str, Any]) -> dict[str, Any]:
+    """Settings as this version records them, where earlier ones had a form of their own."""
+    try:
+        return protocols.from_settings(settings).recorded()
+    except ValueError:
+        return settings
 
 
 def _status(
@@ -333,12 +336,13 @@ def _deviations(
     if len(runs) == 1:
         yield "one seed"
     own = _own_protocol(results)
-    theirs, settings = _protocol(own, results), _settings(results)
+    theirs = _protocol(own, results)
     if published is not None and theirs is not None:
-        for name, value in theirs._asdict().items():
-            skipped = name in ("name", "source", "meta_steps") or name not in settings
-            if not skipped and settings[name] != value:
-                yield f"{name}: {settings[name]}, in protocol {own} {value}"
+        ours = _flat(_settings(results))
+        for name, value in theirs.recorded().items():
+            skipped = name in ("name", "source", "meta_steps") or name not in ours
+            if not skipped and ours[name] != value:
+                yield f"{name}: {ours[name]}, in protocol {own} {value}"
     elif published is not None and not own:
         yield "no published protocol of it is followed"
     for run in runs:

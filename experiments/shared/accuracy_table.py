@@ -4,53 +4,23 @@ import dataclasses
 import html
 import itertools
 import json
-import math
 from collections.abc import Callable, Iterator, Mapping
 from pathlib import Path
 from typing import Any, Literal, NamedTuple
 
 from experiments.shared import common, few_shot
-from imaml_jax import protocols
-from imaml_jax.training import NonFiniteError
-
-NAMES: dict[few_shot.Algorithm, str] = {
-    "maml": "MAML",
-    "fomaml": "first-order MAML",
-    "reptile": "Reptile",
-    "reptile_transductive": "Reptile + transduction",
-    "imaml": "iMAML, gradient descent",
-    "imaml_hf": "iMAML, Hessian-free",
-    "mamlpp": "MAML++",
-    "anil": "ANIL",
-    "implicit_anil": "implicit ANIL",
-    "platipus": "PLATIPUS",
-    "bmaml": "BMAML",
-}
-OWN_PROTOCOL: dict[few_shot.Algorithm, few_shot.ProtocolName] = {
-    "maml": "finn",
-    "fomaml": "finn",
-    "reptile": "reptile",
-    "reptile_transductive": "reptile",
-    "imaml": "imaml_paper",
-    "imaml_hf": "imaml_paper",
-    "mamlpp": "mamlpp_paper",
-    "anil": "finn",
-}
-# What the ± of a published accuracy is, where it is no 95% interval over test tasks.
-SPREADS: dict[str, str] = {
-    "mamlpp": "standard deviation over 3 seeds",
-    "anil": "spread over 3 seeds",
-}
-
-
-Published = Mapping[few_shot.Algorithm, Mapping[tuple[int, int], tuple[float, float | None]]]
+from imaml_jax.learners.registry import ALGORITHMS, settings_class
+from imaml_jax.learners.settings import Count, Positive, Record, Seed
+from imaml_jax.protocols import PROTOCOLS
+from imaml_jax.protocols.published import OWN_PROTOCOL, PUBLISHED, Values
+from imaml_jax.training.non_finite import NonFiniteError
 
 
 class Cell(NamedTuple):
     """One run."""
 
-    protocol: few_shot.ProtocolName
-    algorithm: few_shot.Algorithm
+    protocol: str
+    algorithm: str
     ways: int
     shots: int
     seed: int
@@ -61,39 +31,46 @@ class Table(NamedTuple):
 
     Attributes:
       dataset: of `imaml_jax.protocols.DATASETS`.
-      published: for each algorithm and `(ways, shots)` the mean in per cent and the half-width of
-        its interval, None where it has none.
       run: `few_shot.Config -> results`, the experiment.
       make: `(settings) -> Config` of that experiment.
     """
 
     dataset: str
-    published: Published
     run: Callable[[Any], dict[str, Any]]
     make: Callable[..., few_shot.Config]
 
 
 @dataclasses.dataclass(frozen=True)
-class Config:
+class Config(Record):
     """Which cells to run, and for how long."""
 
-    algorithms: tuple[few_shot.Algorithm, ...] = (*NAMES,)
-    """Rows of the table."""
+    algorithms: tuple[str, ...] = ()
+    """Rows of the table; default all."""
     protocols: tuple[Literal["published", "common", "imaml_dev"], ...] = ("published", "common")
     """Each algorithm's own protocol where it has one, the common one, or that of iMAML's published
     code, which only imaml has."""
-    seeds: tuple[int, ...] = (0,)
-    """Seeds of the initialisation and of the training tasks; one run for each; each at least 0."""
-    budget: float = 1.0
-    """Share of the protocol's meta-steps, above 0."""
-    max_seconds: float | None = None
-    """Stop a run after the first log point past this many seconds of training, above 0."""
-    test_tasks: int | None = None
-    """Test tasks; default the protocol's; at least 1."""
-    log_every: int = 100
-    """Meta-steps between two log points, at least 1."""
+    seeds: tuple[Seed, ...] = (0,)
+    """Seeds of the initialisation and of the training tasks; one run for each."""
+    budget: Positive = 1.0
+    """Share of the protocol's meta-steps."""
+    max_seconds: Positive | None = None
+    """Stop a run after the first log point past this many seconds of training."""
+    test_tasks: Count | None = None
+    """Test tasks; default the protocol's."""
+    log_every: Count = 100
+    """Meta-steps between two log points."""
     data_dir: Path | None = None
     """Directory of the data; default the environment variable IMAML_DATA_DIR."""
+
+    @classmethod
+    def choices(cls) -> Mapping[str, tuple[str, ...]]:
+        """The values of settings that are names."""
+        return {"algorithms": (*ALGORITHMS,)}
+
+    def check_together(self) -> None:
+        """Raises ValueError for an unknown algorithm."""
+        for algorithm in self.algorithms:
+            settings_class(algorithm)
 
 
 def main(config: Any, table: Table) -> list[dict[str, Any]]:
@@ -109,28 +86,23 @@ def main(config: Any, table: Table) -> list[dict[str, Any]]:
     Raises:
       ValueError: a setting out of its range.
     """
-    if not 0 < config.budget < math.inf:
-        raise ValueError(f"budget={config.budget} must be above 0 and finite")
-    common.check_least(config, log_every=1)
     runs = [(cell, settings(config, cell, table)) for cell in cells(config)]
     if not runs:
         raise ValueError(
             "nothing to run: ways, shots, algorithms, protocols and seeds need values that go "
             "together"
         )
-    for _, own in runs:
-        few_shot.resolve(own, table.dataset)
     common.check_output(config.output)
-    rows = []
+    published, rows = PUBLISHED[table.dataset], []
     for cell, own in runs:
         print(f"\n{own.workdir}", flush=True)
-        full = {"full_meta_steps": _full_steps(cell, table.dataset)}
+        full = {"full_meta_steps": table.make(**_selectors(cell)).settings.outer.meta_steps}
         rows.append(cell._asdict() | full | _result(own, table.run))
         common.write_json(common.with_ending(config.output, "json"), rows)
         for ending, text in (("md", markdown), ("html", as_html)):
             path = common.with_ending(config.output, ending)
-            path.write_text(text(rows, table.published), encoding="utf-8")
-    print(f"\n{markdown(rows, table.published)}", flush=True)
+            path.write_text(text(rows, published), encoding="utf-8")
+    print(f"\n{markdown(rows, published)}", flush=True)
     return rows
 
 
@@ -138,37 +110,34 @@ def cells(config: Any) -> Iterator[Cell]:
     """All cells, column by column, so that comparable ones are finished first."""
     for seed, ways, shots in itertools.product(config.seeds, config.ways, config.shots):
         for kind in config.protocols:
-            for algorithm in config.algorithms:
+            for algorithm in config.algorithms or ALGORITHMS:
                 protocol = OWN_PROTOCOL.get(algorithm) if kind == "published" else kind
-                if protocol and (protocol != "imaml_dev" or algorithm == "imaml"):
+                if protocol and algorithm in PROTOCOLS[protocol].covers:
                     yield Cell(protocol, algorithm, ways, shots, seed)
 
 
 def settings(config: Any, cell: Cell, table: Table) -> few_shot.Config:
     """The run of a cell."""
-    full = _full_steps(cell, table.dataset)
-    chunks = max(1, round(config.budget * full / config.log_every))
+    own = table.make(**_selectors(cell))
+    chunks = max(1, round(config.budget * own.settings.outer.meta_steps / config.log_every))
     meta_steps = chunks * config.log_every
     folder = "{}_{}_{}way_{}shot_seed{}".format(*cell) + f"_{meta_steps}steps"
+    test_tasks = {} if config.test_tasks is None else {"test_tasks": config.test_tasks}
     return table.make(
-        algorithm=cell.algorithm,
-        protocol=cell.protocol,
-        ways=cell.ways,
-        shots=cell.shots,
+        **_selectors(cell),
+        **test_tasks,
         seed=cell.seed,
         meta_steps=meta_steps,
         log_every=config.log_every,
         validate_every=max(1, chunks // 10) * config.log_every,
-        test_tasks=config.test_tasks,
         max_seconds=config.max_seconds,
         data_dir=config.data_dir,
         workdir=config.workdir / folder,
     )
 
 
-def _full_steps(cell: Cell, dataset: str) -> int:
-    task = {"algorithm": cell.algorithm, "ways": cell.ways, "shots": cell.shots}
-    return protocols.get(cell.protocol, **task, dataset=dataset).meta_steps
+def _selectors(cell: Cell) -> dict[str, Any]:
+    return {name: getattr(cell, name) for name in few_shot.Config.SELECTORS}
 
 
 def _result(own: few_shot.Config, run: Callable[[Any], dict[str, Any]]) -> dict[str, Any]:
@@ -190,17 +159,17 @@ def _result(own: few_shot.Config, run: Callable[[Any], dict[str, Any]]) -> dict[
     }
 
 
-def _lines(rows: list[dict[str, Any]], published: Published) -> Iterator[list[str]]:
+def _lines(rows: list[dict[str, Any]], published: Mapping[str, Values]) -> Iterator[list[str]]:
     """The cells of the table as text, header first."""
     columns = sorted({(row["ways"], row["shots"]) for row in rows})
     heads = [f"{ways}-way {shots}-shot" for ways, shots in columns]
     yield ["algorithm", "protocol", *heads]
-    for algorithm, name in NAMES.items():
+    for algorithm, kind in ALGORITHMS.items():
         own = [row for row in rows if row["algorithm"] == algorithm]
         if own:
             values = [published.get(algorithm, {}).get(column, ("", None)) for column in columns]
             yield [
-                name,
+                kind.title,
                 "in print",
                 *(printed(*value) for value in values),
             ]
@@ -240,14 +209,14 @@ _NOTE = (
 )
 
 
-def markdown(rows: list[dict[str, Any]], published: Published) -> str:
+def markdown(rows: list[dict[str, Any]], published: Mapping[str, Values]) -> str:
     """The table in Markdown."""
     header, *body = _lines(rows, published)
     lines = [header, ["---"] * len(header), *body]
     return "\n".join(f"| {' | '.join(line)} |" for line in lines) + f"\n\n{_NOTE}\n"
 
 
-def as_html(rows: list[dict[str, Any]], published: Published) -> str:
+def as_html(rows: list[dict[str, Any]], published: Mapping[str, Values]) -> str:
     """The table in HTML."""
     header, *body = ([html.escape(text) for text in line] for line in _lines(rows, published))
     head = "".join(f"<th>{text}</th>" for text in header)

@@ -6,14 +6,28 @@ import dataclasses
 import os
 import sys
 import traceback
-from collections.abc import Callable, Sequence
+import typing
+from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
-from typing import Annotated, Any, NoReturn
+from typing import Annotated, Any, ClassVar, Literal, NoReturn, Self
 
 import jax
 
 import imaml_jax
 from experiments.shared import config_file
+from imaml_jax.learners.settings import (
+    Count,
+    Positive,
+    Range,
+    Record,
+    Seed,
+    Setting,
+    field_docs,
+    plain,
+    range_of,
+    settings_of,
+)
+from imaml_jax.protocols import Protocol
 from imaml_jax.training import processes
 from imaml_jax.training.non_finite import NonFinite, NonFiniteError
 from imaml_jax.training.workdir import InterruptedRunError
@@ -22,57 +36,38 @@ from imaml_jax.training.writers import WriterName
 LOST_STATUS = 76
 INTERRUPTED_STATUS = 75  # EX_TEMPFAIL: a scheduler that knows it starts the run again
 _STOPPED_STATUS = 130  # as a shell has it for SIGINT
-# Algorithms with a command of their own, which say so wherever one is chosen by name.
-_ELSEWHERE = {
-    "leo": "learns from features: python -m experiments.features makes them, "
-    "python -m experiments.leo trains on them"
-}
-_OF_NONE = "A setting whose default is None has the value of the protocol, algorithm or machine."
 
 
-@dataclasses.dataclass(frozen=True)
-class ProcessConfig:
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class ProcessConfig(Record):
     """The settings of a run that several processes share."""
 
     coordinator: str | None = None
     """HOST:PORT of process 0 of several; each of them has the same command but for process_id."""
-    num_processes: int | None = None
-    """Processes that train together, with coordinator; at least 1."""
-    process_id: int | None = None
-    """Which of them this is, from 0; at least 0 and below num_processes."""
+    num_processes: Count | None = None
+    """Processes that train together, with coordinator."""
+    process_id: Annotated[int, Range(least=0)] | None = None
+    """Which of them this is, from 0 and below num_processes."""
     cluster: bool = False
     """Take these three from the cluster's environment: SLURM, Open MPI, Kubernetes, TPU pods."""
-    process_timeout: int = 100
-    """Seconds of silence after which another process counts as lost, at least 1."""
+    process_timeout: Count = 100
+    """Seconds of silence after which another process counts as lost."""
 
 
-@dataclasses.dataclass(frozen=True)
-class RunConfig:
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class RunConfig(Record):
     """The settings that every training run has."""
 
-    meta_steps: int | None = None
-    """Meta-steps in all, a multiple of log_every; the schedule of the outer rate ends there."""
-    max_seconds: float | None = None
-    """Stop after the first log point past this many seconds of wall clock, above 0."""
-    seed: int = 0
-    """Seed of the initialisation and of the training tasks; validation and test tasks stay; at
-    least 0."""
+    max_seconds: Positive | None = None
+    """Stop after the first log point past this many seconds of wall clock."""
+    seed: Seed = 0
+    """Seed of the initialisation and of the training tasks; validation and test tasks stay."""
     workdir: Path | None = None
     """Where checkpoints, metrics, learning curve and results go; an earlier run there goes on."""
-    log_every: int = 100
-    """Meta-steps between two log points, one compiled call; at least 1."""
-    validation_tasks: int = 300
-    """Validation tasks, the same each time; at least 1."""
-    inner_rate: float | None = None
-    """Learning rate of the inner loop; newton_cg has none; above 0."""
-    num_steps: int | None = None
-    """Inner steps in training, at least 1."""
-    eval_num_steps: int | None = None
-    """Inner steps at validation and test, at least 1."""
-    outer_rate: float | None = None
-    """Learning rate of the outer optimiser at the start, above 0."""
-    reg_strength: float | None = None
-    """Lambda, the strength of iMAML's proximal term; above 0."""
+    log_every: Count = 100
+    """Meta-steps between two log points, one compiled call."""
+    validation_tasks: Count = 300
+    """Validation tasks, the same each time."""
     log_to: tuple[WriterName, ...] = ()
     """Where each log point goes beside metrics.jsonl: tensorboard, wandb or both, into workdir."""
     non_finite: NonFinite = "stop"
@@ -81,6 +76,50 @@ class RunConfig:
     """Repeat the task that made the run in workdir fail, and name the operation that gave NaN."""
     accept_changes: bool = False
     """Go on with a run in workdir that was started with other settings."""
+
+    def check_multiples(self, **counts: int) -> None:
+        """Raises ValueError for the first count that is no multiple of `log_every`."""
+        for name, value in counts.items():
+            if value % self.log_every:
+                raise ValueError(
+                    f"{name}={value} must be a multiple of log_every={self.log_every}; "
+                    "change either"
+                )
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class ProtocolConfig(RunConfig):
+    """A run by a protocol, whose values are the defaults of further settings.
+
+    Attributes:
+      SELECTORS: the fields that choose the protocol; command lines read them first.
+    """
+
+    SELECTORS: ClassVar[tuple[str, ...]] = ()
+
+    settings: Protocol
+
+    @classmethod
+    def published(cls, **selectors: Any) -> Protocol:
+        """The protocol that the selectors choose."""
+        raise NotImplementedError
+
+    @classmethod
+    def choices(cls) -> Mapping[str, tuple[str, ...]]:
+        """The values of selectors that are names."""
+        return {}
+
+    @classmethod
+    def of(cls, **values: Any) -> Self:
+        """A config by the flat names of its settings and of its protocol's.
+
+        Raises:
+          ValueError: an unknown name, a value out of its range, or one that has no effect.
+        """
+        defaults = {field.name: field.default for field in dataclasses.fields(cls)}
+        selectors = {name: values.pop(name, defaults[name]) for name in cls.SELECTORS}
+        default = cls(**selectors, settings=cls.published(**selectors))
+        return default.with_settings(values)
 
 
 def run_cli(
@@ -144,41 +183,87 @@ def _settings(config: type, description: str | None, args: Sequence[str]) -> Any
     """What the command line says, over what the file of `--config` says, over the defaults."""
     import tyro
 
+    selectors = getattr(config, "SELECTORS", ())
     finder = argparse.ArgumentParser(add_help=False, allow_abbrev=False)
     finder.add_argument("--config", nargs="?", type=Path)
-    finder.add_argument("--algorithm", nargs="?")
-    known = finder.parse_known_args(args)[0]
-    path = known.config
-    fields = dataclasses.fields(config)
-    if known.algorithm in _ELSEWHERE and "algorithm" in [field.name for field in fields]:
-        raise ValueError(f"algorithm={known.algorithm} {_ELSEWHERE[known.algorithm]}")
+    for name in selectors:
+        flag = name.replace("_", "-")
+        finder.add_argument(f"--{flag}", f"--{name}", dest=name, nargs="?", type=_number_or_text)
+    chosen = {k: v for k, v in vars(finder.parse_known_args(args)[0]).items() if v is not None}
+    path = chosen.pop("config", None)
+    in_file = {} if path is None else config_file.load(path)
+    chosen = {name: in_file[name] for name in selectors if name in in_file} | chosen
+    default = config.of(**chosen) if selectors else None
+    known = _known(config, default)
+    if path is not None:
+        converted = config_file.convert(path, in_file, known)
+        known = {
+            name: setting._replace(value=converted.get(name, setting.value))
+            for name, setting in known.items()
+        }
     help_text = "YAML file of settings, by the names of these; the command line overrides them."
-    config_option = tyro.conf.arg(metavar="FILE.yaml", help=help_text)
-    whole = dataclasses.make_dataclass(
+    option = Annotated[Path | None, tyro.conf.arg(metavar="FILE.yaml", help=help_text)]
+    choices = config.choices() if hasattr(config, "choices") else {}
+    flat = dataclasses.make_dataclass(
         config.__name__,
-        [("config", Annotated[Path | None, config_option], dataclasses.field(default=None))],
-        bases=(config,),
-        frozen=True,
+        [
+            ("config", option, dataclasses.field(default=path)),
+            *(_field(name, setting, choices.get(name)) for name, setting in known.items()),
+        ],
         kw_only=True,
     )
-    default = None
-    if path is not None:
-        required = [field.name for field in fields if field.default is dataclasses.MISSING]
-        values = config_file.read(path, config)
-        default = whole(**{**dict.fromkeys(required, tyro.MISSING), **values, "config": path})
-    if issubclass(config, RunConfig):
-        description = f"{description or ''}\n\n{_OF_NONE}"
     # A completion script is registered for one word, and python -m experiments.NAME is three.
     completes = any("-print-completion" in arg or "-write-completion" in arg for arg in args)
     found = tyro.cli(
-        whole,
+        flat,
         prog=program() if completes else f"python -m {program()}",
         description=description,
         args=args,
-        default=default,
-        config=(tyro.conf.DisallowNone,),  # so that bool | None is a pair of flags, as bool is
     )
-    return config(**{f.name: getattr(found, f.name) for f in fields})
+    values = {name: getattr(found, name) for name in known}
+    if default is None:
+        return config(**values)
+    before = settings_of(default, all_of_them=True)
+    chosen = {name: values[name] for name in selectors}
+    changed = {name: value for name, value in values.items() if value != before[name].value}
+    return config.of(**{**changed, **chosen})
+
+
+def _known(config: type, default: ProtocolConfig | None) -> dict[str, Setting]:
+    """The settings of a command line, but those that have one value only."""
+    if default is not None:
+        found = settings_of(default, all_of_them=True)
+        first = (*default.SELECTORS, *settings_of(default.settings.learner, all_of_them=True))
+        found = {name: found[name] for name in first} | found
+        return {n: s for n, s in found.items() if len(typing.get_args(s.hint)) != 1}
+    hints, docs = typing.get_type_hints(config, include_extras=True), field_docs(config)
+    return {
+        field.name: Setting(hints[field.name], field.default, docs.get(field.name, ""))
+        for field in dataclasses.fields(config)
+    }
+
+
+def _field(
+    name: str, setting: Setting, choices: tuple[str, ...] | None
+) -> tuple[str, Any, dataclasses.Field]:
+    """The field of the flat dataclass that tyro makes a command line of."""
+    import tyro
+
+    hint, bounds = plain(setting.hint), range_of(setting.hint)
+    if choices:
+        hint = (
+            tuple[Literal[choices], ...] if typing.get_origin(hint) is tuple else Literal[choices]
+        )
+    option = tyro.conf.arg(help=setting.doc + (f" Range: {bounds}." if bounds else ""))
+    required = setting.value is dataclasses.MISSING
+    default = dataclasses.field(**({} if required else {"default": setting.value}))
+    return name, Annotated[hint, option], default
+
+
+def _number_or_text(text: str) -> int | str:
+    with contextlib.suppress(ValueError):
+        return int(text)
+    return text
 
 
 def _is_ours(error: BaseException) -> bool:

@@ -1,5 +1,6 @@
 """What every experiment shares: its devices, its training, and the record of what it ran on."""
 
+import contextlib
 import dataclasses
 import datetime
 import functools
@@ -11,7 +12,7 @@ import subprocess
 import sys
 import tempfile
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -24,7 +25,7 @@ from jax.flatten_util import ravel_pytree
 import imaml_jax
 from experiments.shared import config_file
 from experiments.shared.cli import ProcessConfig as ProcessConfig
-from experiments.shared.cli import RunConfig, program
+from experiments.shared.cli import ProtocolConfig, RunConfig, program
 from experiments.shared.cli import run_cli as run_cli
 from imaml_jax.data import cache
 from imaml_jax.training import TrainResult, processes, train, writers
@@ -73,6 +74,7 @@ def run_training(
     if run.log_to and run.workdir is None:
         raise ValueError(f"log_to={run.log_to} needs workdir, which holds what is written")
     if run.workdir is not None and processes.is_first():
+        _read_older(run.workdir, settings.get("config") or {"settings": {}})
         _write_settings(run.workdir, run)
     with writers.open_writers(
         run.log_to, run.workdir or Path(), settings.get("config") or {}
@@ -195,9 +197,29 @@ def cache_compilations() -> None:
     jax.config.update("jax_compilation_cache_dir", str(cache.cache_root() / "xla"))
 
 
-def recorded(config: Any) -> dict[str, Any]:
+def recorded(config: ProtocolConfig, dataset: str) -> dict[str, Any]:
     """The settings that a resumed run must share with the one it continues."""
-    return {k: v for k, v in dataclasses.asdict(config).items() if k not in _CHANGEABLE}
+    own = {field.name: getattr(config, field.name) for field in dataclasses.fields(config)}
+    own = {name: value for name, value in own.items() if name not in _CHANGEABLE}
+    return {"dataset": dataset, **own, "settings": config.settings.recorded()}
+
+
+def _read_older(workdir: Path, now: Mapping[str, Any]) -> None:
+    """Rewrites the record of a run that an earlier version began in the form of this one.
+
+    Earlier versions recorded the settings of all algorithms, and beside them each that was given.
+    """
+    path = workdir / "config.json"
+    with contextlib.suppress(OSError, ValueError, TypeError, AttributeError):
+        saved = json.loads(path.read_text(encoding="utf-8"))
+        if "meta_steps" in saved:
+            kept = {name: saved.get(name, now.get(name)) for name in {**now, "root_key": None}}
+            kept["settings"] = {
+                name: saved["settings"].get(name, value) for name, value in now["settings"].items()
+            }
+            if "keep_best" in saved:
+                kept["keep_best"] = saved["keep_best"]
+            write_json(path, kept)
 
 
 def provenance() -> dict[str, Any]:

@@ -1,18 +1,16 @@
 """The settings of a run as a YAML file."""
 
 import contextlib
-import dataclasses
-import difflib
-import types
-import typing
 from collections import Counter
-from collections.abc import Collection
+from collections.abc import Collection, Mapping
 from pathlib import Path
-from typing import Any, Literal
+from typing import Any, Literal, get_args, get_origin
 
 import yaml
 
-_UNIONS = (typing.Union, types.UnionType)
+from imaml_jax.learners.registry import ALGORITHMS
+from imaml_jax.learners.settings import Setting, check_value, nearest, plain, settings_of
+
 # What PyYAML raises, and what it lets through from a value that its tag does not fit.
 _NO_YAML = (yaml.YAMLError, ValueError, LookupError, AttributeError, OverflowError, RecursionError)
 
@@ -28,17 +26,11 @@ class _Loader(yaml.SafeLoader):
         return found
 
 
-def read(path: Path, config: type) -> dict[str, Any]:
-    """The settings that a file gives, of the types that the fields of `config` have.
-
-    Args:
-      path: a YAML file, one mapping of field names to values; an empty one gives none.
-      config: dataclass whose fields are of numbers, strings, paths, booleans, literals, None,
-        unions of these and tuples of them.
+def load(path: Path) -> dict[str, Any]:
+    """The mapping that a file holds; an empty file has none.
 
     Raises:
-      ValueError: the file cannot be read or is no mapping, a key is no field, or a value is not of
-        its field's type; the message names the key, what is allowed and the nearest match.
+      ValueError: the file cannot be read or is no mapping.
     """
     try:
         values = yaml.load(path.read_text(encoding="utf-8"), _Loader)
@@ -46,105 +38,66 @@ def read(path: Path, config: type) -> dict[str, Any]:
         raise ValueError(
             f"config={path} cannot be read as YAML ({' '.join(str(error).split())})"
         ) from None
-    if values is None:
-        return {}
-    if not isinstance(values, dict):
+    if not isinstance(values, dict | None):
         raise ValueError(f"config={path} must map names of settings to values, such as `seed: 1`")
-    hints = typing.get_type_hints(config)
-    names = [field.name for field in dataclasses.fields(config)]
+    return values or {}
+
+
+def convert(path: Path, values: Mapping[str, Any], known: Mapping[str, Setting]) -> dict[str, Any]:
+    """The values of a file in the types of the settings that they are for.
+
+    A null for a setting of another algorithm is passed over: earlier versions wrote them all.
+
+    Args:
+      path: of the file, for errors.
+      values: what `load` found there.
+      known: the settings that there are.
+
+    Raises:
+      ValueError: an unknown name, or a value that is not of its type and range; the message has the
+        nearest match.
+    """
     found = {}
-    for key, value in values.items():
-        if key not in names:
-            raise ValueError(f"config={path}: {key} is no setting{_nearest(key, names)}")
-        try:
-            found[key] = _converted(value, hints[key])
-        except (ValueError, OverflowError):
-            choices = [option for option in _options(hints[key]) if isinstance(option, str)]
-            raise ValueError(
-                f"config={path}: {key}={value!r} must be {_said(hints[key])}"
-                + _nearest(value, choices)
-            ) from None
+    for name, value in values.items():
+        if name in known:
+            found[name] = typed(value, known[name].hint)
+            check_value(name, found[name], known[name].hint, f"config={path}: ")
+        elif value is not None or name not in _names_of_all_algorithms():
+            raise ValueError(f"config={path}: {name} is no setting{nearest(name, known)}")
     return found
 
 
 def text(config: Any, leave_out: Collection[str] = ()) -> str:
-    """A YAML text from which `read` makes the same config."""
+    """A YAML text from which the same config is read."""
     values = {
-        field.name: _plain(getattr(config, field.name))
-        for field in dataclasses.fields(config)
-        if field.name not in leave_out
+        name: _writable(setting.value)
+        for name, setting in settings_of(config).items()
+        if name not in leave_out
     }
     return yaml.safe_dump(values, sort_keys=False)
 
 
-def _plain(value: Any) -> Any:
+def typed(value: Any, hint: Any) -> Any:
+    """What YAML or JSON has for a value of that hint: lists for tuples, texts for paths."""
+    options = get_args(hint) if get_origin(hint := plain(hint)) not in (Literal, tuple) else ()
+    options = options or (hint,)
+    if isinstance(value, list):
+        for option in options:
+            if get_origin(option) is tuple:
+                return tuple(typed(each, get_args(option)[0]) for each in value)
+    if isinstance(value, str) and Path in options:
+        return Path(value)
+    if isinstance(value, str | int) and not isinstance(value, bool) and float in options:
+        with contextlib.suppress(ValueError, OverflowError):
+            return float(value)  # YAML takes 1e-3, without a point, for a text
+    return value
+
+
+def _names_of_all_algorithms() -> set[str]:
+    return {name for kind in ALGORITHMS.values() for name in settings_of(kind(), all_of_them=True)}
+
+
+def _writable(value: Any) -> Any:
     if isinstance(value, tuple):
-        return [_plain(each) for each in value]
+        return [_writable(each) for each in value]
     return str(value) if isinstance(value, Path) else value
-
-
-def _options(hint: Any) -> list[Any]:
-    """The types, and values of literals, that a hint allows."""
-    if typing.get_origin(hint) in (*_UNIONS, Literal):
-        return [each for part in typing.get_args(hint) for each in _options(part)]
-    if typing.get_origin(hint) is tuple:
-        return _options(typing.get_args(hint)[0])
-    return [hint]
-
-
-def _converted(value: Any, hint: Any) -> Any:
-    """`value` as the hint has it; ValueError or OverflowError where that cannot be."""
-    origin, parts = typing.get_origin(hint), typing.get_args(hint)
-    if origin in _UNIONS:
-        for part in parts:
-            with contextlib.suppress(ValueError, OverflowError):
-                return _converted(value, part)
-        raise ValueError
-    if origin is tuple:
-        if not isinstance(value, list):
-            raise ValueError
-        hints = parts[:1] * len(value) if parts[-1] is ... else parts
-        return tuple(_converted(each, part) for each, part in zip(value, hints, strict=True))
-    for option in _options(hint):
-        if option in (None, types.NoneType) and value is None:
-            return None
-        if option in (bool, str) and isinstance(value, option):
-            return value
-        if option is int and isinstance(value, int) and not isinstance(value, bool):
-            return value
-        if option is float and isinstance(value, int | float | str) and not isinstance(value, bool):
-            return float(value)  # YAML takes 1e-3, without a point, for a string
-        if option is Path and isinstance(value, str):
-            return Path(value)
-        if not isinstance(option, type) and type(option) is type(value) and option == value:
-            return value
-    raise ValueError
-
-
-def _said(hint: Any) -> str:
-    *most, last = _words(hint)
-    return f"{', '.join(most)} or {last}" if most else last
-
-
-def _words(hint: Any) -> list[str]:
-    """What a hint allows, in words."""
-    origin, parts = typing.get_origin(hint), typing.get_args(hint)
-    if origin in (*_UNIONS, Literal):
-        return [word for part in parts for word in _words(part)]
-    if origin is tuple:
-        size = "" if parts[-1] is ... else f" of {len(parts)}"
-        return [f"a list{size} (each {_said(parts[0])})"]
-    words = {
-        bool: "true or false",
-        int: "a whole number",
-        float: "a number",
-        str: "text",
-        Path: "a path",
-        types.NoneType: "null",
-    }
-    return [words.get(hint) or repr(hint)]
-
-
-def _nearest(value: Any, names: Collection[str]) -> str:
-    near = difflib.get_close_matches(str(value), names, 1)
-    return f"; did you mean {near[0]}?" if near else ""

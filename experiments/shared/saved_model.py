@@ -9,7 +9,7 @@ import numpy as np
 from experiments.shared import common, scores
 from imaml_jax.data import episodes
 from imaml_jax.data.images import check_image
-from imaml_jax.protocols import Protocol, build, model_file
+from imaml_jax.protocols import Protocol, model_file
 from imaml_jax.protocols.model_file import Description
 from imaml_jax.training import processes
 from imaml_jax.training.evaluation import Evaluation
@@ -43,7 +43,6 @@ def check(path: Path, splits: episodes.Splits) -> None:
 def save(
     path: Path,
     config: Any,
-    protocol: Protocol,
     splits: episodes.Splits,
     dataset: str,
     meta_params: Any,
@@ -54,7 +53,6 @@ def save(
     Args:
       path: the model's folder.
       config: the run, a `few_shot.Config`.
-      protocol: that it was trained by.
       splits: its data.
       dataset: their name.
       meta_params: its weights.
@@ -64,6 +62,7 @@ def save(
       The path, and what the model is.
     """
     stored = model_file.rounded(meta_params)
+    protocol = config.settings
     test = measure(config, protocol, splits, stored)
     alone = measure(config, model_file.independent(protocol), splits, stored)
     description = Description(
@@ -72,9 +71,9 @@ def save(
         shots=config.shots,
         image_size=splits.train.images.shape[1],
         channels=splits.train.images.shape[3],
-        brightness=_brightness(splits.train, protocol.invert),
+        brightness=_brightness(splits.train, protocol.tasks.invert),
         protocol=protocol,
-        test_tasks=protocol.test_tasks,
+        test_tasks=protocol.tasks.test_tasks,
         test_accuracy=test.mean,
         test_ci95=_or_none(test.ci95),
         test_accuracy_unrounded=results["test_accuracy"],
@@ -91,8 +90,8 @@ def measure(
     config: Any, protocol: Protocol, splits: episodes.Splits, meta_params: Any
 ) -> Evaluation:
     """Accuracy on the test tasks of a run; `config` has its ways, shots, map_tasks and devices."""
-    learner = build.build_learner(protocol, config.ways)
-    on_test = (protocol, config, splits.test, protocol.test_tasks, common.TEST_KEY)
+    learner, tasks = protocol.build(config.ways), protocol.tasks
+    on_test = (tasks, config, splits.test, tasks.test_tasks, common.TEST_KEY)
     return scores.accuracy_on(learner, *on_test)(meta_params)
 
 

@@ -8,7 +8,7 @@ import jax
 from experiments.shared import common
 from imaml_jax.data import episodes
 from imaml_jax.learners import cross_entropy
-from imaml_jax.protocols import Protocol
+from imaml_jax.protocols.protocol import ImageTasks
 from imaml_jax.training import metrics
 from imaml_jax.training.evaluation import Evaluation, Predictions, make_evaluate, make_predictions
 from imaml_jax.types import MetaLearner
@@ -29,7 +29,7 @@ def predictions_on(learner: MetaLearner, *tasks: Any) -> Callable[[Any], Predict
 def _over_tasks(
     make: Callable[..., Any],
     learner: MetaLearner,
-    protocol: Protocol,
+    tasks: ImageTasks,
     config: Any,
     dataset: episodes.Dataset,
     num_tasks: int,
@@ -46,9 +46,9 @@ def _over_tasks(
             num_tasks=tasks_a_call,
             ways=config.ways,
             shots=config.shots,
-            queries=protocol.test_queries,
-            rotations=protocol.test_rotations,
-            invert=protocol.invert,
+            queries=tasks.test_queries,
+            rotations=tasks.test_rotations,
+            invert=tasks.invert,
         )
 
     run = make(

@@ -14,6 +14,7 @@ from imaml_jax.bilevel.inner import minimize
 from imaml_jax.learners.base import accuracy_of, cross_entropy, inner_report
 from imaml_jax.learners.settings import (
     Count,
+    Fixed,
     NotNegative,
     Positive,
     Range,
@@ -62,7 +63,7 @@ class LeoSettings(Record):
     """Learning rate of the inner loop on the codes, at the start."""
     finetuning_rate: Positive = 1e-3
     """Learning rate of the steps on the weights, at the start."""
-    stochastic: bool = True
+    stochastic: Annotated[bool, Fixed()] = True
     """Samples codes and weights in training; else it takes their means."""
     dropout: Annotated[float, Range(least=0, below=1)] = 0.5
     """Share of the features that training drops."""

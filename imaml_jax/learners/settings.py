@@ -83,6 +83,7 @@ class Setting(NamedTuple):
     doc: str
 
 
+@dataclasses.dataclass(frozen=True)
 class Record:
     """What a frozen dataclass of settings derives from: it exists only with values in range.
 
@@ -143,20 +144,23 @@ def made_of(kind: type[_R], values: Mapping[str, Any]) -> _R:
     return kind(**values)
 
 
-def settings_of(record: Any, all_of_them: bool = False) -> dict[str, Setting]:
+def settings_of(
+    record: Any, all_of_them: bool = False, with_fixed: bool = False
+) -> dict[str, Setting]:
     """The settings of a record and of the records in it by name.
 
     Args:
       record: a dataclass instance.
       all_of_them: also those that have no effect, by their `When`.
+      with_fixed: also what is marked as `Fixed`.
     """
     found = {}
     hints, docs = _hints(type(record)), field_docs(type(record))
     for field in dataclasses.fields(record):
         value, hint = getattr(record, field.name), hints[field.name]
         if isinstance(value, Record):
-            found |= settings_of(value, all_of_them)
-        elif any(_metadata(hint, Fixed)):
+            found |= settings_of(value, all_of_them, with_fixed)
+        elif any(_metadata(hint, Fixed)) and not with_fixed:
             continue
         elif all_of_them or all(each.holds(record) for each in _metadata(hint, When)):
             found[field.name] = Setting(hint, value, docs.get(field.name, ""))
@@ -164,8 +168,9 @@ def settings_of(record: Any, all_of_them: bool = False) -> dict[str, Setting]:
 
 
 def values_of(record: Any) -> dict[str, Any]:
-    """The values of `settings_of`, as JSON can hold them but for paths."""
-    return {name: setting.value for name, setting in settings_of(record).items()}
+    """The values of all settings that have an effect, and of what is fixed, by name."""
+    found = settings_of(record, with_fixed=True)
+    return {name: setting.value for name, setting in found.items()}
 
 
 def words(record: Any) -> str:
@@ -182,9 +187,9 @@ def words(record: Any) -> str:
 
 def check(record: Any) -> None:
     """Raises ValueError for the first field of a dataclass that is not of its type and range."""
-    for name, hint in _hints(type(record)).items():
-        if hasattr(record, name) and typing.get_origin(hint) is not typing.ClassVar:
-            check_value(name, getattr(record, name), hint)
+    hints = _hints(type(record))
+    for field in dataclasses.fields(record):
+        check_value(field.name, getattr(record, field.name), hints[field.name])
 
 
 def check_arguments(factory: str, record: type, **values: Any) -> None:

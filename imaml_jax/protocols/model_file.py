@@ -23,7 +23,7 @@ import numpy as np
 from imaml_jax.data.cache import UNREADABLE
 from imaml_jax.data.images import check_image
 from imaml_jax.learners.base import path_string
-from imaml_jax.learners.settings import Range, Record, Share, values_of
+from imaml_jax.learners.settings import Range, Record, Share, made_of, values_of
 from imaml_jax.protocols.protocol import Protocol, from_settings
 from imaml_jax.training import workdir
 from imaml_jax.types import MetaLearner, PyTree
@@ -234,10 +234,9 @@ def _read_description(path: Path) -> tuple[Description, str]:
     try:
         if not isinstance(fields.get("protocol"), dict):
             raise ValueError("expected the settings of a protocol")
-        return Description(**fields | {"protocol": from_settings(fields["protocol"])}), str(
-            checksum
-        )
-    except (ValueError, TypeError) as error:  # TypeError: a field that is missing or unknown
+        fields["protocol"] = from_settings(fields["protocol"])
+        return made_of(Description, fields), str(checksum)
+    except ValueError as error:
         raise ValueError(f"{path}: {error}. {_REMEDY}") from None
 
 

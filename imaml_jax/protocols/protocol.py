@@ -24,13 +24,15 @@ from imaml_jax.learners.settings import (
     nearest,
     values_of,
 )
-from imaml_jax.networks import Network, conv4
+from imaml_jax.networks import Network, conv4, mlp
+from imaml_jax.networks.mlp import SMALL_NORMAL
 from imaml_jax.types import MetaLearner
 
 Rotations = Literal["augment", "classes"]
 OmniglotSplit = Literal["finn", "lake", "mamlpp", "reptile", "vinyals"]
 _INITIALIZERS = {
     "zero": initializers.zeros,
+    "small_normal": SMALL_NORMAL,
     "normal": initializers.normal(1.0),
     "xavier": initializers.xavier_uniform(),
     "xavier_1.73": initializers.variance_scaling(1.73**2, "fan_avg", "uniform"),
@@ -115,6 +117,23 @@ class Conv4Settings(Record):
 
 
 @dataclasses.dataclass(frozen=True)
+class MlpSettings(Record):
+    """Settings of `imaml_jax.networks.mlp`."""
+
+    hidden_layers: Count = 2
+    """Hidden layers."""
+    hidden_units: Count = 40
+    """Units of each."""
+    kernel_init: Literal["small_normal", "xavier"] = "small_normal"
+    """Initialisation of the layers."""
+
+    def build(self, outputs: int) -> Network:
+        """The network with so many outputs."""
+        widths = [self.hidden_units] * self.hidden_layers
+        return mlp([*widths, outputs], kernel_init=_INITIALIZERS[self.kernel_init])
+
+
+@dataclasses.dataclass(frozen=True)
 class OuterSettings(Record):
     """The outer optimiser, and for how long."""
 
@@ -172,7 +191,7 @@ class Protocol(Record):
     tasks: Any
     network: Any
     outer: OuterSettings
-    learner: LearnerSettings
+    learner: Any
 
     def build(self, outputs: int = 1) -> MetaLearner:
         """The learner on the network with so many outputs."""

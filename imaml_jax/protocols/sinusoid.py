@@ -8,8 +8,6 @@ import dataclasses
 import math
 from typing import Annotated, Any, Literal
 
-from jax.nn import initializers
-
 from imaml_jax.learners.algorithm import LearnerSettings
 from imaml_jax.learners.base import LossFn, mean_squared_error
 from imaml_jax.learners.bmaml import BmamlSettings
@@ -22,9 +20,7 @@ from imaml_jax.learners.platipus import PlatipusSettings
 from imaml_jax.learners.registry import settings_class
 from imaml_jax.learners.reptile import ReptileSettings
 from imaml_jax.learners.settings import Count, Fixed, NotNegative, Record
-from imaml_jax.networks import Network, mlp
-from imaml_jax.networks.mlp import SMALL_NORMAL
-from imaml_jax.protocols.protocol import OuterSettings, Protocol
+from imaml_jax.protocols.protocol import MlpSettings, OuterSettings, Protocol
 
 Setting = Literal["bmaml", "maml"]
 
@@ -38,7 +34,7 @@ class SinusoidTasks(Record):
     frequency: Annotated[tuple[float, float], Fixed()] = (1.0, 1.0)
     """Bounds of the frequencies."""
     relative_noise: NotNegative = 0.0
-    """Standard deviation of the noise on support targets, as a share of the amplitude."""
+    """Standard deviation of the noise on the targets, as a share of the amplitude."""
     train_tasks: Count | None = None
     """How many tasks there are to train on; None for no end."""
     meta_batch: Count = 25
@@ -52,24 +48,6 @@ class SinusoidTasks(Record):
     def loss_fn(self) -> LossFn:
         """The loss of a batch."""
         return mean_squared_error
-
-
-@dataclasses.dataclass(frozen=True)
-class RegressorSettings(Record):
-    """The fully connected regressor."""
-
-    hidden_layers: Count = 2
-    """Hidden layers."""
-    hidden_units: Count = 40
-    """Units of each."""
-    kernel_init: Literal["small_normal", "xavier"] = "small_normal"
-    """Initialisation of the layers."""
-
-    def build(self, outputs: int) -> Network:
-        """The network with so many outputs."""
-        kernel = {"small_normal": SMALL_NORMAL, "xavier": initializers.glorot_uniform()}
-        widths = [self.hidden_units] * self.hidden_layers
-        return mlp([*widths, outputs], kernel_init=kernel[self.kernel_init])
 
 
 _SHORT, _LONG = OuterSettings(outer_rate=3e-3, meta_steps=5_000), OuterSettings(meta_steps=20_000)
@@ -143,7 +121,7 @@ def get(setting: Setting, algorithm: str) -> Protocol:
     """
     learner, outer = SETTINGS.get(algorithm) or (settings_class(algorithm)(), _LONG)
     source = "Finn et al., ICML 2017; the settings of algorithms that it has not are this library's"
-    protocol = Protocol("maml", source, SinusoidTasks(), RegressorSettings(), outer, learner)
+    protocol = Protocol("maml", source, SinusoidTasks(), MlpSettings(), outer, learner)
     if setting == "maml":
         return protocol
     protocol = dataclasses.replace(
@@ -157,6 +135,6 @@ def get(setting: Setting, algorithm: str) -> Protocol:
             train_tasks=1000,
             meta_batch=10,
         ),
-        network=RegressorSettings(hidden_layers=3, kernel_init="xavier"),  # its code's
+        network=MlpSettings(hidden_layers=3, kernel_init="xavier"),  # its code's
     )
     return protocol.with_settings(_ON_BMAMLS_TASKS.get(algorithm, {}))
