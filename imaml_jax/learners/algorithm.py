@@ -7,7 +7,7 @@ import optax
 
 from imaml_jax.bilevel.inner import adaptive_gd, newton_cg
 from imaml_jax.learners.base import FastPredicate, LossFn, Statistics, is_head, is_norm
-from imaml_jax.learners.settings import Positive, Record, Steps, When
+from imaml_jax.learners.settings import Positive, Record, Steps, When, values_of
 from imaml_jax.types import MetaLearner, PyTree
 
 Descent = Literal["adam", "adaptive_gd", "nesterov", "sgd"]
@@ -41,6 +41,10 @@ class LearnerSettings(Record):
         """The same; where it averages samples, `predict` returns the outputs of each."""
         return self.build(network, loss_fn)
 
+    def arguments(self) -> dict[str, Any]:
+        """The arguments of the factory: the settings that have an effect, by its names."""
+        return values_of(self)
+
     def for_run(self, meta_steps: int) -> "LearnerSettings":
         """The settings in a run of so many meta-steps."""
         del meta_steps
@@ -60,14 +64,11 @@ class StepSettings(LearnerSettings):
     adapts: Adapts = "all"
     """Parameters that the inner loop adapts: all, the head, or all but norm scales and offsets."""
 
-    @property
-    def shared(self) -> dict[str, Any]:
-        """The arguments of the factories that all of them have."""
-        return {
-            "num_steps": self.num_steps,
-            "statistics": self.statistics,
-            "fast": fast_predicate(self.adapts),
-        }
+    def arguments(self) -> dict[str, Any]:
+        """The arguments of the factory."""
+        values = super().arguments()
+        fast = fast_predicate(values.pop("adapts"))
+        return values | {"fast": fast}
 
 
 @dataclasses.dataclass(frozen=True)
@@ -76,11 +77,6 @@ class InnerSettings(StepSettings):
 
     eval_num_steps: Steps | None = None
     """Inner steps at validation and test; None for as many as in training."""
-
-    @property
-    def shared(self) -> dict[str, Any]:
-        """The arguments of the factories that all of them have."""
-        return {**super().shared, "eval_num_steps": self.eval_num_steps}
 
 
 @dataclasses.dataclass(frozen=True)
@@ -91,6 +87,12 @@ class DescentSettings(InnerSettings):
     """Inner optimiser; nesterov is SGD with momentum 0.8."""
     inner_rate: Positive = 0.1
     """Learning rate of the inner loop."""
+
+    def arguments(self) -> dict[str, Any]:
+        """The arguments of the factory."""
+        values = super().arguments()
+        inner = make_inner(values["inner"], values.pop("inner_rate"))
+        return values | {"inner": inner}
 
 
 NewtonOrNot = Annotated[Positive, When(lambda own: own.inner != "newton_cg", "inner=newton_cg")]

@@ -10,7 +10,7 @@ import optax
 from jax import lax
 
 from imaml_jax.bilevel.inner import minimize
-from imaml_jax.learners.algorithm import Adapts, DescentSettings, make_inner
+from imaml_jax.learners.algorithm import Adapts, DescentSettings
 from imaml_jax.learners.base import (
     AverageOption,
     FastPredicate,
@@ -22,7 +22,7 @@ from imaml_jax.learners.base import (
 )
 from imaml_jax.learners.ensemble import ensemble
 from imaml_jax.learners.posterior import Posterior, PosteriorName, posterior_of
-from imaml_jax.learners.settings import Count, Positive, When, check_arguments
+from imaml_jax.learners.settings import Count, Positive, When, check_arguments, check_value
 from imaml_jax.learners.svgd import Kernel, by_gradients, check_kernel, svgd_objective
 from imaml_jax.types import Batch, MetaLearner, Task
 
@@ -64,27 +64,17 @@ class BmamlSettings(DescentSettings):
 
     def build(self, network: Any, loss_fn: LossFn) -> MetaLearner:
         """The learner on a network and a loss."""
-        return bmaml(network, loss_fn, **self.arguments)
+        return bmaml(network, loss_fn, **self.arguments())
 
     def build_samples(self, network: Any, loss_fn: LossFn) -> MetaLearner:
         """The learner whose predictions are those of each particle."""
-        return bmaml(network, loss_fn, average=None, **self.arguments)
+        return bmaml(network, loss_fn, average=None, **self.arguments())
 
-    @property
     def arguments(self) -> dict[str, Any]:
         """The arguments of the factory."""
-        leader = {"leader_steps": self.leader_steps} if self.meta_loss == "chaser" else {}
-        return {
-            "inner": make_inner(self.inner, self.inner_rate),
-            "num_particles": self.num_samples,
-            "meta_loss": self.meta_loss,
-            "posterior": posterior_of(self.posterior),
-            "kernel": self.kernel,
-            "bandwidth": self.bandwidth,
-            "remat": self.remat,
-            **leader,
-            **self.shared,
-        }
+        values = super().arguments()
+        values["num_particles"] = values.pop("num_samples")
+        return values | {"posterior": posterior_of(self.posterior)}
 
 
 def bmaml(
@@ -156,15 +146,11 @@ def bmaml(
       Algorithms 1 to 3.
       github.com/jsikyoon/bmaml
     """
-    check_arguments(
-        "bmaml",
-        BmamlSettings,
-        num_steps=num_steps,
-        eval_num_steps=eval_num_steps,
-        meta_loss=meta_loss,
-    )
-    if leader_steps != 0:
-        check_arguments("bmaml", BmamlSettings, leader_steps=leader_steps)
+    given = locals()
+    if leader_steps == 0:
+        given.pop("leader_steps")
+    check_arguments("bmaml", BmamlSettings, given)
+    check_value("meta_loss", meta_loss, MetaLoss, "bmaml: ")
     if meta_loss != "chaser" and (leader is not None or leader_steps != 1):
         raise ValueError(
             "bmaml: leader and leader_steps are settings of meta_loss='chaser'; leave them out"

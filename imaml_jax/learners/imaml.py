@@ -36,6 +36,8 @@ from imaml_jax.types import Array, MetaLearner, PyTree
 
 Curvature = Literal["hessian", "gauss_newton"]
 Solver = Literal["cg", "cg_steihaug", "minres", "woodbury"]
+_GRANULARITIES = {None: False, "one": True, "leaf": "leaf", "parameter": "parameter"}
+_OF_PARTS = ("inner_rate", "cg_steps")  # of `inner` and of `solve`
 _FIVE_CG_STEPS = partial(solve_cg_steihaug, tol=0.0, max_steps=5)
 
 
@@ -82,18 +84,16 @@ class ImplicitSettings(InnerSettings):
 
     def build(self, network: Any, loss_fn: LossFn) -> MetaLearner:
         """The learner on a network and a loss."""
-        learned = {None: False, "one": True, "leaf": "leaf", "parameter": "parameter"}
-        return imaml(
-            network,
-            loss_fn,
-            inner=make_inner(self.inner, self.inner_rate, cg_steps=self.cg_steps),
-            reg_strength=self.reg_strength,
-            eval_reg_strength=self.eval_reg_strength,
-            learn_reg_strength=learned[self.learn_reg_strength],  # pyright: ignore
-            curvature=self.curvature,
-            solve=solver(self.solve, self.cg_steps),
-            **self.shared,
-        )
+        return imaml(network, loss_fn, **self.arguments())
+
+    def arguments(self) -> dict[str, Any]:
+        """The arguments of the factory."""
+        values = super().arguments() | {
+            "inner": make_inner(self.inner, self.inner_rate, cg_steps=self.cg_steps),
+            "learn_reg_strength": _GRANULARITIES[self.learn_reg_strength],
+            "solve": solver(self.solve, self.cg_steps),
+        }
+        return {name: value for name, value in values.items() if name not in _OF_PARTS}
 
     def before_adaptation(self, meta_params: PyTree) -> PyTree:
         """The network's parameters."""
@@ -210,13 +210,10 @@ def imaml(
       Rajeswaran, Finn, Kakade, Levine, "Meta-Learning with Implicit Gradients", NeurIPS 2019,
       Algorithms 1 and 2, Eq. 6.
     """
-    check_arguments(
-        "imaml",
-        ImamlSettings,
-        num_steps=num_steps,
-        eval_num_steps=eval_num_steps,
-        curvature=curvature,
-    )
+    steps = {"num_steps": num_steps, "eval_num_steps": eval_num_steps}
+    check_arguments("imaml", ImamlSettings, steps)
+    if curvature not in ("hessian", "gauss_newton"):
+        raise ValueError(f"imaml: curvature={curvature!r} must be 'hessian' or 'gauss_newton'")
     check_steps("imaml", max_rounds=max_rounds)
     if accuracy is not None and (isinstance(accuracy, bool) or not 0 < accuracy < np.inf):
         raise ValueError(

@@ -46,17 +46,9 @@ class ImamlDevSettings(InnerSettings):
 
     def build(self, network: Any, loss_fn: LossFn) -> MetaLearner:
         """The learner on a network and a loss."""
-        return imaml_dev(
-            network,
-            loss_fn,
-            inner_rate=self.inner_rate,
-            num_steps=self.num_steps,
-            reg_strength=self.reg_strength,
-            cg_damping=self.cg_damping,
-            cg_steps=self.cg_steps,
-            eval_num_steps=self.eval_num_steps,
-            statistics=self.statistics,
-        )
+        values = self.arguments()
+        del values["fast"], values["inner"]  # all, and gradient descent
+        return imaml_dev(network, loss_fn, **values)
 
 
 def imaml_dev(
@@ -100,16 +92,7 @@ def imaml_dev(
       github.com/aravindr93/imaml_dev, `examples/omniglot_implicit_maml.py` and
       `Learner.matrix_evaluator`; the defaults are its README's.
     """
-    check_arguments(
-        "imaml_dev",
-        ImamlDevSettings,
-        inner_rate=inner_rate,
-        num_steps=num_steps,
-        reg_strength=reg_strength,
-        cg_damping=cg_damping,
-        cg_steps=cg_steps,
-        eval_num_steps=eval_num_steps,
-    )
+    check_arguments("imaml_dev", ImamlDevSettings, locals())
     problem = supervised(network, loss_fn, statistics=statistics)
     descend = partial(minimize, problem.support_loss, tx=optax.sgd(inner_rate))
 

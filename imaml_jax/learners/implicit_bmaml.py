@@ -14,7 +14,7 @@ from imaml_jax.bilevel.implicit import Solve, root_vjp
 from imaml_jax.bilevel.inner import minimize
 from imaml_jax.bilevel.linear_solve import solve_gmres, solve_right_preconditioned
 from imaml_jax.bilevel.linear_system import dot
-from imaml_jax.learners.algorithm import Adapts, DescentSettings, make_inner
+from imaml_jax.learners.algorithm import Adapts, DescentSettings
 from imaml_jax.learners.base import (
     AverageOption,
     FastPredicate,
@@ -72,27 +72,18 @@ class ImplicitBmamlSettings(DescentSettings):
 
     def build(self, network: Any, loss_fn: LossFn) -> MetaLearner:
         """The learner on a network and a loss."""
-        return implicit_bmaml(network, loss_fn, **self.arguments)
+        return implicit_bmaml(network, loss_fn, **self.arguments())
 
     def build_samples(self, network: Any, loss_fn: LossFn) -> MetaLearner:
         """The learner whose predictions are those of each particle."""
-        return implicit_bmaml(network, loss_fn, average=None, **self.arguments)
+        return implicit_bmaml(network, loss_fn, average=None, **self.arguments())
 
-    @property
     def arguments(self) -> dict[str, Any]:
         """The arguments of the factory."""
-        return {
-            "inner": make_inner(self.inner, self.inner_rate),
-            "num_particles": self.num_samples,
-            "reg_strength": self.reg_strength,
-            "meta_loss": self.meta_loss,
-            "posterior": posterior_of(self.posterior),
-            "kernel": self.kernel,
-            "bandwidth": self.bandwidth,
-            "precondition": True,
-            "solve": partial(solve_gmres, restart=self.gmres_steps, max_restarts=1),
-            **self.shared,
-        }
+        values = super().arguments()
+        values["num_particles"] = values.pop("num_samples")
+        values["solve"] = partial(solve_gmres, restart=values.pop("gmres_steps"), max_restarts=1)
+        return values | {"posterior": posterior_of(self.posterior), "precondition": True}
 
 
 def implicit_bmaml(
@@ -162,12 +153,8 @@ def implicit_bmaml(
       Yoon et al., "Bayesian Model-Agnostic Meta-Learning", NeurIPS 2018, for the ensemble.
       Rajeswaran et al., "Meta-Learning with Implicit Gradients", NeurIPS 2019, for the derivative.
     """
-    check_arguments(
-        "implicit_bmaml",
-        ImplicitBmamlSettings,
-        num_steps=num_steps,
-        eval_num_steps=eval_num_steps,
-    )
+    steps = {"num_steps": num_steps, "eval_num_steps": eval_num_steps}
+    check_arguments("implicit_bmaml", ImplicitBmamlSettings, steps)
     if not 0 < reg_strength < math.inf:
         raise ValueError(
             f"implicit_bmaml: reg_strength={reg_strength} must be positive and finite; at 0 the "

@@ -23,13 +23,13 @@ class ImplicitPlatipusSettings(PlatipusSettings):
     reg_strength: Positive = 2.0
     """Lambda, the strength of the proximal term."""
 
-    @property
     def arguments(self) -> dict[str, Any]:
         """The arguments of the factory."""
+        values = super().arguments()
         adaptation = partial(
             imaml,
-            reg_strength=self.reg_strength,
+            reg_strength=values.pop("reg_strength"),
             curvature="gauss_newton",
             solve=solve_woodbury,
         )
-        return {**super().arguments, "adaptation": adaptation}
+        return {**values, "adaptation": adaptation}

@@ -151,19 +151,7 @@ def leo(
     """
     check_value("ways", ways, Count, "leo: ")
     check_value("latent_rate", latent_rate, Positive, "leo: ")
-    check_arguments(
-        "leo",
-        LeoSettings,
-        num_latents=num_latents,
-        num_steps=num_steps,
-        num_finetuning_steps=num_finetuning_steps,
-        finetuning_rate=finetuning_rate,
-        dropout=dropout,
-        kl_weight=kl_weight,
-        encoder_penalty=encoder_penalty,
-        l2_penalty=l2_penalty,
-        orthogonality_penalty=orthogonality_penalty,
-    )
+    check_arguments("leo", LeoSettings, locals())
 
     def init(key, example_inputs):
         example = _features(example_inputs)

@@ -31,8 +31,14 @@ class MamlSettings(DescentSettings):
 
     def build(self, network: Any, loss_fn: LossFn) -> MetaLearner:
         """The learner on a network and a loss."""
-        inner = make_inner(self.inner, self.inner_rate, eps_root=1e-16)
-        return maml(network, loss_fn, inner=inner, **self.shared)
+        return maml(network, loss_fn, **self.arguments())
+
+    def arguments(self) -> dict[str, Any]:
+        """The arguments of the factory; its Adam has a derivative at a gradient of 0."""
+        return {
+            **super().arguments(),
+            "inner": make_inner(self.inner, self.inner_rate, eps_root=1e-16),
+        }
 
 
 @dataclasses.dataclass(frozen=True)
@@ -44,9 +50,7 @@ class FomamlSettings(DescentSettings):
 
     def build(self, network: Any, loss_fn: LossFn) -> MetaLearner:
         """The learner on a network and a loss."""
-        return fomaml(
-            network, loss_fn, inner=make_inner(self.inner, self.inner_rate), **self.shared
-        )
+        return fomaml(network, loss_fn, **self.arguments())
 
 
 @dataclasses.dataclass(frozen=True)
@@ -97,7 +101,7 @@ def maml(
     References:
       Finn, Abbeel, Levine, "Model-Agnostic Meta-Learning", ICML 2017, Algorithm 1 and section 5.2.
     """
-    check_arguments("maml", MamlSettings, num_steps=num_steps, eval_num_steps=eval_num_steps)
+    check_arguments("maml", MamlSettings, locals())
     problem = supervised(network, loss_fn, fast=fast, statistics=statistics)
 
     def run(fast_params, slow_params, support, steps):

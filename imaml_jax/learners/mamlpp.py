@@ -45,7 +45,7 @@ class MamlppSettings(StepSettings):
     first_order_epochs: Annotated[int, Range(least=0)] = 0
     """Epochs with first-order gradients, before the second-order ones."""
     epoch_length: Count | None = None
-    """Meta-steps of an epoch; None for a hundredth of the run."""
+    """Meta-steps of an epoch; None for a hundredth of the run, as `for_run` has it."""
 
     def for_run(self, meta_steps: int) -> Self:
         """With the length of an epoch."""
@@ -54,18 +54,12 @@ class MamlppSettings(StepSettings):
 
     def build(self, network: Any, loss_fn: LossFn) -> MetaLearner:
         """The learner on a network and a loss."""
-        length = {} if self.epoch_length is None else {"epoch_length": self.epoch_length}
-        return mamlpp(
-            network,
-            loss_fn,
-            inner_rate=self.inner_rate,
-            learn_rates=self.learn_rates,
-            multi_step_epochs=self.multi_step_epochs,
-            first_order_epochs=self.first_order_epochs,
-            per_step=is_norm if self.per_step_norm else None,
-            **length,
-            **self.shared,
-        )
+        values = self.arguments()
+        del values["inner"]  # gradient descent
+        if self.epoch_length is None:
+            del values["epoch_length"]
+        values["per_step"] = is_norm if values.pop("per_step_norm") else None
+        return mamlpp(network, loss_fn, **values)
 
     def before_adaptation(self, meta_params: PyTree) -> PyTree:
         """The network's parameters."""
@@ -158,15 +152,7 @@ def mamlpp(
     References:
       Antoniou, Edwards, Storkey, "How to train your MAML", ICLR 2019, section 4.
     """
-    check_arguments(
-        "mamlpp",
-        MamlppSettings,
-        inner_rate=inner_rate,
-        num_steps=num_steps,
-        multi_step_epochs=multi_step_epochs,
-        first_order_epochs=first_order_epochs,
-        epoch_length=epoch_length,
-    )
+    check_arguments("mamlpp", MamlppSettings, locals())
     check_value("eval_num_steps", eval_num_steps, Steps | None, "mamlpp: ")
     if (learn_rates or per_step) and eval_num_steps not in (None, num_steps):
         raise ValueError(

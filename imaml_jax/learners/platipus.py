@@ -9,7 +9,7 @@ import jax
 import jax.numpy as jnp
 import optax
 
-from imaml_jax.learners.algorithm import DescentSettings, make_inner
+from imaml_jax.learners.algorithm import DescentSettings
 from imaml_jax.learners.base import (
     AverageOption,
     FastPredicate,
@@ -49,26 +49,11 @@ class PlatipusSettings(DescentSettings):
 
     def build(self, network: Any, loss_fn: LossFn) -> MetaLearner:
         """The learner on a network and a loss."""
-        return platipus(network, loss_fn, **self.arguments)
+        return platipus(network, loss_fn, **self.arguments())
 
     def build_samples(self, network: Any, loss_fn: LossFn) -> MetaLearner:
         """The learner whose predictions are those of each sample."""
-        return platipus(network, loss_fn, average=None, **self.arguments)
-
-    @property
-    def arguments(self) -> dict[str, Any]:
-        """The arguments of the factory."""
-        return {
-            "inner": make_inner(self.inner, self.inner_rate),
-            "num_samples": self.num_samples,
-            "eval_num_samples": self.eval_num_samples,
-            "kl_weight": self.kl_weight,
-            "prior_rate": self.prior_rate,
-            "posterior_rate": self.posterior_rate,
-            "prior_variance": self.prior_variance,
-            "posterior_variance": self.posterior_variance,
-            **self.shared,
-        }
+        return platipus(network, loss_fn, average=None, **self.arguments())
 
     def before_adaptation(self, meta_params: PyTree) -> PyTree:
         """The mean, as the only sample."""
@@ -166,19 +151,7 @@ def platipus(
       Finn, Xu, Levine, "Probabilistic Model-Agnostic Meta-Learning", NeurIPS 2018, Algorithms 1
       and 2.
     """
-    check_arguments(
-        "platipus",
-        PlatipusSettings,
-        num_steps=num_steps,
-        eval_num_steps=eval_num_steps,
-        num_samples=num_samples,
-        eval_num_samples=eval_num_samples,
-        kl_weight=kl_weight,
-        prior_rate=prior_rate,
-        posterior_rate=posterior_rate,
-        prior_variance=prior_variance,
-        posterior_variance=posterior_variance,
-    )
+    check_arguments("platipus", PlatipusSettings, locals())
     one_prediction = lambda outputs: outputs  # noqa: E731
     if average is not None:
         one_prediction = fitting_average("platipus", average, loss_fn)

@@ -8,7 +8,7 @@ import jax.numpy as jnp
 import optax
 
 from imaml_jax.bilevel.inner import mini_batches, minimize
-from imaml_jax.learners.algorithm import DescentSettings, make_inner
+from imaml_jax.learners.algorithm import DescentSettings
 from imaml_jax.learners.base import (
     FastPredicate,
     LossFn,
@@ -38,14 +38,7 @@ class ReptileSettings(DescentSettings):
 
     def build(self, network: Any, loss_fn: LossFn) -> MetaLearner:
         """The learner on a network and a loss."""
-        return reptile(
-            network,
-            loss_fn,
-            inner=make_inner(self.inner, self.inner_rate),
-            batch_size=self.batch_size,
-            eval_batch_size=self.eval_batch_size,
-            **self.shared,
-        )
+        return reptile(network, loss_fn, **self.arguments())
 
 
 @dataclasses.dataclass(frozen=True)
@@ -100,14 +93,7 @@ def reptile(
     References:
       Nichol, Achiam, Schulman, "On First-Order Meta-Learning Algorithms", 2018, Algorithm 1.
     """
-    check_arguments(
-        "reptile",
-        ReptileSettings,
-        num_steps=num_steps,
-        batch_size=batch_size,
-        eval_num_steps=eval_num_steps,
-        eval_batch_size=eval_batch_size,
-    )
+    check_arguments("reptile", ReptileSettings, locals())
     problem = supervised(network, loss_fn, fast=fast, statistics=statistics)
 
     def run(fast_params, slow_params, support, key, steps, size):

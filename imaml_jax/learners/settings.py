@@ -192,19 +192,20 @@ def check(record: Any) -> None:
         check_value(field.name, getattr(record, field.name), hints[field.name])
 
 
-def check_arguments(factory: str, record: type, **values: Any) -> None:
+def check_arguments(factory: str, record: type, arguments: Mapping[str, Any]) -> None:
     """The range checks of a factory, for its arguments that are fields of a record.
 
     Args:
       factory: its name, for the message.
       record: where the ranges are declared.
-      **values: arguments by name.
+      arguments: by name, such as `locals()`; those without a range in the record are passed over.
 
     Raises:
       ValueError: the first value that is out of its range.
     """
-    for name, value in values.items():
-        check_value(name, value, _hints(record)[name], f"{factory}: ")
+    for name, hint in _hints(record).items():
+        if name in arguments and any(_metadata(hint, Range)):
+            check_value(name, arguments[name], hint, f"{factory}: ")
 
 
 def check_value(name: str, value: Any, hint: Any, prefix: str = "") -> None:
