@@ -303,11 +303,11 @@ def settings(rng: random.Random, folder: Path, count: int) -> Iterator[str]:
     for name, value in (pairs * 2)[:count]:
         changes: Any = {"curvature": "hessian"} if name == "solve" else {}
         changes |= {name: value}
-        _require_refused(lambda c=changes: few_shot.resolve(few_shot.Config(**c)), name)
+        _require_refused(lambda c=changes: few_shot.Config.of(**c), name)
         if name in ("meta_steps", "reg_strength", "seed", "inner_rate"):
             if (name, value) != ("meta_steps", 150):
                 changes = {name: value}
-                _require_refused(lambda c=changes: sinusoid.resolve(sinusoid.Config(**c)), name)
+                _require_refused(lambda c=changes: sinusoid.Config.of(**c), name)
         yield "bad setting"
 
 

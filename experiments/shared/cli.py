@@ -15,6 +15,7 @@ import jax
 
 import imaml_jax
 from experiments.shared import config_file
+from imaml_jax.learners.registry import ALGORITHMS
 from imaml_jax.learners.settings import (
     Count,
     Positive,
@@ -23,6 +24,7 @@ from imaml_jax.learners.settings import (
     Seed,
     Setting,
     field_docs,
+    nearest,
     plain,
     range_of,
     settings_of,
@@ -214,12 +216,15 @@ def _settings(config: type, description: str | None, args: Sequence[str]) -> Any
     )
     # A completion script is registered for one word, and python -m experiments.NAME is three.
     completes = any("-print-completion" in arg or "-write-completion" in arg for arg in args)
-    found = tyro.cli(
+    found, unknown = tyro.cli(
         flat,
+        return_unknown_args=True,
         prog=program() if completes else f"python -m {program()}",
         description=description,
         args=args,
     )
+    if unknown:
+        raise ValueError(_unknown(unknown[0], known, chosen))
     values = {name: getattr(found, name) for name in known}
     if default is None:
         return config(**values)
@@ -227,6 +232,17 @@ def _settings(config: type, description: str | None, args: Sequence[str]) -> Any
     chosen = {name: values[name] for name in selectors}
     changed = {name: value for name, value in values.items() if value != before[name].value}
     return config.of(**{**changed, **chosen})
+
+
+def _unknown(argument: str, known: Mapping[str, Setting], chosen: Mapping[str, Any]) -> str:
+    """What to say of an argument that is no setting."""
+    name = argument.partition("=")[0].removeprefix("--").replace("-", "_")
+    owners = [kind for kind in ALGORITHMS if name in settings_of(ALGORITHMS[kind](), True)]
+    if owners and "algorithm" in known:
+        algorithm = chosen.get("algorithm", known["algorithm"].value)
+        return f"{argument} is no setting of algorithm={algorithm}, but of {', '.join(owners)}"
+    near = nearest(argument.partition("=")[0], [f"--{each.replace('_', '-')}" for each in known])
+    return f"{argument} is no setting{near}"
 
 
 def _known(config: type, default: ProtocolConfig | None) -> dict[str, Setting]:

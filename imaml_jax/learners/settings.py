@@ -17,11 +17,13 @@ import functools
 import inspect
 import itertools
 import math
+import sys
 import textwrap
 import types
 import typing
 from collections.abc import Callable, Iterable, Iterator, Mapping
 from numbers import Integral, Real
+from pathlib import Path
 from typing import Annotated, Any, Literal, NamedTuple, Self, TypeVar
 
 _R = TypeVar("_R")
@@ -38,7 +40,7 @@ class Range:
 
     def __contains__(self, value: Any) -> bool:
         return (
-            math.isfinite(value)
+            -math.inf < value < math.inf
             and (self.least is None or value >= self.least)
             and (self.above is None or value > self.above)
             and (self.most is None or value <= self.most)
@@ -46,8 +48,9 @@ class Range:
         )
 
     def __str__(self) -> str:
-        bounds = ((">=", self.least), (">", self.above), ("<=", self.most), ("<", self.below))
-        return " and ".join(f"{sign} {bound}" for sign, bound in bounds if bound is not None)
+        words = ("at least", self.least), ("above", self.above), ("at most", self.most)
+        bounds = (*words, ("below", self.below))
+        return " and ".join(f"{word} {bound}" for word, bound in bounds if bound is not None)
 
 
 @dataclasses.dataclass(frozen=True)
@@ -212,7 +215,7 @@ def check_value(name: str, value: Any, hint: Any, prefix: str = "") -> None:
     """Raises ValueError for a value that is not of the type and range of a hint."""
     if not _fits(value, hint):
         raise ValueError(
-            f"{prefix}{name}={value!r} must be {_said(hint)}{_near_choice(value, hint)}"
+            f"{prefix}{name}={value!r:.60} must be {_said(hint)}{_near_choice(value, hint)}"
         )
 
 
@@ -297,7 +300,9 @@ def _fits(value: Any, hint: Any) -> bool:
         )
     if hint in (int, float):
         kind = Integral if hint is int else Real
-        return isinstance(value, kind) and not isinstance(value, bool)
+        if not isinstance(value, kind) or isinstance(value, bool):
+            return False
+        return hint is int or isinstance(value, float) or abs(value) <= sys.float_info.max
     return isinstance(value, origin or hint)
 
 
@@ -305,19 +310,28 @@ def _said(hint: Any) -> str:
     """What a hint allows, in words."""
     origin, parts = typing.get_origin(hint), typing.get_args(hint)
     if origin is Annotated:
-        return " ".join(filter(None, [_said(parts[0]), range_of(hint)]))
+        return ", ".join(filter(None, [_said(parts[0]), range_of(hint)]))
     if origin is Literal:
         return f"one of {', '.join(map(str, parts))}"
     if _is_union(hint):
         return " or ".join(map(_said, parts))
     if origin is tuple:
-        return f"values that are each {_said(parts[0])}"
-    names = {int: "an integer", float: "a finite number", bool: "True or False", str: "text"}
-    return names.get(hint) or (
-        "None" if hint is types.NoneType else getattr(hint, "__name__", str(hint))
-    )
+        count = "" if parts[-1] is ... else f"{len(parts)} "
+        return f"{count}values, each {_said(parts[0])}"
+    return _WORDS.get(hint) or getattr(hint, "__name__", str(hint))
 
 
 def _near_choice(value: Any, hint: Any) -> str:
-    options = typing.get_args(hint) if typing.get_origin(hint) is Literal else ()
+    options = typing.get_args(plain(hint))
+    options += tuple(itertools.chain(*map(typing.get_args, options)))
     return nearest(value, [each for each in options if isinstance(each, str)])
+
+
+_WORDS: dict[Any, str] = {
+    int: "an integer",
+    float: "a finite number",
+    bool: "True or False",
+    str: "text",
+    Path: "a path",
+    types.NoneType: "None",
+}

@@ -62,6 +62,11 @@ def get(name: str, *, algorithm: str, ways: int, shots: int, dataset: str = "omn
             )
     check_value("ways", ways, Count)
     check_value("shots", shots, Count)
+    if algorithm == "leo":
+        raise ValueError(
+            "algorithm='leo' learns from features, not images: python -m experiments.features "
+            "makes them, python -m experiments.leo trains on them"
+        )
     settings_class(algorithm)
     source = PROTOCOLS[name]
     if algorithm not in source.covers:

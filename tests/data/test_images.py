@@ -557,23 +557,25 @@ def test_real_mini_imagenet(data_dir, tmp_path):
 
 
 def test_the_protocol_of_the_command():
-    protocol = experiment.resolve(experiment.Config(dataset="folder:x"))
-    assert protocol.split == "folder:x" and not protocol.invert and protocol.meta_batch == 4
-    assert protocol.train_rotations is None and protocol.test_rotations is None
-    assert protocol.network == {"filters": 32, "downsample": "max_pool"}
-    assert protocol.train_queries == protocol.test_queries == 15
-    assert experiment.resolve(experiment.Config(meta_batch=2)).meta_batch == 2
-    published = experiment.resolve(experiment.Config(protocol="finn", algorithm="maml"))
-    assert published.split == "mini_imagenet" and published.outer_clip == 10 / 75
+    with mock.patch.object(experiment, "load"):
+        protocol = experiment.prepare(experiment.Config.of(dataset="folder:x"))[0].settings
+    tasks = protocol.tasks
+    assert tasks.split == "folder:x" and not tasks.invert and tasks.meta_batch == 4
+    assert tasks.train_rotations is None and tasks.test_rotations is None
+    assert (protocol.network.filters, protocol.network.downsample) == (32, "max_pool")
+    assert tasks.train_queries == tasks.test_queries == 15
+    assert experiment.Config.of(meta_batch=2).settings.tasks.meta_batch == 2
+    published = experiment.Config.of(protocol="finn", algorithm="maml").settings
+    assert published.tasks.split == "mini_imagenet" and published.outer.outer_clip == 10 / 75
     with pytest.raises(ValueError, match=r"'imaml_dev' covers Omniglot"):
-        experiment.resolve(experiment.Config(protocol="imaml_dev"))
+        experiment.Config.of(protocol="imaml_dev")
 
 
 @pytest.mark.parametrize("name", ["cifar", "folder:", "arrays", "http://x"])
 def test_the_command_names_the_data_sets_that_it_has(name):
     message = f"dataset={name} must be mini_imagenet, tiered_imagenet, folder:PATH or arrays:FILE"
     with pytest.raises(ValueError, match=message):
-        experiment.load(experiment.Config(dataset=name))
+        experiment.load(experiment.Config.of(dataset=name))
 
 
 @pytest.mark.slow

@@ -1,16 +1,12 @@
 """What all command lines share: help, files of settings, flags, statuses, completion, the list."""
 
-import ast
 import dataclasses
 import importlib
-import inspect
 import io
-import itertools
 import os
 import re
 import subprocess
 import sys
-import textwrap
 import typing
 from pathlib import Path
 from unittest import mock
@@ -19,6 +15,8 @@ import numpy as np
 import pytest
 
 from imaml_jax.data import images
+from imaml_jax.learners.registry import ALGORITHMS
+from imaml_jax.learners.settings import plain, range_of, settings_of
 from imaml_jax.training import plots
 
 # Importing the experiments must not change the devices of the other tests.
@@ -36,37 +34,33 @@ with mock.patch.dict(os.environ, XLA_FLAGS=os.environ.get("XLA_FLAGS", "")):
         CONFIGS[name] = importlib.import_module(path + ".__main__" * is_package).Config
 
 ROOT = Path(__file__).resolve().parents[2]
-RANGE = re.compile(r"at least|above|below|between \d|multiple of|positive")
+_IN_WORDS = re.compile(r"at least|above|below|between \d|multiple of|positive")
 
 
-def field_docs(config):
-    """The docstring of each field, by the class nearest to `config`."""
-    found = {}
-    for base in config.__mro__[:-1]:
-        body = ast.parse(textwrap.dedent(inspect.getsource(base))).body[0].body
-        for field, doc in itertools.pairwise(body):
-            if isinstance(field, ast.AnnAssign) and isinstance(doc, ast.Expr):
-                found.setdefault(field.target.id, " ".join(ast.literal_eval(doc.value).split()))
-    return found
+def default_of(config):
+    """A config with the defaults, and a place for each path that must be named."""
+    if issubclass(config, cli.ProtocolConfig):
+        return config.of()
+    required = [f.name for f in dataclasses.fields(config) if f.default is dataclasses.MISSING]
+    return config(**dict.fromkeys(required, Path("somewhere")))
 
 
-def numeric(hint):
-    """Whether a number that is not one of a few may be given."""
-    return bool({int, float} & set(config_file._options(hint)))
+def read_back(path, config):
+    default = default_of(config)
+    values = config_file.convert(path, config_file.load(path), settings_of(default, True))
+    if isinstance(default, cli.ProtocolConfig):
+        return config.of(**values)
+    return config(**values)
 
 
 @pytest.mark.parametrize("name", NAMES)
 def test_every_setting_is_explained_and_every_number_has_its_range(name):
-    hints, docs = typing.get_type_hints(CONFIGS[name]), field_docs(CONFIGS[name])
-    for field in dataclasses.fields(CONFIGS[name]):
-        assert docs.get(field.name, "").endswith("."), f"{name}: {field.name} has no docstring"
-        if numeric(hints[field.name]):
-            assert RANGE.search(docs[field.name]), f"{name}: the range of {field.name} is not told"
-
-
-def default_of(config):
-    required = [f.name for f in dataclasses.fields(config) if f.default is dataclasses.MISSING]
-    return config(**dict.fromkeys(required, Path("somewhere")))
+    for setting, (hint, _, doc) in settings_of(default_of(CONFIGS[name]), True).items():
+        assert doc.endswith("."), f"{name}: {setting} has no docstring"
+        plain_hint = plain(hint)
+        if {int, float} & {plain_hint, *typing.get_args(plain_hint)}:
+            bounds = range_of(hint) or _IN_WORDS.search(doc)
+            assert bounds, f"{name}: the range of {setting} is not told"
 
 
 @pytest.mark.parametrize("name", NAMES)
@@ -74,34 +68,36 @@ def test_settings_come_back_from_their_file(name, tmp_path):
     config = default_of(CONFIGS[name])
     path = tmp_path / "config.yaml"
     path.write_text(config_file.text(config), encoding="utf-8")
-    assert CONFIGS[name](**config_file.read(path, CONFIGS[name])) == config
+    assert read_back(path, CONFIGS[name]) == config
 
 
-def filled(hint):
-    """A value of the hint: that of the last of several, and two or as many as a tuple takes."""
-    origin, parts = typing.get_origin(hint), typing.get_args(hint)
-    if origin in (*config_file._UNIONS, typing.Literal):
-        return filled(next(part for part in reversed(parts) if part is not type(None)))
-    if origin is tuple:
-        return tuple(map(filled, parts[:1] * 2 if parts[-1] is ... else parts))
-    values = {bool: True, int: 7, float: 0.5, str: "some", Path: Path("there")}
-    return values[hint] if isinstance(hint, type) else hint
-
-
-@pytest.mark.parametrize("name", NAMES)
-def test_settings_that_are_all_given_come_back_from_their_file(name, tmp_path):
-    given = {name: filled(hint) for name, hint in typing.get_type_hints(CONFIGS[name]).items()}
+@pytest.mark.parametrize("algorithm", ALGORITHMS)
+def test_changed_settings_come_back_from_their_file(algorithm, tmp_path):
+    config = glyphs.Config.of(
+        algorithm=algorithm, num_steps=3, log_to=("wandb",), max_seconds=2.5, workdir=Path("a b")
+    )
     path = tmp_path / "config.yaml"
-    path.write_text(config_file.text(CONFIGS[name](**given)), encoding="utf-8")
-    assert config_file.read(path, CONFIGS[name]) == given
+    path.write_text(config_file.text(config), encoding="utf-8")
+    got = []
+    cli.run_cli(got.append, glyphs.Config, "", ["--config", str(path)])
+    assert got == [config]
+
+
+def test_a_file_of_an_earlier_version_is_read(tmp_path):
+    """It had null for the settings of other algorithms."""
+    path = tmp_path / "config.yaml"
+    path.write_text("algorithm: maml\nlearn_rates: null\ninner_rate: 0.05\nsolve: null\n")
+    got = []
+    cli.run_cli(got.append, glyphs.Config, "", ["--config", str(path)])
+    assert got == [glyphs.Config.of(algorithm="maml", inner_rate=0.05)]
 
 
 @pytest.mark.parametrize("shares", ["0.5", "[0.5]", "[0.5, 0.25, 0.15, 0.1]", "[a, 0, 1]", "{}"])
 def test_a_tuple_of_another_length_is_refused(tmp_path, shares):
     path = tmp_path / "config.yaml"
     path.write_text(f"shares: {shares}", encoding="utf-8")
-    with pytest.raises(ValueError, match=r"must be a list of 3 \(each a number\) or null"):
-        config_file.read(path, CONFIGS["folder"])
+    with pytest.raises(ValueError, match=r"shares=.* must be 3 values, each a finite number"):
+        read_back(path, CONFIGS["folder"])
 
 
 def settings(tmp_path, text, *args, config=glyphs.Config):
@@ -117,7 +113,7 @@ def test_the_command_line_overrides_the_file(tmp_path):
     text = "algorithm: mamlpp\ninner_rate: 1e-3\nlearn_rates: false\nmap_tasks: 4\nworkdir: a b\n"
     text += "log_to: [tensorboard]\n"
     found = settings(tmp_path, text, "--learn-rates", "--map-tasks", "vmap")
-    assert found == glyphs.Config(
+    assert found == glyphs.Config.of(
         algorithm="mamlpp",
         inner_rate=1e-3,
         learn_rates=True,
@@ -125,16 +121,33 @@ def test_the_command_line_overrides_the_file(tmp_path):
         workdir=Path("a b"),
         log_to=("tensorboard",),
     )
-    assert settings(tmp_path, "") == glyphs.Config()
+    assert settings(tmp_path, "") == glyphs.Config.of()
     found = settings(tmp_path, "epochs: 3", "--output", "x", config=features.Config)
     assert found == features.Config(output=Path("x"), epochs=3)
 
 
 def test_flags_that_may_be_left_out():
     got = []
-    for line in ("--learn-rates --no-per-step-norm", ""):
-        cli.run_cli(got.append, glyphs.Config, "", line.split())
-    assert [(c.learn_rates, c.per_step_norm) for c in got] == [(True, False), (None, None)]
+    for line in ("--no-learn-rates --no-per-step-norm", ""):
+        cli.run_cli(got.append, glyphs.Config, "", ["--algorithm", "mamlpp", *line.split()])
+    learners = [config.settings.learner for config in got]
+    assert [(each.learn_rates, each.per_step_norm) for each in learners] == [
+        (False,) * 2,
+        (True,) * 2,
+    ]
+
+
+def test_help_shows_what_applies_with_its_default_and_range(capsys):
+    def shown(line):
+        with pytest.raises(SystemExit):
+            cli.run_cli(print, glyphs.Config, "", [*line.split(), "--help"])
+        return " ".join(capsys.readouterr().out.replace("│", " ").split())
+
+    maml, hessian_free = shown("--algorithm maml --protocol finn"), shown("--algorithm imaml_hf")
+    assert "--reg-strength" not in maml and "--learn-rates" not in maml
+    assert "Inner steps in training. Range: at least 1 and at most 1000000. (default: 1)" in maml
+    strength = "Lambda, the strength of the proximal term. Range: above 0. (default: 0.1)"
+    assert strength in hessian_free
 
 
 def refusal(capsys, main, config, line):
@@ -147,15 +160,16 @@ def refusal(capsys, main, config, line):
 @pytest.mark.parametrize(
     ("text", "fragments"),
     [
-        ("learn_rate: true", ("learn_rate is no setting", "did you mean learn_rates?")),
-        ("inner_rate: abc", ("inner_rate='abc' must be a number or null",)),
-        ("ways: 5.5", ("ways=5.5 must be a whole number",)),
-        ("ways: true", ("ways=True must be a whole number",)),
-        ("algorithm: imamal", ("algorithm='imamal'", "'anil', ", "did you mean imaml?")),
-        ("map_tasks: vmop", ("map_tasks='vmop'", "a whole number or null", "did you mean vmap?")),
-        ("workdir: 3", ("workdir=3 must be a path or null",)),
-        ("learn_rates: perhaps", ("learn_rates='perhaps' must be true or false or null",)),
-        ("log_to: wandb", ("log_to='wandb' must be a list (each 'tensorboard' or 'wandb')",)),
+        ("inner_rat: 1", ("inner_rat is no setting", "did you mean inner_rate?")),
+        ("learn_rates: true", ("learn_rates is no setting",)),
+        ("inner_rate: abc", ("inner_rate='abc' must be a finite number, above 0",)),
+        ("ways: 5.5", ("ways=5.5 must be an integer",)),
+        ("ways: true", ("ways=True must be an integer",)),
+        ("algorithm: imamal", ("algorithm='imamal'", "anil, ", "did you mean imaml?")),
+        ("map_tasks: vmop", ("map_tasks='vmop'", "an integer, at least 1", "did you mean vmap?")),
+        ("workdir: 3", ("workdir=3 must be a path or None",)),
+        ("conv_bias: perhaps", ("conv_bias='perhaps' must be True or False",)),
+        ("log_to: wandb", ("log_to='wandb' must be values", "one of tensorboard, wandb")),
         ("3: 4", ("3 is no setting",)),
         ("- 1", ("must map names of settings to values",)),
         ("ways: [", ("cannot be read as YAML", "line 1")),
@@ -166,10 +180,10 @@ def refusal(capsys, main, config, line):
         ("seed: !!bool abc", ("cannot be read as YAML",)),
         ("seed: !!timestamp abc", ("cannot be read as YAML",)),
         ("[" * 5000, ("cannot be read as YAML", "recursion")),
-        (f"inner_rate: 1{'0' * 400}", ("must be a number or null",)),
+        (f"inner_rate: 1{'0' * 400}", ("must be a finite number",)),
         ("seed: 1\nways: 5\n'seed': 2", ("cannot be read as YAML", "seed is there twice")),
-        ("ways: 1", ("ways=1 must be at least 2",)),
-        ("outer_rate: .nan", ("outer_rate=nan must be positive",)),
+        ("ways: 1", ("ways=1 must be an integer, at least 2",)),
+        ("outer_rate: .nan", ("outer_rate=nan must be a finite number, above 0",)),
     ],
 )
 def test_a_wrong_file_is_refused_by_key(tmp_path, capsys, text, fragments):
@@ -184,7 +198,7 @@ def test_a_wrong_file_is_refused_by_key(tmp_path, capsys, text, fragments):
 @pytest.mark.parametrize("name", ["folder", "glyphs", "mini_imagenet", "omniglot"])
 def test_leo_is_pointed_to_its_own_commands(capsys, name):
     status, said = refusal(capsys, print, CONFIGS[name], ["--algorithm", "leo"])
-    assert (status, said.count("\n")) == (2, 1) and said.startswith("error: algorithm=leo ")
+    assert (status, said.count("\n")) == (2, 1) and said.startswith("error: algorithm='leo' ")
     assert "python -m experiments.features" in said and "python -m experiments.leo" in said
 
 
@@ -204,30 +218,30 @@ def test_statuses(tmp_path, capsys):
 
 
 def test_log_to_needs_a_workdir():
-    config = sinusoid.Config(log_to=("tensorboard",))
+    config = sinusoid.Config.of(log_to=("tensorboard",))
     with pytest.raises(ValueError, match=r"log_to=\('tensorboard',\) needs workdir"):
         common.run_training(config, *[mock.Mock()] * 3)
 
 
 def test_settings_are_kept_as_the_run_began(tmp_path):
-    config = sinusoid.Config(shots=3, workdir=tmp_path, max_seconds=2.0, accept_changes=False)
+    config = sinusoid.Config.of(shots=3, workdir=tmp_path, max_seconds=2.0, accept_changes=False)
     with mock.patch.object(common, "train") as train:
         common.run_training(config, *[mock.Mock()] * 3)
         (tmp_path / "config.json").touch()  # as `train` leaves it
         common.run_training(dataclasses.replace(config, shots=4), *[mock.Mock()] * 3)
-        kept = config_file.read(tmp_path / "config.yaml", sinusoid.Config)
-        assert sinusoid.Config(**kept) == dataclasses.replace(config, workdir=None)
+        kept = read_back(tmp_path / "config.yaml", sinusoid.Config)
+        assert kept == dataclasses.replace(config, workdir=None)
         changed = dataclasses.replace(config, shots=5, accept_changes=True)
         common.run_training(changed, *[mock.Mock()] * 3)
-    assert config_file.read(tmp_path / "config.yaml", sinusoid.Config)["shots"] == 5
+    assert config_file.load(tmp_path / "config.yaml")["shots"] == 5
     assert train.call_count == 3
 
 
 def test_a_run_that_is_repeated_elsewhere_keeps_off_the_model_of_the_first(tmp_path):
-    config = glyphs.Config(workdir=tmp_path, model=tmp_path / "model")
+    config = glyphs.Config.of(workdir=tmp_path, model=tmp_path / "model")
     with mock.patch.object(common, "train"):
         common.run_training(config, *[mock.Mock()] * 3)
-    kept = config_file.read(tmp_path / "config.yaml", glyphs.Config)
+    kept = config_file.load(tmp_path / "config.yaml")
     assert not {"workdir", "model"} & kept.keys() and "seed" in kept
 
 

@@ -15,8 +15,9 @@ import pytest
 import yaml
 from PIL import Image
 
-from imaml_jax import protocols
 from imaml_jax.data import cache, glyphs
+from imaml_jax.learners.registry import ALGORITHMS
+from imaml_jax.learners.settings import field_docs, settings_of
 from tests.programs import XLA_FLAGS
 
 ROOT = Path(__file__).resolve().parents[2]
@@ -95,8 +96,9 @@ def environment(tmp_path_factory):
 def modules():
     """The experiments by name; importing them must not change the devices of the other tests."""
     with mock.patch.dict(os.environ, XLA_FLAGS=os.environ.get("XLA_FLAGS", "")):
-        names = ("common", "demo", "few_shot", *COMMANDS)
+        names = ("demo", *COMMANDS)
         found = {name: importlib.import_module(f"experiments.{name}") for name in names}
+        found["common"] = importlib.import_module("experiments.shared.common")
         packages = ("benchmark", "introduction")
         return found | {p: importlib.import_module(f"experiments.{p}.__main__") for p in packages}
 
@@ -141,7 +143,7 @@ def check_results(workdir, done, algorithm):
     return results
 
 
-OTHERS = [algorithm for algorithm in protocols.ALGORITHMS if algorithm != "fomaml"]
+OTHERS = [algorithm for algorithm in ALGORITHMS if algorithm != "fomaml"]
 
 
 @pytest.mark.parametrize(
@@ -155,7 +157,7 @@ def test_glyphs(run, tmp_path, algorithm):
     assert results["dataset"] == "glyphs" and results["trained_meta_steps"] == 2
     assert 0 <= results["test_accuracy"] <= 1 and results["validation_accuracy"] is not None
     assert results["settings"]["test_rotations"] is None
-    assert "split glyphs" in done.stdout and "batch norm by" in done.stdout
+    assert "split glyphs" in done.stdout and "; statistics " in done.stdout
     assert results["test_nll"] > 0 and 0 <= results["test_ece"] <= results["test_mce"] <= 1
     assert (tmp_path / "reliability.png").stat().st_size > 0
 
@@ -192,15 +194,13 @@ def test_sinusoid(run, tmp_path, algorithm):
 
 
 def test_sinusoid_learns_the_rates_of_mamlpp_at_their_own_scale(modules):
-    sinusoid = modules["sinusoid"]
-    settings = sinusoid.settings_of("mamlpp", "maml")
-    learner = sinusoid.build_learner("mamlpp", settings, sinusoid.TASKS["maml"].network)
-    meta_params = learner.init(jax.random.key(0), np.zeros((1, 1), np.float32))
-    outer = sinusoid.make_outer("mamlpp", settings)
+    protocol = modules["sinusoid"].Config.of(algorithm="mamlpp").settings
+    meta_params = protocol.build().init(jax.random.key(0), np.zeros((1, 1), np.float32))
+    outer, rate = protocol.build_outer(), protocol.outer.outer_rate
     updates, _ = outer.update(jax.tree.map(np.ones_like, meta_params), outer.init(meta_params))
     for tree, step in (
-        (updates.params, settings.outer_rate),
-        (updates.rates, settings.outer_rate * settings.inner_rate),
+        (updates.params, rate),
+        (updates.rates, rate * protocol.learner.inner_rate),
     ):
         for update in jax.tree.leaves(tree):
             np.testing.assert_allclose(update, -step, rtol=1e-5)
@@ -315,7 +315,7 @@ def test_a_run_goes_on_finishes_at_once_and_refuses_another_config(run, tmp_path
     assert "meta-step" not in third.stderr
     assert again["test_mse"] == results["test_mse"]
     other = run("sinusoid", *arguments, "--inner-rate", 0.02)
-    assert_refused(other, "inner_rate: was None, now 0.02", "choose another workdir")
+    assert_refused(other, "settings.inner_rate: was 0.01, now 0.02", "choose another workdir")
     assert json.loads((tmp_path / "results.json").read_text(encoding="utf-8")) == again
 
 
@@ -334,8 +334,10 @@ def assert_refused(done, *fragments):
 def test_help_shows_every_setting_and_its_default(run, modules, name):
     done = run(name, "--help")
     assert done.returncode == 0, done.stderr
-    for field in modules[name].Config.__dataclass_fields__.values():
-        assert f"--{field.name.replace('_', '-')}" in done.stdout
+    config = modules[name].Config
+    settings = settings_of(config.of(), True) if hasattr(config, "of") else field_docs(config)
+    for setting in settings:
+        assert f"--{setting.replace('_', '-')}" in done.stdout
     assert "default: " in done.stdout
     if name in TRAINING:
         assert "default: imaml" in done.stdout and "default: None" in done.stdout
@@ -344,73 +346,80 @@ def test_help_shows_every_setting_and_its_default(run, modules, name):
 
 @pytest.mark.parametrize("name", TRAINING)
 def test_refusals_reach_the_shell_without_a_traceback(run, name):
-    assert_refused(run(name, "--inner-rate", "-0.1"), "inner_rate=-0.1", "positive")
+    assert_refused(run(name, "--inner-rate", "-0.1"), "inner_rate=-0.1", "above 0")
 
 
 # What is typed, and what the message must name: the value, then the remedy or what is allowed.
 REFUSED_SETTINGS = {
     "--ways 1": ("ways=1", "at least 2"),
     "--shots 0": ("shots=0", "at least 1"),
-    "--inner-rate -0.1": ("inner_rate=-0.1", "positive"),
-    "--outer-rate -1": ("outer_rate=-1", "positive"),
-    "--outer-rate nan": ("outer_rate=nan", "positive"),
+    "--inner-rate -0.1": ("inner_rate=-0.1", "above 0"),
+    "--outer-rate -1": ("outer_rate=-1", "above 0"),
+    "--outer-rate nan": ("outer_rate=nan", "above 0"),
     "--meta-steps 150": ("meta_steps=150", "multiple of log_every=100"),
-    "--meta-steps 0": ("meta_steps=0", "positive"),
+    "--meta-steps 0": ("meta_steps=0", "at least 1"),
     "--validate-every 150": ("validate_every=150", "multiple of log_every=100"),
-    "--num-steps 0": ("num_steps=0", "positive"),
-    "--eval-num-steps 0": ("eval_num_steps=0", "positive"),
-    "--meta-batch 0": ("meta_batch=0", "positive"),
-    "--validation-tasks 0": ("validation_tasks=0", "positive"),
-    "--test-tasks 0": ("test_tasks=0", "positive"),
-    "--reg-strength 0": ("reg_strength=0", "positive"),
-    "--cg-steps 0": ("cg_steps=0", "positive"),
-    "--max-seconds -1": ("max_seconds=-1", "positive"),
+    "--num-steps 0": ("num_steps=0", "at least 1"),
+    "--num-steps 2000000": ("num_steps=2000000", "at most 1000000"),
+    "--eval-num-steps 0": ("eval_num_steps=0", "at least 1"),
+    "--meta-batch 0": ("meta_batch=0", "at least 1"),
+    "--validation-tasks 0": ("validation_tasks=0", "at least 1"),
+    "--test-tasks 0": ("test_tasks=0", "at least 1"),
+    "--map-tasks 0": ("map_tasks=0", "at least 1"),
+    "--reg-strength 0": ("reg_strength=0", "above 0"),
+    "--cg-steps 0": ("cg_steps=0", "at least 1"),
+    "--max-seconds -1": ("max_seconds=-1", "above 0"),
     "--solve woodbury --curvature hessian": ("woodbury", "gauss_newton"),
-    "--algorithm maml --reg-strength 1": ("reg_strength=1.0", "no effect on maml"),
-    "--algorithm maml --inner newton_cg": ("inner=newton_cg", "imaml_hf"),
-    "--algorithm imaml_hf --inner sgd": ("inner=sgd", "imaml_hf"),
-    "--algorithm imaml_hf --inner-rate 1": ("inner_rate=1.0", "no effect on newton_cg"),
-    "--solve woodbury --cg-steps 3": ("cg_steps=3", "no effect on woodbury"),
-    "--seed -1": ("seed=-1", "between 0 and"),
-    "--seed 99999999999999999999": ("seed=99999999999999999999", "between 0 and"),
+    "--algorithm maml --reg-strength 1": ("--reg-strength", "algorithm=maml", "imaml, imaml_hf"),
+    "--algorithm imaml_hf --inner sgd": ("--inner", "algorithm=imaml_hf"),
+    "--algorithm imaml_hf --inner-rate 1": ("inner_rate=1.0", "no effect on inner=newton_cg"),
+    "--solve woodbury --cg-steps 3": ("cg_steps=3", "no effect on solve=woodbury"),
+    "--seed -1": ("seed=-1", "at least 0"),
+    "--seed 99999999999999999999": ("seed=99999999999999999999", "at most 4294967295"),
     "--protocol finn": ("protocol='finn'", "anil and fomaml and maml", "algorithm='imaml'"),
+    "--protocol finnn": ("protocol='finnn'", "did you mean finn?"),
+    "--algorithm imamal": ("algorithm='imamal'", "did you mean imaml?"),
     "--protocol reptile --algorithm maml": ("protocol='reptile'", "algorithm='maml'"),
     "--protocol imaml_paper --algorithm fomaml": ("protocol='imaml_paper'", "algorithm='fomaml'"),
-    "--learn-rates": ("learn_rates=True", "no effect on imaml", "choose mamlpp"),
-    "--num-samples 3": ("num_samples=3", "no effect on imaml", "choose bmaml or platipus"),
-    "--algorithm anil --reg-strength 1": ("reg_strength=1.0", "or implicit_anil"),
-    "--algorithm mamlpp --inner adam": ("inner=adam", "gradient descent"),
-    "--algorithm mamlpp --eval-num-steps 7": ("eval_num_steps=7", "must be num_steps=5"),
+    "--learn-rates": ("--learn-rates", "algorithm=imaml", "of mamlpp"),
+    "--num-samples 3": ("--num-samples", "algorithm=imaml", "platipus"),
+    "--algorithm anil --reg-strength 1": ("--reg-strength", "implicit_anil"),
+    "--algorithm mamlpp --eval-num-steps 7": ("--eval-num-steps", "algorithm=mamlpp"),
     "--algorithm mamlpp --ensemble 3 --protocol mamlpp_code --ensemble 0": ("ensemble=0",),
-    "--protocol imaml_dev --solve cg": ("solve=cg has no effect on protocol=imaml_dev",),
+    "--protocol imaml_dev --solve cg": ("--solve",),
+    "--inner-rat 1": ("--inner-rat is no setting; did you mean --inner-rate?",),
+}
+# What the parser itself refuses, in a box of several lines.
+REFUSED_BY_THE_PARSER = {
+    "--algorithm maml --inner newton_cg": ("--inner", "newton_cg", "sgd"),
+    "--schedule step": ("--schedule", "step", "cosine"),
+    "--num-steps few": ("--num-steps", "few"),
 }
 REFUSED_WITH_DATA = {
     "--ways 1000": ("ways=1000", "Lower ways"),
     "--shots 18": ("18 + 5", "Lower shots"),
     "--devices 0": ("devices=0", "allowed: 1 to"),
     "--devices 1000": ("devices=1000", "allowed: 1 to"),
-    "--map-tasks 0": ("map_tasks", "got 0"),
 }
 REFUSED_SINUSOID = {
-    "--kernel official": ("kernel=official", "bmaml, implicit_bmaml"),
-    "--bandwidth 1": ("bandwidth=1", "bmaml, implicit_bmaml", "leave it out"),
-    "--bandwidth 0 --algorithm bmaml": ("bandwidth=0", "positive"),
+    "--kernel official": ("--kernel", "algorithm=imaml", "bmaml, implicit_bmaml"),
+    "--bandwidth 1": ("--bandwidth", "bmaml, implicit_bmaml"),
+    "--bandwidth 0 --algorithm bmaml": ("bandwidth=0", "above 0"),
     "--bandwidth inf --algorithm bmaml": ("bandwidth=inf", "finite"),
-    "--leader-steps 1": ("leader_steps=1", "bmaml", "leave it out"),
-    "--leader-steps 2 --algorithm bmaml": ("leader_steps=2", "particles", "--meta-loss chaser"),
-    "--leader-steps 0 --algorithm bmaml --meta-loss chaser": ("leader_steps=0", "positive"),
+    "--leader-steps 1": ("--leader-steps", "bmaml"),
+    "--leader-steps 2 --algorithm bmaml": ("leader_steps=2", "meta_loss", "chaser"),
+    "--leader-steps 0 --algorithm bmaml --meta-loss chaser": ("leader_steps=0", "at least 1"),
     "--bandwidth 1e-50 --algorithm bmaml": ("bandwidth=1e-50", "at least"),
-    "--shots 0": ("shots=0", "positive"),
+    "--num-samples 1 --algorithm bmaml": ("bmaml", "give more particles"),
+    "--shots 0": ("shots=0", "at least 1"),
     "--meta-steps 1500": ("meta_steps=1500", "multiple of log_every=1000"),
-    "--reg-strength 0": ("reg_strength=0", "positive"),
-    "--reg-strength 1 --algorithm maml": ("reg_strength=1", "leave it out"),
-    "--inner-rate -1": ("inner_rate=-1", "positive"),
-    "--inner newton_cg --algorithm maml": ("inner=newton_cg", "unrolling"),
-    "--max-seconds -1": ("max_seconds=-1", "positive"),
-    "--test-tasks 0": ("test_tasks=0", "positive"),
-    "--num-samples 2 --algorithm maml": ("num_samples=2", "platipus", "leave it out"),
-    "--inner newton_cg --algorithm bmaml": ("inner=newton_cg", "unrolling"),
-    "--inner adaptive_gd --algorithm mamlpp": ("inner=adaptive_gd", "gradient descent"),
+    "--reg-strength 0": ("reg_strength=0", "above 0"),
+    "--reg-strength 1 --algorithm maml": ("--reg-strength", "algorithm=maml", "imaml"),
+    "--inner-rate -1": ("inner_rate=-1", "above 0"),
+    "--max-seconds -1": ("max_seconds=-1", "above 0"),
+    "--test-tasks 0": ("test_tasks=0", "at least 1"),
+    "--num-samples 2 --algorithm maml": ("--num-samples", "algorithm=maml", "platipus"),
+    "--inner adaptive_gd --algorithm mamlpp": ("--inner", "algorithm=mamlpp"),
 }
 
 
@@ -423,7 +432,7 @@ REFUSED_REPORTS = {
     "export --workdir nowhere --output x": ("workdir=nowhere", "holds no run"),
     "folder --data-dir nowhere": ("nowhere", "Name the folder that holds the class folders"),
     "folder --data-dir x --image-size 8": ("image_size=8", "at least 16"),
-    "folder --data-dir x --image-size 2000": ("image_size=2000", "1 to 1024"),
+    "folder --data-dir x --image-size 2000": ("image_size=2000", "at most 1024"),
     "folder --data-dir x --queries 0": ("queries=0", "at least 1"),
     "folder --data-dir x --split-seed -1": ("split_seed=-1", "at least 0"),
     "folder --data-dir x --shares 1 0 0 --split-file y": ("no effect on split_file", "either out"),
@@ -476,11 +485,12 @@ REFUSED_REPORTS = {
     "hyper_cleaning --output .": ("output=.", "must name a file"),
     "leo --ways 1": ("ways=1", "at least 2"),
     "leo --shots 0": ("shots=0", "at least 1"),
-    "leo --dropout 1": ("dropout=1.0", "less than 1"),
+    "leo --dropout 1": ("dropout=1.0", "below 1"),
+    "leo --variants deterministic --kl-weight 2": ("kl_weight=2.0", "variants=leo"),
     "leo --kl-weight -1": ("kl_weight=-1.0", "at least 0"),
     "leo --meta-steps 1500": ("meta_steps=1500", "multiple of log_every=1000"),
-    "leo --eval-num-steps 3": ("eval_num_steps=3", "no effect on LEO"),
-    "leo --outer-rate 0": ("outer_rate=0.0", "positive"),
+    "leo --eval-num-steps 3": ("--eval-num-steps is no setting",),
+    "leo --outer-rate 0": ("outer_rate=0.0", "above 0"),
     "leo --features nowhere": ("nowhere", "python -m experiments.features", "embeddings.zip"),
     "market --elasticity 1": ("elasticity=1.0", "above 1"),
     "market --goods 1": ("goods=1", "at least 2"),
@@ -491,20 +501,22 @@ REFUSED_REPORTS = {
     "meta_gradient_accuracy --output .": ("output=.", "must name a file"),
     "navigation --meta-steps 7": ("meta_steps=7", "multiple of log_every=5"),
     "navigation --algorithm reptile --outer trpo": ("algorithm='reptile'", "Optax"),
-    "navigation --algorithm fomaml --estimator lvc": ("estimator='lvc'", "leave it out"),
+    "navigation --algorithm fomaml --estimator lvc": ("--estimator is no setting",),
     "navigation --estimator emaml": ("estimator='emaml'", "Optax"),
-    "navigation --reg-strength 1": ("reg_strength=1.0", "leave it out"),
-    "navigation --outer-rate 1": ("outer_rate=1.0", "outer=adam"),
+    "navigation --reg-strength 1": ("--reg-strength", "algorithm=maml", "imaml"),
+    "navigation --outer-rate 1": ("outer_rate=1.0", "outer=trpo"),
     "navigation --non-finite skip": ("non_finite=skip", "outer=trpo"),
-    "navigation --inner-rate nan": ("inner_rate=nan", "positive"),
+    "navigation --inner-rate nan": ("inner_rate=nan", "above 0"),
     "navigation --meta-batch 0": ("meta_batch=0", "at least 1"),
-    "navigation --max-seconds -1": ("max_seconds=-1", "positive"),
+    "navigation --max-seconds -1": ("max_seconds=-1", "above 0"),
+    "navigation --algorithm mamll": ("algorithm='mamll'", "did you mean maml?"),
     "compare --output .": ("runs", "at least one"),
     "omniglot_table --budget 0": ("budget=0", "above 0"),
     "omniglot_table --log-every 0": ("log_every=0", "at least 1"),
     "omniglot_table --ways": ("nothing to run", "ways"),
-    "omniglot_table --seeds -1": ("seed=-1", "between 0 and"),
+    "omniglot_table --seeds -1": ("seeds=(-1,)", "at least 0"),
     "omniglot_table --output .": ("output=.", "must name a file"),
+    "tune --meta-steps 0": ("meta_steps=0", "at least 1"),
     "platform_defaults --rounds 0": ("rounds=0", "at least 1"),
     "platform_defaults --max-seconds nan": ("max_seconds=nan", "positive"),
     "platform_defaults --map-tasks pmap": ("map_tasks", "got 'pmap'"),
@@ -547,6 +559,13 @@ def assert_message(message, *fragments):
 def test_settings_are_refused_before_any_data_are_read(modules, capsys, line):
     with mock.patch.object(glyphs, "load", side_effect=AssertionError("read the data")):
         assert_message(refusal(modules, "glyphs", line, capsys), *REFUSED_SETTINGS[line])
+
+
+@pytest.mark.parametrize("line", REFUSED_BY_THE_PARSER)
+@pytest.mark.parametrize("name", ["glyphs", "sinusoid"])
+def test_the_parser_refuses(modules, capsys, name, line):
+    message = refusal(modules, name, line, capsys)
+    assert all(fragment in message for fragment in REFUSED_BY_THE_PARSER[line])
 
 
 @pytest.mark.parametrize("line", REFUSED_WITH_DATA)

@@ -11,9 +11,10 @@ import optax
 import pytest
 
 from experiments import family, features, leo
-from experiments.shared import accuracy_table, common
+from experiments.shared import common
 from imaml_jax.data import episodes
 from imaml_jax.data import features as cached
+from imaml_jax.learners.registry import ALGORITHMS
 from imaml_jax.networks import conv4
 from imaml_jax.networks.convolution import convolve
 
@@ -70,8 +71,8 @@ def test_the_outer_gradient_is_clipped_twice():
 
 
 def test_published_constants():
-    assert leo.resolve(leo.Config()).outer_rate == 2.739071e-4
-    many = leo.resolve(leo.Config(shots=5, constants="tiered_imagenet", dropout=0.1))
+    assert leo.Config.of().settings.outer.outer_rate == 2.739071e-4
+    many = leo.Config.of(shots=5, constants="tiered_imagenet", dropout=0.1).settings.learner
     assert (many.kl_weight, many.dropout) == (1.622811, 0.1)
 
 
@@ -113,7 +114,7 @@ def test_the_nearest_centroid_needs_no_training_of_leo(tmp_path):
         output=tmp_path / "table",
     )
     with (
-        mock.patch.object(leo, "Config", partial(leo.Config, test_tasks=100)),
+        mock.patch.object(leo.Config, "of", partial(leo.Config.of, test_tasks=100)),
         mock.patch.object(common, "cache_compilations"),
         mock.patch.object(common, "run_training", side_effect=AssertionError("trained")),
     ):
@@ -133,7 +134,7 @@ def test_memory_of_leo(tmp_path):
 
 def test_photographs_in_the_family():
     runs = list(family.of_images(family.Config(), "mini_imagenet"))
-    assert [run.algorithm for run in runs] == list(accuracy_table.NAMES)
+    assert [run.algorithm for run in runs] == list(ALGORITHMS)
     assert {(run.task, run.protocol) for run in runs} == {("mini_imagenet 5-way 1-shot", "common")}
     assert (runs[0].published, runs[0].full_meta_steps) == ("48.7 ± 1.84", 5_000)
     glyphs = next(family.of_images(family.Config(), "glyphs"))

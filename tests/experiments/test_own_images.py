@@ -1,6 +1,7 @@
 """Own images: what experiments.folder chooses, and classification by the shipped models."""
 
 import csv
+import dataclasses
 import json
 import os
 import shutil
@@ -15,7 +16,7 @@ from PIL import Image
 
 from imaml_jax import protocols
 from imaml_jax.data import class_splits, glyphs, images, omniglot, own
-from imaml_jax.protocols import build, model_file
+from imaml_jax.protocols import model_file
 
 # Importing the experiments must not change the devices of the other tests.
 with mock.patch.dict(os.environ, XLA_FLAGS=os.environ.get("XLA_FLAGS", "")):
@@ -48,7 +49,7 @@ def class_folders(path, sizes):
     ],
 )
 def test_counts_of_classes(tmp_path, classes, ways, shares, counts):
-    config = folder.Config(data_dir=tmp_path, ways=ways, shares=shares)
+    config = folder.Config.of(data_dir=tmp_path, ways=ways, shares=shares)
     listed = own.Folder(tmp_path, {}, {f"c{i}": [] for i in range(classes)}, None)
     split = list(folder.split_classes(config, listed).values())
     assert tuple(split.count(name) for name in images.SPLITS) == counts
@@ -70,18 +71,18 @@ def test_counts_of_classes(tmp_path, classes, ways, shares, counts):
 def test_folders_that_are_refused(tmp_path, sizes, settings, message):
     path = class_folders(tmp_path / "data", sizes)
     with pytest.raises(ValueError, match=message):
-        folder.prepare(folder.Config(data_dir=path, **settings))
+        folder.prepare(folder.Config.of(data_dir=path, **settings))
 
 
 def test_a_split_file_and_folders_of_splits(tmp_path):
     path = class_folders(tmp_path / "data", {c: 4 for c in "abcd"})
     chosen = {"a": "test", "b": "train", "c": "train", "d": "test"}
     (tmp_path / "split.json").write_text(json.dumps(chosen))
-    config = folder.Config(data_dir=path, ways=2, split_file=tmp_path / "split.json")
+    config = folder.Config.of(data_dir=path, ways=2, split_file=tmp_path / "split.json")
     assert folder.split_classes(config, own.open_folder(path)) == chosen
-    assert folder.choose_queries(config, folder.resolve(config), own.open_folder(path)) == 3
+    assert folder.choose_queries(config, own.open_folder(path)) == 3
     path = class_folders(tmp_path / "split", {f"{chosen[c]}/{c}": 1 for c in "abcd"})
-    config = folder.Config(data_dir=path, ways=2)
+    config = folder.Config.of(data_dir=path, ways=2)
     assert folder.split_classes(config, own.open_folder(path)) == chosen
 
 
@@ -170,19 +171,20 @@ def test_images_that_are_turned_round_are_noticed(tmp_path):
         assert f"--invert {remedy} turns" in warning
     assert "--invert both" in classify.look_inverted(model, dark, dark)
     assert classify.look_inverted(model, light, light) is None
-    unsure = model._replace(brightness=0.5)
+    unsure = dataclasses.replace(model, brightness=0.5)
     assert "--invert query" in classify.look_inverted(unsure, light, dark)
     assert classify.look_inverted(unsure, dark, dark) is None
 
 
 def test_a_prediction_depends_on_no_other_query_image():
     protocol = protocols.get("common", algorithm="fomaml", ways=2, shots=1)
-    protocol = protocol._replace(network={"filters": 2, "num_blocks": 1}, num_steps=1)
+    protocol = protocol.with_settings({"filters": 2, "num_blocks": 1, "num_steps": 1})
     rng, shape = np.random.default_rng(0), (1, 8, 8, 1)
-    learner = build.build_learner(protocol, 2)
+    learner = protocol.build(2)
     like = jax.eval_shape(learner.init, jax.random.key(0), jax.ShapeDtypeStruct(shape, "float32"))
     params = jax.tree.map(lambda x: jnp.asarray(rng.normal(size=x.shape) / 9, "float32"), like)
-    description = model_file.load_model(GLYPHS).description._replace(protocol=protocol, ways=2)
+    description = model_file.load_model(GLYPHS).description
+    description = dataclasses.replace(description, protocol=protocol, ways=2)
     model = model_file.Model(learner, params, description)
 
     def pictures(labels):
@@ -239,7 +241,7 @@ def test_what_is_passed_over_is_said(tmp_path, capsys):
     path = class_folders(tmp_path / "data", {**{c: 4 for c in "abcd"}, "e": 0})
     (path / "a" / "x.tif").touch()
     said = "class folders without images: 'e'; files that are no images: 'a/x.tif'"
-    folder.prepare(folder.Config(data_dir=path, ways=2))
+    folder.prepare(folder.Config.of(data_dir=path, ways=2))
     assert f"queries a class; passed over {said}" in capsys.readouterr().out
     split = class_folders(tmp_path / "split", {"train/a": 1, "test/b": 1, "test/c": 0})
     assert own.open_folder(split).passed_over == "class folders without images: 'test/c'"
@@ -247,7 +249,7 @@ def test_what_is_passed_over_is_said(tmp_path, capsys):
 
 def test_the_split_that_is_kept_is_that_of_the_run(tmp_path):
     path = class_folders(tmp_path / "data", {c: 4 for c in "abcd"})
-    config = folder.Config(data_dir=path, ways=2, model=None, workdir=tmp_path)
+    config = folder.Config.of(data_dir=path, ways=2, model=None, workdir=tmp_path)
     with mock.patch.object(few_shot, "run", lambda *_: shutil.rmtree(path)):  # a drive is gone
         folder.main(config)
     assert sorted(class_splits.read_split(tmp_path / "split.json")) == list("abcd")
@@ -288,13 +290,13 @@ def test_a_shipped_model_has_the_accuracy_that_it_states(path, request):
     else:
         assert found.dataset == "Omniglot"
         data_dir = request.getfixturevalue("data_dir")
-        splits = omniglot.load(data_dir, split=found.protocol.split)
-    config = few_shot.Config(ways=found.ways, shots=found.shots)
+        splits = omniglot.load(data_dir, split=found.protocol.tasks.split)
+    config = few_shot.Config.of(ways=found.ways, shots=found.shots)
     for protocol, mean, ci95 in (
         (found.protocol, found.test_accuracy, found.test_ci95),
         (model_file.independent(found.protocol), found.test_accuracy_alone, found.test_ci95_alone),
     ):
         measured = saved_model.measure(config, protocol, splits, meta_params)
-        assert abs(measured.mean - mean) <= ci95, (protocol.statistics, measured.mean)
+        assert abs(measured.mean - mean) <= ci95, (protocol.learner, measured.mean)
         assert len(measured.per_task) == found.test_tasks
     assert abs(found.test_accuracy - found.test_accuracy_unrounded) < 0.5 * found.test_ci95

@@ -14,7 +14,6 @@ from imaml_jax import Batch, Task, cross_entropy, maml, mamlpp, protocols
 from imaml_jax.learners.base import combine, is_norm, partition
 from imaml_jax.learners.mamlpp import LearnedRates, multi_step_weights
 from imaml_jax.networks import Network
-from imaml_jax.protocols import build
 from tests.learners.conftest import relative_error
 from tests.programs import jit
 
@@ -203,9 +202,9 @@ def test_rows_and_rates_can_be_off_one_by_one(problem):
 
 def test_learned_rates_are_not_clipped():
     protocol = protocols.get("mamlpp_code", algorithm="mamlpp", ways=5, shots=1)
-    protocol = protocol._replace(outer="sgd", outer_rate=1.0, schedule="constant", outer_clip=2.0)
+    changes = {"outer": "sgd", "outer_rate": 1.0, "schedule": "constant", "outer_clip": 2.0}
+    outer = protocol.with_settings(changes).build_outer()
     grads = LearnedRates({"w": np.array([5.0])}, {"w": np.array([5.0])})
-    outer = build.make_outer(protocol, 1)
     updates, _ = outer.update(grads, outer.init(grads))
     assert updates.params["w"] == -2 and updates.rates["w"] == -5
 
