@@ -1,7 +1,9 @@
-"""Inner problems whose implicit gradient `experiments.error_estimate` measures."""
+"""Inner problems of iMAML that the reports measure, where first-order MAML has meta-trained."""
 
 from collections.abc import Callable
 from functools import partial
+from operator import itemgetter
+from types import ModuleType
 from typing import Any, Literal, NamedTuple
 
 import jax
@@ -10,13 +12,61 @@ import optax
 from jax.flatten_util import ravel_pytree
 
 import imaml_jax
+from experiments.shared import few_shot
 from imaml_jax.data import episodes, glyphs, sinusoid
 from imaml_jax.networks import Network, conv4, mlp
 from imaml_jax.training import train
+from imaml_jax.types import Batch, Task
 
 FEATURES, EXAMPLES = 12, (25, 15)
 STRENGTH, META_STEPS = 0.5, 200
 Kind = Literal["logistic", "sinusoid", "glyphs_silu", "glyphs_relu"]
+
+
+def start_and_tasks(
+    experiment: ModuleType, num_tasks: int, network: Any = None, **settings: Any
+) -> tuple[Any, list[Task]]:
+    """Meta-parameters that first-order MAML has trained for a while, and new tasks to adapt to.
+
+    Args:
+      experiment: the command whose images, protocol and settings these are, as
+        `experiments.glyphs`.
+      num_tasks: tasks of the test classes, drawn with the seed of the settings.
+      network: that of the protocol to train instead of its own.
+      **settings: of the command; meta_steps and seed among them.
+    """
+    steps = settings["meta_steps"]
+    config = experiment.Config(
+        algorithm="fomaml", log_every=steps, validate_every=steps, **settings
+    )
+    protocol, splits, dataset = experiment.prepare(config)
+    if network is not None:
+        protocol = protocol._replace(network=network)
+    trained = few_shot.meta_train(config, protocol, splits._replace(val=None), dataset)
+    tasks = episodes.sample_tasks(
+        jax.random.key(config.seed),
+        splits.test,
+        num_tasks=num_tasks,
+        ways=config.ways,
+        shots=config.shots,
+        queries=protocol.train_queries,
+        rotations=protocol.test_rotations,
+        invert=protocol.invert,
+    )
+    params = jax.device_put(trained.meta_params, jax.local_devices()[0])
+    return params, [jax.tree.map(itemgetter(i), tasks) for i in range(num_tasks)]
+
+
+def random_tasks(
+    num_tasks: int, ways: int, examples: tuple[int, int], image: tuple[int, ...]
+) -> Task:
+    """Random images: `examples` of each class in the support and in the query set."""
+    batches = []
+    for i, count in enumerate(examples):
+        labels = jnp.tile(jnp.arange(ways), (num_tasks, count))
+        images = jax.random.uniform(jax.random.key(i), (*labels.shape, *image))
+        batches.append(Batch(images, labels))
+    return Task(*batches)
 
 
 class Problem(NamedTuple):
