@@ -24,7 +24,6 @@ from pathlib import Path
 from typing import Any, NamedTuple
 
 import jax
-import jax.numpy as jnp
 import numpy as np
 import optax
 from jax import lax
@@ -32,7 +31,7 @@ from jax import lax
 import imaml_jax
 from experiments import glyphs
 from experiments.shared import common, reports
-from experiments.shared.inner_problems import start_and_tasks
+from experiments.shared.inner_problems import in_float64, start_and_tasks
 from imaml_jax.data import episodes
 from imaml_jax.data import glyphs as glyph_data
 from imaml_jax.learners.settings import Count, Positive, Record, Seed
@@ -180,7 +179,7 @@ def measure(config: Config, ways: int, shots: int) -> list[dict[str, Any]]:
         seconds = _seconds(solve, compared, systems, config.rounds)
         exact = {name: _exact(solve, name, systems) for name in ("Hessian", "Gauss-Newton")}
         for solver in compared:
-            solved = _in_float64(solve, solver, systems)
+            solved = _solve_all(solve, solver, systems)
             met = [info.min_curvature for _, info, _ in solved if info.min_curvature is not None]
             rows.append(
                 {
@@ -265,11 +264,13 @@ def _exact(solve: Solve, curvature: str, systems: Sequence[System]) -> list[Solv
     def minres(operator, b, _):
         return imaml_jax.solve_minres(operator, b, tol=EXACT, max_steps=MOST_STEPS)
 
-    solved = _in_float64(solve, Solver(curvature, "exact", minres), systems)
+    solved = _solve_all(solve, Solver(curvature, "exact", minres), systems)
     return solved if all(info.relative_residual < 10 * EXACT for _, info, _ in solved) else None
 
 
-def _in_float64(solve: Solve, solver: Solver, systems: Sequence[System]) -> list[Solved]:
+def _solve_all(solve: Solve, solver: Solver, systems: Sequence[System]) -> list[Solved]:
+    """In float64."""
+
     @jax.jit
     def program(system):
         x, info, operator = solve(solver, system)
@@ -277,12 +278,7 @@ def _in_float64(solve: Solve, solver: Solver, systems: Sequence[System]) -> list
         return x, info, optax.tree.norm(left) / optax.tree.norm(system.query_grad)
 
     with jax.enable_x64(True):
-        return [jax.device_get(program(jax.tree.map(_double, system))) for system in systems]
-
-
-def _double(x: Any) -> jax.Array:
-    x = jnp.asarray(x)
-    return x.astype(jnp.float64) if jnp.issubdtype(x.dtype, jnp.floating) else x
+        return [jax.device_get(program(in_float64(system))) for system in systems]
 
 
 def _median_error(found: Sequence[Any], exact: Sequence[Any] | None) -> float | None:

@@ -24,7 +24,6 @@ import optax
 from experiments import glyphs
 from experiments.shared import common, few_shot, reports
 from imaml_jax.data import episodes
-from imaml_jax.data import glyphs as glyph_data
 from imaml_jax.learners.settings import Count, Record
 from imaml_jax.protocols import build
 from imaml_jax.training import mapping, train
@@ -56,25 +55,24 @@ def main(config: Config) -> dict[str, Any]:
       first meta-step, one for each round, and the median of training's share.
     """
     common.check_output(config.output)
-    protocol = glyphs.resolve(glyphs.Config(algorithm=config.algorithm))
-    dataset = glyph_data.load().train
+    protocol, splits, _ = glyphs.prepare(glyphs.Config(algorithm=config.algorithm))
+    dataset = splits.train
     example = jnp.zeros((1, *dataset.images.shape[1:]))
     learner = build.build_learner(protocol, ways=5)
     devices = common.task_devices(None, protocol.meta_batch)
     num_steps = config.log_every * (1 + config.chunks)
     tx = build.make_outer(protocol, num_steps)
 
-    def sample(key):
-        return episodes.sample_tasks(
-            key,
-            dataset,
-            num_tasks=protocol.meta_batch,
-            ways=5,
-            shots=protocol.train_shots,
-            queries=protocol.train_queries,
-            rotations=None,
-            invert=protocol.invert,
-        )
+    sample = partial(
+        episodes.sample_tasks,
+        dataset=dataset,
+        num_tasks=protocol.meta_batch,
+        ways=5,
+        shots=protocol.train_shots,
+        queries=protocol.train_queries,
+        rotations=None,
+        invert=protocol.invert,
+    )
 
     def trained_rate() -> tuple[float, float]:
         with tempfile.TemporaryDirectory() as folder:

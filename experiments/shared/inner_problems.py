@@ -57,6 +57,15 @@ def start_and_tasks(
     return params, [jax.tree.map(itemgetter(i), tasks) for i in range(num_tasks)]
 
 
+def in_float64(tree: Any) -> Any:
+    """The tree with its real numbers in float64, which must be enabled."""
+
+    def cast(x):
+        return x.astype(jnp.float64) if jnp.issubdtype(x.dtype, jnp.floating) else x
+
+    return jax.tree.map(cast, jax.tree.map(jnp.asarray, tree))
+
+
 def random_tasks(
     num_tasks: int, ways: int, examples: tuple[int, int], image: tuple[int, ...]
 ) -> Task:
@@ -205,4 +214,4 @@ def _meta_train(family: Family) -> Any:
         log_every=META_STEPS,
         progress=False,
     )
-    return jax.tree.map(lambda x: x.astype(jnp.float64), trained.meta_params)
+    return in_float64(trained.meta_params)
