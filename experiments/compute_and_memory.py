@@ -12,11 +12,11 @@ Writes OUTPUT.json and OUTPUT.png.
 
 import dataclasses
 import statistics
-import time
 from collections.abc import Sequence
+from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
-from typing import Any, Literal, NamedTuple
+from typing import Annotated, Any, Literal, NamedTuple
 
 import jax
 import jax.numpy as jnp
@@ -24,10 +24,10 @@ import numpy as np
 import optax
 
 import imaml_jax
-from experiments.shared import common
+from experiments.shared import common, reports
+from experiments.shared.inner_problems import random_tasks
+from imaml_jax.learners.settings import Count, Range, Record
 from imaml_jax.networks import conv4
-from imaml_jax.training.plots import new_figure
-from imaml_jax.types import Batch, Task
 
 VALUES = {
     "num_steps": (2, 4, 8, 16, 32),
@@ -36,32 +36,47 @@ VALUES = {
     "shots": (1, 2, 5, 10),
     "filters": (16, 32, 64, 128, 256),
 }
-# A loop of one step is compiled away.
-_LEAST = {"num_steps": 2, "num_tasks": 1, "ways": 2, "shots": 1, "filters": 1}
 
 
-@dataclasses.dataclass(frozen=True)
-class Config:
+@dataclass(frozen=True)
+class Size(Record):
+    """What a meta-gradient is made of."""
+
+    # A loop of one step is compiled away.
+    num_steps: Annotated[int, Range(least=2)] = 16
+    """Inner steps, at least 2."""
+    num_tasks: Count = 1
+    """Tasks a meta-gradient, at least 1."""
+    ways: Annotated[int, Range(least=2)] = 20
+    """Classes a task, at least 2."""
+    shots: Count = 5
+    """Support and query examples a class, at least 1."""
+    filters: Count = 64
+    """Channels of the network, at least 1."""
+
+
+@dataclass(frozen=True)
+class Config(Size):
     """What is measured."""
 
     axis: Literal["num_steps", "num_tasks", "ways", "shots", "filters"] = "num_steps"
     """What grows."""
     values: tuple[int, ...] = ()
     """Its values, two or more, each at least the least of that setting; none for the defaults."""
-    num_steps: int = 16
-    """Inner steps, at least 2."""
-    num_tasks: int = 1
-    """Tasks a meta-gradient, at least 1."""
-    ways: int = 20
-    """Classes a task, at least 2."""
-    shots: int = 5
-    """Support and query examples a class, at least 1."""
-    filters: int = 64
-    """Channels of the network, at least 1."""
-    rounds: int = 5
+    rounds: Annotated[int, Range(least=0)] = 5
     """Interleaved rounds of the timing, at least 0, which measures memory only."""
     output: Path = Path("runs/compute_and_memory")
     """Where to write, without an ending."""
+
+    def check_together(self) -> None:
+        if len(set(self.sizes())) < 2:
+            raise ValueError(f"values={self.values} must name two different ones or more")
+
+    def sizes(self) -> dict[int, Size]:
+        """The size of each value."""
+        fixed = {field.name: getattr(self, field.name) for field in dataclasses.fields(Size)}
+        values = self.values or VALUES[self.axis]
+        return {value: Size(**fixed | {self.axis: value}) for value in values}
 
 
 class Line(NamedTuple):
@@ -87,69 +102,47 @@ def main(config: Config) -> dict[str, Any]:
       For each algorithm its temporary bytes, seconds and the device's peak bytes so far, smaller
       programs first (None where the device does not tell), over the values, and the lines fitted to
       bytes and seconds.
-
-    Raises:
-      ValueError: a setting out of its range.
     """
-    config = resolve(config)
-    common.check_output(config.output)
-    common.cache_compilations()
-    sizes = [dataclasses.replace(config, **{config.axis: value}) for value in config.values]
+    reports.begin(config)
+    sizes = config.sizes()
     params, programs = {}, {}
-    for size in sizes:
+    for value, size in sizes.items():
         network = conv4(size.ways, filters=size.filters)
-        params[size] = network.init(jax.random.key(0), jnp.zeros((1, 28, 28, 1)))
+        params[value] = network.init(jax.random.key(0), jnp.zeros((1, 28, 28, 1)))
         for name, learner in contenders(size).items():
-            mapped = jax.jit(partial(_meta_gradient, learner))
-            programs[name, size] = mapped.lower(params[size], _tasks(size, 0)).compile()
+            gradient = partial(common.meta_gradient, learner)
+            program = jax.jit(common.mean_over_tasks(gradient, "map"))
+            programs[name, value] = program.lower(params[value], _tasks(size)).compile()
     temp = {cell: p.memory_analysis().temp_size_in_bytes for cell, p in programs.items()}
     peak = dict.fromkeys(programs)
     if config.rounds or jax.devices()[0].memory_stats():
-        for name, size in sorted(programs, key=lambda cell: temp[cell]):  # the peak only grows
-            jax.block_until_ready(programs[name, size](params[size], _tasks(size, 0)))
+        for name, value in sorted(programs, key=lambda cell: temp[cell]):  # the peak only grows
+            jax.block_until_ready(programs[name, value](params[value], _tasks(sizes[value])))
             of_device = jax.devices()[0].memory_stats() or {}
-            peak[name, size] = of_device.get("peak_bytes_in_use")
-    times: dict[Any, list[float]] = {cell: [] for cell in programs}
-    for round_number in range(config.rounds):
-        for (name, size), program in programs.items():
-            tasks = jax.block_until_ready(_tasks(size, round_number + 1))
-            started = time.perf_counter()
-            jax.block_until_ready(program(params[size], tasks))
-            times[name, size].append(time.perf_counter() - started)
+            peak[name, value] = of_device.get("peak_bytes_in_use")
+    seconds = {}
+    if config.rounds:
+        tasks = {value: _tasks(size) for value, size in sizes.items()}
+        runs = {
+            (name, value): partial(program, params[value], tasks[value])
+            for (name, value), program in programs.items()
+        }
+        seconds = reports.seconds_in_rounds(runs, config.rounds)
     rows = {}
     for name in contenders(config):
-        own = [(name, size) for size in sizes]
-        seconds = [statistics.median(times[cell]) for cell in own] if config.rounds else None
-        used = [temp[cell] for cell in own]
+        used = [temp[name, value] for value in sizes]
+        medians = [statistics.median(seconds[name, v]) for v in sizes] if seconds else None
         rows[name] = {
             "temp_bytes": used,
-            "peak_device_bytes": [peak[cell] for cell in own],
-            "seconds": seconds,
-            "bytes_line": fit(config.values, used)._asdict(),
-            "seconds_line": seconds and fit(config.values, seconds)._asdict(),
+            "peak_device_bytes": [peak[name, value] for value in sizes],
+            "seconds": medians,
+            "bytes_line": fit(list(sizes), used)._asdict(),
+            "seconds_line": medians and fit(list(sizes), medians)._asdict(),
         }
-    results = {**dataclasses.asdict(config), "algorithms": rows, **common.provenance()}
-    common.write_report(config.output, results, table, draw)
-    return results
+    return reports.report(config, {"values": tuple(sizes), "algorithms": rows}, table, draw)
 
 
-def resolve(config: Config) -> Config:
-    """The config with its values in place.
-
-    Raises:
-      ValueError: a setting out of its range.
-    """
-    values = config.values or VALUES[config.axis]
-    if len(set(values)) < 2:
-        raise ValueError(f"values={values} must name two different ones or more")
-    for name, least in (*_LEAST.items(), ("rounds", 0)):
-        smallest = min(values) if name == config.axis else getattr(config, name)
-        if smallest < least:
-            raise ValueError(f"{name}={smallest} must be at least {least}")
-    return dataclasses.replace(config, values=values)
-
-
-def contenders(size: Config) -> dict[str, imaml_jax.MetaLearner]:
+def contenders(size: Size) -> dict[str, imaml_jax.MetaLearner]:
     """The learners measured, by name."""
     network, loss = conv4(size.ways, filters=size.filters), imaml_jax.cross_entropy
     settings: dict[str, Any] = {"inner": optax.sgd(0.05), "num_steps": size.num_steps}
@@ -172,54 +165,38 @@ def fit(values: Sequence[int], costs: Sequence[float]) -> Line:
     return Line(float(slope), float(intercept), float(r_squared), float(exponent))
 
 
-def _meta_gradient(learner: imaml_jax.MetaLearner, params: Any, tasks: Task) -> Any:
-    return common.mean_over_tasks(partial(common.meta_gradient, learner), "map")(params, tasks)
-
-
-def _tasks(size: Config, seed: int) -> Task:
-    labels = jnp.tile(jnp.arange(size.ways), (size.num_tasks, size.shots))
-    shape = (2, *labels.shape, 28, 28, 1)
-    images = jax.random.uniform(jax.random.key(seed), shape)
-    return Task(Batch(images[0], labels), Batch(images[1], labels))
+def _tasks(size: Size) -> imaml_jax.Task:
+    return random_tasks(size.num_tasks, size.ways, (size.shots, size.shots), (28, 28, 1))
 
 
 def table(results: dict[str, Any]) -> str:
     """The measurements as text."""
-    values = results["values"]
     fixed = [f"{name} {results[name]}" for name in VALUES if name != results["axis"]]
-    lines = [
-        f"one meta-gradient on one device ({results['machine']}): {', '.join(fixed)}",
-        f"{results['axis']:32}"
-        + "".join(f"{value:>9}" for value in values)
-        + "   a unit      R²  exponent",
-    ]
-    for unit, name, scale in (("MiB", "temp_bytes", 2**-20), ("ms", "seconds", 1e3)):
+    columns = {results["axis"]: "", **{str(value): ".1f" for value in results["values"]}}
+    columns |= {"a unit": ".3f", "R²": ".4f", "exponent": ".2f"}
+    cells = []
+    for unit, name, scale in (("MiB", "bytes", 2**-20), ("ms", "seconds", 1e3)):
         for algorithm, row in results["algorithms"].items():
-            if row[name]:
-                line = row["bytes_line" if unit == "MiB" else "seconds_line"]
-                costs = "".join(f"{scale * cost:9.1f}" for cost in row[name])
-                lines.append(
-                    f"{algorithm + ', ' + unit:32}{costs}{scale * line['slope']:9.3f} "
-                    f"{line['r_squared']:7.4f} {line['exponent']:9.2f}"
-                )
-    return "\n".join(lines)
+            costs, line = row["temp_bytes" if name == "bytes" else name], row[f"{name}_line"]
+            if costs:
+                growth = (scale * line["slope"], line["r_squared"], line["exponent"])
+                cells.append([f"{algorithm}, {unit}", *(scale * cost for cost in costs), *growth])
+    return (
+        f"one meta-gradient on one device ({results['machine']}): {', '.join(fixed)}\n"
+        + reports.text_table(columns, cells)
+    )
 
 
 def draw(results: dict[str, Any], path: Path) -> None:
     """Memory and time side by side."""
-    figure = new_figure(10, 4)
-    memory, seconds = figure.subplots(1, 2)
-    for name, row in results["algorithms"].items():
-        memory.plot(results["values"], [b / 2**20 for b in row["temp_bytes"]], "o-", label=name)
-        if row["seconds"]:
-            seconds.plot(results["values"], row["seconds"], "o-", label=name)
     label = {"num_steps": "inner steps", "num_tasks": "tasks"}.get(results["axis"], results["axis"])
-    memory.set(xlabel=label, ylabel="temporary memory (MiB)")
-    seconds.set(xlabel=label, ylabel="seconds a meta-gradient")
-    for axes in figure.axes:
-        axes.grid(alpha=0.3)
-    memory.legend()
-    figure.savefig(path, dpi=120)
+    with reports.panels(path, 2, (10, 4), xlabel=label) as (memory, seconds):
+        memory.set(ylabel="temporary memory (MiB)")
+        seconds.set(ylabel="seconds a meta-gradient")
+        for name, row in results["algorithms"].items():
+            memory.plot(results["values"], [b / 2**20 for b in row["temp_bytes"]], "o-", label=name)
+            if row["seconds"]:
+                seconds.plot(results["values"], row["seconds"], "o-")
 
 
 if __name__ == "__main__":

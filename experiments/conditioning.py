@@ -17,37 +17,26 @@ long before its error is); indefinite, with every fourth eigenvalue negative. Br
 Silent is an error above the threshold that none of these tells. Writes OUTPUT.json.
 """
 
-import dataclasses
 from collections.abc import Callable
+from dataclasses import dataclass
 from functools import partial
 from itertools import groupby
 from operator import itemgetter
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import Annotated, Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
 import numpy as np
 
 import imaml_jax
-from experiments.shared import common
+from experiments.shared import common, reports
+from imaml_jax.learners.settings import Count, Positive, Range, Record, Seed
 from imaml_jax.types import LinearOperator, LowRank
 
 SPECTRA = ("positive", "hidden", "indefinite")
-# Programs that compute next to nothing: LLVM's optimisations take longer than they save.
-_OPTIONS = {"xla_backend_optimization_level": 0}
-
-
-class Solver(NamedTuple):
-    """What is measured.
-
-    Attributes:
-      solve: `(operator, b, tol=..., ...) -> (x, info)`.
-      definite: whether it is for positive definite matrices only.
-    """
-
-    solve: Callable[..., Any]
-    definite: bool = True
+# The solvers that are not for positive definite matrices only.
+FOR_INDEFINITE = ("gmres", "minres", "woodbury", "dense")
 
 
 class System(NamedTuple):
@@ -63,46 +52,45 @@ class System(NamedTuple):
     solution: np.ndarray | None
 
 
-@dataclasses.dataclass(frozen=True)
-class Config:
+@dataclass(frozen=True)
+class Config(Record):
     """What is measured."""
 
-    conditions: tuple[float, ...] = (1e2, 1e4, 1e6, 1e8, 1e10)
+    conditions: tuple[Annotated[float, Range(above=1, most=1e12)], ...] = (1e2, 1e4, 1e6, 1e8, 1e10)
     """Condition numbers, each above 1 and at most 1e12."""
-    size: int = 64
+    size: Annotated[int, Range(least=2, most=1000)] = 64
     """Unknowns, at least 2, at most 1000."""
-    tol: float = 1e-5
+    tol: Annotated[float, Range(above=0, below=1)] = 1e-5
     """Relative tolerance of every solver, above 0 and below 1."""
-    max_steps: int = 2000
+    max_steps: Count = 2000
     """Most iterations of those that iterate, at least 1."""
-    threshold: float = 0.1
+    threshold: Positive = 0.1
     """Largest relative error that passes, and largest product of condition and residual; above
     0."""
-    seed: int = 0
+    seed: Seed = 0
     """Seed of the systems, at least 0."""
     output: Path = Path("runs/conditioning")
     """Where to write, without an ending."""
 
+    def check_together(self) -> None:
+        reports.check_not_empty(self, "conditions")
 
-def solvers(max_steps: int) -> dict[str, Solver]:
-    """The solvers measured."""
+
+def solvers(max_steps: int) -> dict[str, Callable[..., Any]]:
+    """The solvers measured, `(operator, b, tol=...) -> (x, info)`."""
     nystrom = partial(imaml_jax.nystrom_preconditioner, rank=20)
     steihaug = partial(imaml_jax.solve_cg_steihaug, max_steps=max_steps)
     return {
-        "cg": Solver(partial(imaml_jax.solve_cg, max_steps=max_steps)),
-        "cg_steihaug": Solver(steihaug),
-        "cg_steihaug, Nyström": Solver(partial(steihaug, precondition=nystrom)),
-        "cg_steihaug, Jacobi": Solver(
-            partial(steihaug, precondition=imaml_jax.jacobi_preconditioner)
-        ),
-        "gmres": Solver(
-            partial(imaml_jax.solve_gmres, max_restarts=max(1, max_steps // 20)), False
-        ),
-        "minres": Solver(partial(imaml_jax.solve_minres, max_steps=max_steps), False),
-        "neumann": Solver(partial(imaml_jax.solve_neumann, step_size=1.0, max_steps=max_steps)),
-        "nystrom, rank 20": Solver(partial(imaml_jax.solve_nystrom, rank=20)),
-        "woodbury": Solver(imaml_jax.solve_woodbury, False),
-        "dense": Solver(imaml_jax.solve_dense, False),
+        "cg": partial(imaml_jax.solve_cg, max_steps=max_steps),
+        "cg_steihaug": steihaug,
+        "cg_steihaug, Nyström": partial(steihaug, precondition=nystrom),
+        "cg_steihaug, Jacobi": partial(steihaug, precondition=imaml_jax.jacobi_preconditioner),
+        "gmres": partial(imaml_jax.solve_gmres, max_restarts=max(1, max_steps // 20)),
+        "minres": partial(imaml_jax.solve_minres, max_steps=max_steps),
+        "neumann": partial(imaml_jax.solve_neumann, step_size=1.0, max_steps=max_steps),
+        "nystrom, rank 20": partial(imaml_jax.solve_nystrom, rank=20),
+        "woodbury": imaml_jax.solve_woodbury,
+        "dense": imaml_jax.solve_dense,
     }
 
 
@@ -111,17 +99,13 @@ def main(config: Config) -> list[dict[str, Any]]:
 
     Returns:
       One row for each dtype, system and solver.
-
-    Raises:
-      ValueError: a setting out of its range.
     """
-    _check(config)
-    common.check_output(config.output)
+    reports.begin(config)
     rows = []
     for dtype in ("float32", "float64"):
         with jax.enable_x64(dtype == "float64"):
             rows += measure(config, dtype)
-    about = {**dataclasses.asdict(config), **common.provenance()}
+    about = reports.about(config)
     common.write_json(
         common.with_ending(config.output, "json"), [row | {"about": about} for row in rows]
     )
@@ -139,26 +123,21 @@ def measure(config: Config, dtype: str) -> list[dict[str, Any]]:
     systems |= {("broken", name): system for name, system in broken(config.size, dtype).items()}
     rows: list[dict[str, Any]] = []
     for name, solver in solvers(config.max_steps).items():
-        program = jax.jit(partial(_solve, solver, config.tol), compiler_options=_OPTIONS)
+        program = reports.jit_small(partial(_solve, partial(solver, tol=config.tol)))
         for (spectrum, case), system in systems.items():
             x, info = jax.device_get(program(*system[:4]))
-            row: dict[str, Any] = {
-                "dtype": dtype,
-                "spectrum": spectrum,
-                "case": case,
-                "solver": name,
-            }
-            rows.append(row | outcome(config, solver, system, x, info))
+            row = {"dtype": dtype, "spectrum": spectrum, "case": case, "solver": name}
+            rows.append(row | outcome(config, name, system, x, info))
     order = [*SPECTRA, "broken"]
     return sorted(rows, key=lambda row: order.index(row["spectrum"]))
 
 
-def _solve(solver: Solver, tol: float, basis, undamped, damping, b) -> Any:
+def _solve(solver: Callable[..., Any], basis, undamped, damping, b) -> Any:
     def factor() -> LowRank:
         return LowRank(basis.T, jnp.diag(undamped))
 
     operator = LinearOperator(lambda v: basis @ (undamped * (basis.T @ v)), factor)
-    return solver.solve(imaml_jax.damped(operator, damping), b, tol=tol)
+    return solver(imaml_jax.damped(operator, damping), b)
 
 
 def spectral(config: Config, spectrum: str, condition: float, dtype: str) -> System:
@@ -225,7 +204,7 @@ def broken(size: int, dtype: str) -> dict[str, System]:
     return systems
 
 
-def outcome(config: Config, solver: Solver, system: System, x: Any, info: Any) -> dict[str, Any]:
+def outcome(config: Config, solver: str, system: System, x: Any, info: Any) -> dict[str, Any]:
     """What was found, what was reported, and whether a wrong solution was told."""
     error = None
     if system.solution is not None and np.isfinite(x).all():
@@ -237,7 +216,7 @@ def outcome(config: Config, solver: Solver, system: System, x: Any, info: Any) -
     bound = None if condition is None else float(condition) * float(info.relative_residual)
     reasons = {
         "residual": not info.converged,
-        "curvature": solver.definite and curvature is not None and not curvature > 0,
+        "curvature": solver not in FOR_INDEFINITE and curvature is not None and not curvature > 0,
         "condition": bound is not None and bound > config.threshold,
         "range": not np.isfinite(x).all(),
     }
@@ -259,20 +238,17 @@ def table(rows: list[dict[str, Any]]) -> str:
     """Errors with a mark: `*` flagged, `!` silent."""
     lines = []
     for (dtype, spectrum), own in groupby(rows, key=itemgetter("dtype", "spectrum")):
-        own = list(own)
-        cases = list(dict.fromkeys(row["case"] for row in own))
-        by_solver = {row["solver"]: {} for row in own}
-        for row in own:
-            by_solver[row["solver"]][row["case"]] = _cell(row)
+        by_solver = {name: list(cells) for name, cells in groupby(own, key=itemgetter("solver"))}
+        cases = [row["case"] for row in next(iter(by_solver.values()))]
         if spectrum == "broken":
             lines += [f"{dtype}, broken", *(f"  {i}: {case}" for i, case in enumerate(cases))]
             heads = [str(i) for i in range(len(cases))]
         else:
             lines.append(f"{dtype}, {spectrum}: relative error, by condition number")
             heads = [f"{case:.0e}" for case in cases]
-        lines.append(f"{'':22}" + "".join(f"{head:>9}" for head in heads))
-        for name, cells in by_solver.items():
-            lines.append(f"{name:22}" + "".join(f"{cells[case]:>9}" for case in cases))
+        columns = [(head, "") for head in ("", *heads)]
+        cells = [[name, *map(_cell, found)] for name, found in by_solver.items()]
+        lines.append(reports.text_table(columns, cells))
     flagged, silent = (sum(bool(row[key]) for row in rows) for key in ("flags", "silent"))
     small = sum(bool(row["flags"]) and _is_small(row) for row in rows)
     not_finite = sum(row["converged"] and not row["finite"] for row in rows)
@@ -290,18 +266,6 @@ def _is_small(row: dict[str, Any]) -> bool:
 def _cell(row: dict[str, Any]) -> str:
     mark = "!" if row["silent"] else "*" if row["flags"] else " "
     return ("-" if row["error"] is None else f"{row['error']:.0e}") + mark
-
-
-def _check(config: Config) -> None:
-    if not config.conditions or not all(1 < c <= 1e12 for c in config.conditions):
-        raise ValueError(f"conditions={config.conditions} must be above 1 and at most 1e12")
-    if not 2 <= config.size <= 1000:
-        raise ValueError(f"size={config.size} must be at least 2 and at most 1000")
-    if not 0 < config.tol < 1:
-        raise ValueError(f"tol={config.tol} must be above 0 and below 1")
-    common.check_least(config, max_steps=1)
-    common.check_positive(config, "threshold")
-    common.check_seed(config.seed)
 
 
 if __name__ == "__main__":

@@ -12,11 +12,11 @@ fixed step counts need for the same accuracy on all problems. All in float64. Wr
 OUTPUT.png.
 """
 
-import dataclasses
 from collections.abc import Callable
+from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
-from typing import Any, get_args
+from typing import Annotated, Any, get_args
 
 import jax
 import jax.numpy as jnp
@@ -24,9 +24,9 @@ import numpy as np
 from jax import lax
 
 import imaml_jax
-from experiments.shared import common
+from experiments.shared import common, reports
 from experiments.shared.inner_problems import Kind, Problem, make_problem
-from imaml_jax.training.plots import new_figure
+from imaml_jax.learners.settings import Count, Range, Record, Seed
 
 NEWTON_STEPS, MOST_ROUNDS = 15, 200
 QUANTILES = (0.01, 0.05, 0.5, 0.95, 0.99)
@@ -34,19 +34,19 @@ EXACT, ACCURACIES = 1e-9, (1e-1, 1e-2, 1e-4, 1e-6)
 INNER_STEPS = 5
 
 
-@dataclasses.dataclass(frozen=True)
-class Config:
+@dataclass(frozen=True)
+class Config(Record):
     """What is measured."""
 
     kinds: tuple[Kind, ...] = get_args(Kind)
     """Kinds of inner problems."""
-    problems: int = 50
+    problems: Annotated[int, Range(least=2)] = 50
     """Problems of each kind, at least 2."""
-    rounds: int = 20
+    rounds: Count = 20
     """Rounds of which each is measured, at least 1."""
-    cg_steps: int = 10
+    cg_steps: Count = 10
     """CG steps of each linear solve, at least 1."""
-    seed: int = 0
+    seed: Seed = 0
     """Seed of the problems, at least 0."""
     output: Path = Path("runs/error_estimate")
     """Where to write, without an ending."""
@@ -58,37 +58,25 @@ def main(config: Config) -> dict[str, Any]:
     Returns:
       For each kind the coverage, quantiles of estimate over error, all pairs of the two, and for
       each accuracy what adaptive and fixed step counts took.
-
-    Raises:
-      ValueError: a setting out of its range.
     """
-    common.check_least(config, problems=2, rounds=1, cg_steps=1)
-    common.check_seed(config.seed)
-    common.check_output(config.output)
-    common.cache_compilations()
+    reports.begin(config)
     with jax.enable_x64(True):
         rows = {kind: measure(config, make_problem(kind)) for kind in config.kinds}
-    results = {**dataclasses.asdict(config), "kinds": rows, **common.provenance()}
-    common.write_report(config.output, results, table, draw)
-    return results
+    return reports.report(config, {"kinds": rows}, table, draw)
 
 
 def measure(config: Config, make: Callable[[jax.Array], Problem]) -> dict[str, Any]:
     """The row of one kind."""
     solve = partial(imaml_jax.solve_cg_steihaug, tol=0.0, max_steps=config.cg_steps)
     keys = jax.random.split(jax.random.key(config.seed), config.problems)
-    accuracies = jnp.asarray(ACCURACIES)
-
-    @jax.jit
-    def run(keys):
-        return lax.map(lambda key: _one(make(key), config.rounds, solve, accuracies), keys)
-
+    run = jax.jit(partial(lax.map, lambda key: _one(make(key), config.rounds, solve)))
     found = jax.device_get(run(keys))
     solved = found["residual"] < EXACT
     unsolved = int((~solved).sum())
     if unsolved == config.problems:
         return {"problems": 0, "unsolved": unsolved}
-    errors, estimates = (found[name][solved] for name in ("errors", "estimates"))
+    found = {name: values[solved] for name, values in found.items()}
+    errors, estimates = found["errors"], found["estimates"]
     measurable = errors > EXACT
     pairs = np.column_stack([errors[measurable], estimates[measurable]])
     ratios = pairs[:, 1] / pairs[:, 0]
@@ -99,10 +87,10 @@ def measure(config: Config, make: Callable[[jax.Array], Problem]) -> dict[str, A
         asked.append(
             {
                 "accuracy": accuracy,
-                "rounds": float(found["adaptive_rounds"][solved, i].mean()),
-                "most_rounds": int(found["adaptive_rounds"][solved, i].max()),
-                "largest_error": float(found["adaptive_error"][solved, i].max()),
-                "converged": int(found["converged"][solved, i].sum()),
+                "rounds": float(found["adaptive_rounds"][:, i].mean()),
+                "most_rounds": int(found["adaptive_rounds"][:, i].max()),
+                "largest_error": float(found["adaptive_error"][:, i].max()),
+                "converged": int(found["converged"][:, i].sum()),
                 # The number of rounds from which on every problem is as exact as that.
                 "fixed_rounds": int(config.rounds - lasting.all(0).sum() + 1),
             }
@@ -119,10 +107,12 @@ def measure(config: Config, make: Callable[[jax.Array], Problem]) -> dict[str, A
     }
 
 
-def _one(problem: Problem, rounds: int, solve: Any, accuracies: jax.Array) -> dict[str, Any]:
+def _one(problem: Problem, rounds: int, solve: Any) -> dict[str, Any]:
     """Errors and estimates of one problem, relative to the gradient's norm."""
     outer, objective, curvature, start, args, strong_convexity = problem
-    dense = partial(_dense, curvature, args, size=start.size)
+
+    def dense(x):
+        return jax.vmap(curvature(x, args).matvec, 1, 1)(jnp.eye(start.size))
 
     def gradient(x, adjoint):
         pullback = jax.vjp(lambda a: jax.grad(objective)(x, a), args)[1]
@@ -179,7 +169,7 @@ def _one(problem: Problem, rounds: int, solve: Any, accuracies: jax.Array) -> di
         )
         return info.num_rounds, jnp.linalg.norm(grads - exact) / norm, info.converged
 
-    adaptive_rounds, adaptive_error, converged = lax.map(ask, accuracies)
+    adaptive_rounds, adaptive_error, converged = lax.map(ask, jnp.asarray(ACCURACIES))
     return {
         "residual": residual,
         "errors": errors,
@@ -188,10 +178,6 @@ def _one(problem: Problem, rounds: int, solve: Any, accuracies: jax.Array) -> di
         "adaptive_error": adaptive_error,
         "converged": converged,
     }
-
-
-def _dense(curvature: Any, args: jax.Array, x: jax.Array, *, size: int) -> jax.Array:
-    return jax.vmap(curvature(x, args).matvec, 1, 1)(jnp.eye(size))
 
 
 def table(results: dict[str, Any]) -> str:
@@ -210,36 +196,30 @@ def table(results: dict[str, Any]) -> str:
             f"{row['ratio_quantiles'][2]:.2f}, 99% {high:.1f}; infinite in "
             f"{100 * row['unknown']:.1f}%"
         )
-        lines.append(
-            f"{'accuracy asked':>16}{'rounds, mean and most':>24}{'largest error':>16}"
-            f"{'fixed rounds':>14}"
-        )
-        for asked in row["asked"]:
-            fixed = asked["fixed_rounds"]
-            lines.append(
-                f"{asked['accuracy']:16.0e}{asked['rounds']:17.1f}{asked['most_rounds']:7}"
-                f"{asked['largest_error']:16.1e}"
-                + (f"{fixed:14}" if fixed <= results["rounds"] else f"{'>' + str(fixed - 1):>14}")
-            )
+        columns = {"accuracy asked": ".0e", "rounds, mean": ".1f", "and most": ""}
+        columns |= {"largest error": ".1e", "fixed rounds": ""}
+        asked = []
+        for each in row["asked"]:
+            fixed = each["fixed_rounds"]
+            taken = [each[key] for key in ("accuracy", "rounds", "most_rounds", "largest_error")]
+            asked.append([*taken, fixed if fixed <= results["rounds"] else f">{fixed - 1}"])
+        lines.append(reports.text_table(columns, asked))
     return "\n".join(lines)
 
 
 def draw(results: dict[str, Any], path: Path) -> None:
     """Estimate against error."""
     solved = {name: row for name, row in results["kinds"].items() if row["problems"]}
-    figure = new_figure(4 * len(solved), 4)
-    panels = figure.subplots(1, len(solved), squeeze=False)[0]
-    for axes, (name, row) in zip(panels, solved.items(), strict=True):
-        errors, estimates = np.asarray(row["errors_and_estimates"]).T
-        axes.loglog(errors, estimates, ".", ms=3, alpha=0.5)
-        ends = np.array([errors.min(), errors.max()])
-        axes.loglog(ends, ends, "k", lw=0.8, label="error")
-        axes.loglog(ends, 10 * ends, "k:", lw=0.8, label="10 times the error")
-        axes.set(xlabel="true relative error", title=name)
-        axes.grid(alpha=0.3)
-    figure.axes[0].set(ylabel="estimate")
-    figure.axes[0].legend()
-    figure.savefig(path, dpi=120)
+    labels: dict[str, Any] = dict(xlabel="true relative error", xscale="log", yscale="log")
+    with reports.panels(path, len(solved), (4 * len(solved), 4), **labels) as panels:
+        panels[0].set(ylabel="estimate")
+        for axes, (name, row) in zip(panels, solved.items(), strict=True):
+            errors, estimates = np.asarray(row["errors_and_estimates"]).T
+            axes.plot(errors, estimates, ".", ms=3, alpha=0.5)
+            ends = np.array([errors.min(), errors.max()])
+            axes.plot(ends, ends, "k", lw=0.8, label="error")
+            axes.plot(ends, 10 * ends, "k:", lw=0.8, label="10 times the error")
+            axes.set(title=name)
 
 
 if __name__ == "__main__":

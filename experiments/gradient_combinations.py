@@ -23,12 +23,12 @@ normalised with it); every combination sees the first mini-batches of the same 2
 turns into means (there: g2, g3 and g4 unscaled, beside sums and means).
 """
 
-import dataclasses
 from collections.abc import Callable, Sequence
 from concurrent.futures import ThreadPoolExecutor
+from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
-from typing import Any, Literal
+from typing import Annotated, Any, Literal
 
 import jax
 import jax.numpy as jnp
@@ -36,13 +36,13 @@ import numpy as np
 import optax
 
 import imaml_jax
-from experiments.shared import common
+from experiments.shared import common, reports
 from experiments.shared.inner_gradients import NUM_BATCHES, combination, make_measure, taylor
 from imaml_jax.data import episodes, glyphs, omniglot
+from imaml_jax.learners.settings import Count, Positive, Range, Record, Seed
 from imaml_jax.networks import conv4
 from imaml_jax.training import train
 from imaml_jax.training.evaluation import make_evaluate
-from imaml_jax.training.plots import new_figure
 from imaml_jax.training.step import init_meta_params
 
 # Weights of g1, g2, ...; as many inner steps are made.
@@ -55,46 +55,56 @@ COMBINATIONS = {
     "4·g4": (0, 0, 0, 4),
     "g1+g2+g3+g4": (1, 1, 1, 1),
 }
+# Of the two mini-batches whose gradients are multiplied.
+PAIRS = {"within": "one task", "between": "two tasks"}
 EVAL_STEPS, QUERIES = 5, 15
 _TASKS_A_CALL = 50
-_LEAST = {"meta_steps": 1, "eval_every": 1, "test_tasks": 2, "product_tasks": 2}
-_LEAST |= {"ways": 2, "shots": 1, "filters": 1}
+AtLeastTwo = Annotated[int, Range(least=2)]
 
 
-@dataclasses.dataclass(frozen=True)
-class Config:
+@dataclass(frozen=True)
+class Config(Record):
     """What is trained and measured."""
 
     dataset: Literal["glyphs", "omniglot"] = "omniglot"
     """Images; glyphs need no download and are not rotated."""
     data_dir: Path | None = None
     """Directory of the Omniglot zips; default the environment variable IMAML_DATA_DIR."""
-    meta_steps: int = 1500
+    meta_steps: Count = 1500
     """Meta-steps of each combination, a multiple of eval_every; the outer rate falls to 0."""
-    eval_every: int = 250
+    eval_every: Count = 250
     """Meta-steps between two points of the curves, at least 1."""
-    test_tasks: int = 50
+    test_tasks: AtLeastTwo = 50
     """Test tasks, the same for every point; at least 2."""
-    product_tasks: int = 20
+    product_tasks: AtLeastTwo = 20
     """Training tasks whose gradients are multiplied, the same for every point; at least 2."""
-    ways: int = 5
+    ways: AtLeastTwo = 5
     """Classes a task, at least 2."""
-    shots: int = 5
+    shots: Count = 5
     """Support examples a class; a mini-batch has as many examples as the support set; at least
     1."""
-    filters: int = 64
+    filters: Count = 64
     """Channels of the network, at least 1."""
-    inner_rate: float = 0.075
+    inner_rate: Positive = 0.075
     """Alpha, the learning rate of the inner SGD; above 0."""
-    outer_rate: float = 0.25
+    outer_rate: Positive = 0.25
     """Learning rate of the outer SGD at the start, in units of alpha; above 0."""
     average: bool = False
     """Divide the weights of every combination by their sum."""
-    seed: int = 0
+    seed: Seed = 0
     """Seed of the initialisation and of the training tasks, the same for every combination; at
     least 0."""
     output: Path = Path("runs/gradient_combinations")
     """Where to write, without an ending."""
+
+    def check_together(self) -> None:
+        if self.meta_steps % self.eval_every:
+            raise ValueError(
+                f"meta_steps={self.meta_steps} must be a multiple of eval_every={self.eval_every}; "
+                "change either"
+            )
+        if self.dataset == "glyphs" and self.data_dir is not None:
+            raise ValueError(f"data_dir={self.data_dir} has no effect on glyphs; leave it out")
 
 
 def main(config: Config) -> dict[str, Any]:
@@ -106,9 +116,8 @@ def main(config: Config) -> dict[str, Any]:
       before training, is common to all.
 
     Raises:
-      ValueError: a setting out of its range.
+      ValueError: tasks that the data do not allow.
     """
-    _check(config)
     common.check_output(config.output)
     if config.dataset == "glyphs":
         splits, rotations = glyphs.load(), None
@@ -170,7 +179,8 @@ def main(config: Config) -> dict[str, Any]:
         def validate(meta_params):
             row, evaluation = point(len(rows) * config.eval_every, meta_params)
             rows.append(row)
-            print(f"{name:13}{_line(row)}", flush=True)
+            values = ", ".join(f"{field} {value:.5g}" for field, value in row.items())
+            print(f"{name}: {values}", flush=True)
             return evaluation
 
         rate = config.outer_rate * config.inner_rate
@@ -188,16 +198,11 @@ def main(config: Config) -> dict[str, Any]:
         return rows
 
     curves = _side_by_side(curve, list(weights))
-    results = {
-        **dataclasses.asdict(config),
-        "combinations": {
-            name: {"weights": own, "taylor": taylor(own), "curve": curves[name]}
-            for name, own in weights.items()
-        },
-        **common.provenance(),
+    rows = {
+        name: {"weights": own, "taylor": taylor(own), "curve": curves[name]}
+        for name, own in weights.items()
     }
-    common.write_report(config.output, results, table, draw)
-    return results
+    return reports.report(config, {"combinations": rows}, table, draw)
 
 
 def _side_by_side(run: Callable[[str], Any], names: Sequence[str]) -> dict[str, Any]:
@@ -216,69 +221,42 @@ def table(results: dict[str, Any]) -> str:
     """The ends of the curves as text."""
     r, rotated = results, results["dataset"] == "omniglot"
     source = "split reptile, classes rotated in training only, ink 0" if rotated else "not rotated"
-    lines = [
+    about = (
         f"{r['dataset']} {r['ways']}-way {r['shots']}-shot, {source}; {r['meta_steps']} meta-steps "
         f"of 1 task, inner SGD {r['inner_rate']:g}, outer SGD {r['outer_rate']:g} times that, to 0 "
         f"linearly, {'means' if r['average'] else 'sums'}; accuracy ± 95% CI over "
         f"{r['test_tasks']} tasks of unseen classes, {QUERIES} queries a class, batch norm by "
         f"support, {EVAL_STEPS} SGD steps; gradients of {NUM_BATCHES} mini-batches of each of "
-        f"{r['product_tasks']} training tasks",
-        f"{'':13}{'weight of':>12}{'meta-':>7}{'accuracy':>17}{'inner products':>21}"
-        f"{'cosines':>20}",
-        f"{'':13}{'AvgGradInner':>12}{'steps':>7}{'%':>17}"
-        + 2 * f"{'one task':>11}{'two tasks':>10}",
-        f"{'untrained':25}{_line(r['combinations']['g1']['curve'][0])}",
-    ]
-    for name, row in r["combinations"].items():
-        lines.append(f"{name:13}{row['taylor']:12.1f}{_line(row['curve'][-1])}")
-    return "\n".join(lines)
-
-
-def _line(row: dict[str, Any]) -> str:
-    return (
-        f"{row['step']:7}{100 * row['accuracy']:9.2f} ± {100 * row['ci95']:5.2f}"
-        f"{row['within']:11.4f}{row['between']:10.4f}"
-        f"{row['within_cosine']:11.4f}{row['between_cosine']:10.4f}"
+        f"{r['product_tasks']} training tasks"
     )
+    columns = {"": "", "weight of AvgGradInner": ".1f", "meta-steps": "", "accuracy, %": ""}
+    columns |= {f"{kind}, {of}": ".4f" for kind in ("product", "cosine") for of in PAIRS.values()}
+    rows = [("untrained", None, r["combinations"]["g1"]["curve"][0])]
+    rows += [(name, row["taylor"], row["curve"][-1]) for name, row in r["combinations"].items()]
+    cells = []
+    for name, weight, row in rows:
+        accuracy = f"{100 * row['accuracy']:.2f} ± {100 * row['ci95']:5.2f}"
+        products = [row[pairs + kind] for kind in ("", "_cosine") for pairs in PAIRS]
+        cells.append([name, weight, row["step"], accuracy, *products])
+    return f"{about}\n{reports.text_table(columns, cells)}"
 
 
 def draw(results: dict[str, Any], path: Path) -> None:
     """Accuracy, inner products and cosines over meta-steps."""
-    figure = new_figure(15, 4.5)
-    accuracy, *others = figure.subplots(1, 3)
-    for index, (name, row) in enumerate(results["combinations"].items()):
-        curve = {field: np.array([r[field] for r in row["curve"]]) for field in row["curve"][0]}
-        steps, middle, half = curve["step"], curve["accuracy"], curve["ci95"]
-        accuracy.plot(steps, middle, "o-", ms=3, color=f"C{index}", label=name)
-        accuracy.fill_between(steps, middle - half, middle + half, color=f"C{index}", alpha=0.1)
-        for axes, kind in zip(others, ("", "_cosine"), strict=True):
-            for pairs, style in (("within", "-"), ("between", ":")):
-                label = {"within": "one task", "between": "two tasks"}[pairs] if not index else None
-                axes.plot(steps, curve[pairs + kind], style, color=f"C{index}", label=label)
-    accuracy.set(ylabel=f"test accuracy, {results['ways']}-way {results['shots']}-shot")
-    others[0].set(ylabel="inner product of two mini-batch gradients")
-    others[0].set_yscale("symlog", linthresh=0.1)
-    others[1].set(ylabel="their cosine")
-    for axes in figure.axes:
-        axes.set(xlabel="meta-step")
-        axes.grid(alpha=0.3)
-        axes.legend(fontsize=8)
-    figure.savefig(path, dpi=120)
-
-
-def _check(config: Config) -> None:
-    common.check_least(config, **_LEAST)
-    for name in ("inner_rate", "outer_rate"):
-        if not getattr(config, name) > 0:
-            raise ValueError(f"{name}={getattr(config, name)} must be positive")
-    if config.meta_steps % config.eval_every:
-        raise ValueError(
-            f"meta_steps={config.meta_steps} must be a multiple of eval_every={config.eval_every}; "
-            "change either"
-        )
-    if config.dataset == "glyphs" and config.data_dir is not None:
-        raise ValueError(f"data_dir={config.data_dir} has no effect on glyphs; leave it out")
-    common.check_seed(config.seed)
+    with reports.panels(path, 3, (15, 4.5), xlabel="meta-step") as (accuracy, *others):
+        for index, (name, row) in enumerate(results["combinations"].items()):
+            curve = {field: np.array([r[field] for r in row["curve"]]) for field in row["curve"][0]}
+            steps, middle, half = curve["step"], curve["accuracy"], curve["ci95"]
+            accuracy.plot(steps, middle, "o-", ms=3, color=f"C{index}", label=name)
+            accuracy.fill_between(steps, middle - half, middle + half, color=f"C{index}", alpha=0.1)
+            for axes, kind in zip(others, ("", "_cosine"), strict=True):
+                for (pairs, label), style in zip(PAIRS.items(), ("-", ":"), strict=True):
+                    shown = None if index else label
+                    axes.plot(steps, curve[pairs + kind], style, color=f"C{index}", label=shown)
+        accuracy.set(ylabel=f"test accuracy, {results['ways']}-way {results['shots']}-shot")
+        others[0].set(ylabel="inner product of two mini-batch gradients")
+        others[0].set_yscale("symlog", linthresh=0.1)
+        others[1].set(ylabel="their cosine")
 
 
 if __name__ == "__main__":

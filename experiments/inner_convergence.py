@@ -11,10 +11,9 @@ with the exact Hessian and with the Gauss-Newton matrix, each against its own li
 task on one device. Writes OUTPUT.json.
 """
 
-import dataclasses
 import statistics
-import time
-from operator import itemgetter
+from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 from typing import Any, Literal
 
@@ -23,60 +22,52 @@ import jax.numpy as jnp
 import numpy as np
 
 from experiments import glyphs, mini_imagenet
-from experiments.shared import common, few_shot
+from experiments.shared import common, reports
+from experiments.shared.inner_problems import start_and_tasks
 from imaml_jax import protocols
-from imaml_jax.data import episodes
-from imaml_jax.data import glyphs as glyph_data
-from imaml_jax.protocols import Protocol, build
+from imaml_jax.learners.settings import Count, Record, Seed
+from imaml_jax.protocols import Protocol
 from imaml_jax.types import Task
 
-_MORE_CG = {"cg_steps": 20}
 _GAUSS_NEWTON = {"curvature": "gauss_newton", "solve": "cg_steihaug"}
-_NEWTON = {"inner": "newton_cg"}
+_NEWTON = {**_GAUSS_NEWTON, "inner": "newton_cg"}
 SETTINGS: dict[str, dict[str, Any]] = {
     "published": {},
-    "10 times the steps, 20 CG steps": {"times": 10, **_MORE_CG},
+    "10 times the steps, 20 CG steps": {"times": 10, "cg_steps": 20},
     "Gauss-Newton": _GAUSS_NEWTON,
     "Gauss-Newton, Nesterov": {**_GAUSS_NEWTON, "inner": "nesterov"},
     "Gauss-Newton, adaptive_gd, 8 steps": {**_GAUSS_NEWTON, "inner": "adaptive_gd", "num_steps": 8},
-    "Gauss-Newton, 1 Newton step of 5": {**_GAUSS_NEWTON, **_NEWTON, "num_steps": 1},
-    "Gauss-Newton, 2 Newton steps of 5": {**_GAUSS_NEWTON, **_NEWTON, "num_steps": 2},
-    "Gauss-Newton, 3 Newton steps of 8": {
-        **_GAUSS_NEWTON,
-        **_NEWTON,
-        "num_steps": 3,
-        "cg_steps": 8,
-    },
-    "Gauss-Newton, 10 Newton steps of 20": {
-        **_GAUSS_NEWTON,
-        **_NEWTON,
-        "num_steps": 10,
-        **_MORE_CG,
-    },
+    "Gauss-Newton, 1 Newton step of 5": {**_NEWTON, "num_steps": 1},
+    "Gauss-Newton, 2 Newton steps of 5": {**_NEWTON, "num_steps": 2},
+    "Gauss-Newton, 3 Newton steps of 8": {**_NEWTON, "num_steps": 3, "cg_steps": 8},
+    "Gauss-Newton, 10 Newton steps of 20": {**_NEWTON, "num_steps": 10, "cg_steps": 20},
 }
 _LIMIT = {**_NEWTON, "num_steps": 40, "cg_steps": 30}
-LIMITS = {"hessian": {**_LIMIT, "solve": "minres"}, "gauss_newton": {**_LIMIT, **_GAUSS_NEWTON}}
+LIMITS = {
+    "limit, hessian": {**_LIMIT, "curvature": "hessian", "solve": "minres"},
+    "limit, gauss_newton": _LIMIT,
+}
 
 
-@dataclasses.dataclass(frozen=True)
-class Config:
+@dataclass(frozen=True)
+class Config(Record):
     """What is measured."""
 
     dataset: Literal["glyphs", "mini_imagenet"] = "mini_imagenet"
     """Images of the tasks."""
     data_dir: Path | None = None
     """Directory of mini_imagenet; default the environment variable IMAML_DATA_DIR."""
-    shots: int = 1
+    shots: Count = 1
     """Support examples of each of 5 classes, at least 1."""
     activation: Literal["gelu", "relu", "silu", "softplus"] = "relu"
     """Of the network; only relu is published."""
-    meta_steps: int = 50
+    meta_steps: Count = 50
     """Meta-steps before, at least 1."""
-    num_tasks: int = 3
+    num_tasks: Count = 3
     """Tasks that are measured, at least 1."""
-    rounds: int = 3
+    rounds: Count = 3
     """Interleaved rounds of the timing, at least 1."""
-    seed: int = 0
+    seed: Seed = 0
     """Seed of the initialisation and of the tasks, at least 0."""
     output: Path = Path("runs/inner_convergence")
     """Where to write, without an ending."""
@@ -87,18 +78,24 @@ def main(config: Config) -> list[dict[str, Any]]:
 
     Returns:
       One row a setting, with medians over the tasks.
-
-    Raises:
-      ValueError: a setting out of its range.
     """
-    common.check_least(config, shots=1, meta_steps=1, num_tasks=1, rounds=1)
-    common.check_seed(config.seed)
-    common.check_output(config.output)
-    common.cache_compilations()
-    params, tasks = _prepare(config)
+    reports.begin(config)
+    command, where = glyphs, {}
+    if config.dataset == "mini_imagenet":
+        command, where = mini_imagenet, {"data_dir": config.data_dir}
+    params, tasks = start_and_tasks(
+        command,
+        config.num_tasks,
+        published(config).network,
+        shots=config.shots,
+        activation=config.activation,
+        meta_steps=config.meta_steps,
+        seed=config.seed,
+        **where,
+    )
     rows = measure(config, params, tasks)
-    about = {**dataclasses.asdict(config), **common.provenance()}
-    common.write_json(common.with_ending(config.output, "json"), {"rows": rows, "about": about})
+    written = {"rows": rows, "about": reports.about(config)}
+    common.write_json(common.with_ending(config.output, "json"), written)
     print(table(rows), flush=True)
     return rows
 
@@ -108,77 +105,37 @@ def published(config: Config) -> Protocol:
     kind = "mini_imagenet" if config.dataset == "mini_imagenet" else "omniglot"
     task = {"algorithm": "imaml", "ways": 5, "shots": config.shots}
     protocol = protocols.get("imaml_paper", **task, dataset=kind)
-    return protocol._replace(eval_reg_strength=None, activation=config.activation)
-
-
-def _prepare(config: Config) -> tuple[Any, list[Task]]:
-    """Meta-trained parameters, and new tasks."""
-    settings: dict[str, Any] = {
-        "algorithm": "fomaml",
-        "shots": config.shots,
-        "activation": config.activation,
-        "meta_steps": config.meta_steps,
-        "log_every": config.meta_steps,
-        "validate_every": config.meta_steps,
-        "seed": config.seed,
-    }
-    if config.dataset == "glyphs":
-        training = glyphs.Config(**settings)
-        protocol, splits = glyphs.resolve(training), glyph_data.load()
-    else:
-        training = mini_imagenet.Config(**settings, data_dir=config.data_dir)
-        protocol, splits = mini_imagenet.resolve(training), mini_imagenet.load(training)
-    protocol = protocol._replace(network=published(config).network)
-    trained = few_shot.meta_train(training, protocol, splits._replace(val=None), config.dataset)
-    tasks = episodes.sample_tasks(
-        jax.random.key(config.seed),
-        splits.test,
-        num_tasks=config.num_tasks,
-        ways=5,
-        shots=config.shots,
-        queries=protocol.train_queries,
-        rotations=protocol.test_rotations,
-        invert=protocol.invert,
-    )
-    one_by_one = [jax.tree.map(itemgetter(i), tasks) for i in range(config.num_tasks)]
-    return trained.meta_params, one_by_one
+    return protocol.with_settings({"eval_reg_strength": None, "activation": config.activation})
 
 
 def measure(config: Config, params: Any, tasks: list[Task]) -> list[dict[str, Any]]:
     """The rows of the table."""
     base = published(config)
-    chosen = {name: _replaced(base, changes) for name, changes in SETTINGS.items()}
+    chosen = {name: _replaced(base, own) for name, own in (SETTINGS | LIMITS).items()}
     programs = {name: _program(protocol) for name, protocol in chosen.items()}
-    limits = {
-        curvature: [_program(_replaced(base, changes))(params, task) for task in tasks]
-        for curvature, changes in LIMITS.items()
-    }
     found = {name: [run(params, task) for task in tasks] for name, run in programs.items()}
-    seconds: dict[str, list[float]] = {name: [] for name in programs}
-    for _ in range(config.rounds):
-        for name, run in programs.items():
-            started = time.perf_counter()
-            jax.block_until_ready(run(params, tasks[0]))
-            seconds[name].append(time.perf_counter() - started)
-    rows = []
-    for name, protocol in chosen.items():
-        pairs = list(zip(found[name], limits[protocol.curvature], strict=True))
-        rows.append(_row(name, params, pairs, statistics.median(seconds[name])))
-    for curvature, results in limits.items():
-        pairs = [(result, result) for result in results]
-        rows.append(_row(f"limit, {curvature}", params, pairs, None))
-    return rows
+    timed = {name: partial(programs[name], params, tasks[0]) for name in SETTINGS}
+    seconds = reports.seconds_in_rounds(timed, config.rounds)
+    return [
+        _row(
+            name,
+            params,
+            list(zip(found[name], found[f"limit, {protocol.learner.curvature}"], strict=True)),
+            statistics.median(seconds[name]) if name in seconds else None,
+        )
+        for name, protocol in chosen.items()
+    ]
 
 
 def _replaced(base: Protocol, changes: dict[str, Any]) -> Protocol:
     own = {name: value for name, value in changes.items() if name != "times"}
-    protocol = base._replace(**own)
-    steps = protocol.num_steps * changes.get("times", 1)
-    return protocol._replace(num_steps=steps, eval_num_steps=steps)
+    protocol = base.with_settings(own)
+    steps = protocol.learner.num_steps * changes.get("times", 1)
+    return protocol.with_settings({"num_steps": steps, "eval_num_steps": steps})
 
 
 def _program(protocol: Protocol) -> Any:
-    learner = build.build_learner(protocol, 5)
+    learner = protocol.build(5)
 
     @jax.jit
     def run(params, task):
@@ -218,16 +175,14 @@ def _row(
 
 def table(rows: list[dict[str, Any]]) -> str:
     """The rows as text."""
-    lines = [
-        f"{'':38}{'inner residual':>16}{'distance':>10}{'solve residual':>16}{'error':>9}{'ms':>8}"
-    ]
+    columns = {"": "", "inner residual": ".2g", "distance": ".2g", "solve residual": ".2g"}
+    columns |= {"error": ".2g", "ms": ".0f"}
+    cells = []
     for row in rows:
-        took = "" if row["seconds"] is None else f"{1e3 * row['seconds']:.0f}"
-        lines.append(
-            f"{row['setting']:38}{row['inner_residual']:16.2g}{row['distance']:10.2g}"
-            f"{row['solve_residual']:16.2g}{row['error']:9.2g}{took:>8}"
-        )
-    return "\n".join(lines)
+        shown = ("setting", "inner_residual", "distance", "solve_residual", "error")
+        took = row["seconds"] and 1e3 * row["seconds"]
+        cells.append([*(row[name] for name in shown), took])
+    return reports.text_table(columns, cells)
 
 
 if __name__ == "__main__":

@@ -8,12 +8,12 @@ network with a reference solved to machine precision and a dense Hessian. Both i
 OUTPUT.json and OUTPUT.png.
 """
 
-import dataclasses
 import math
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
+from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import Annotated, Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
@@ -22,15 +22,14 @@ import optax
 from jax.flatten_util import ravel_pytree
 
 import imaml_jax
-from experiments.shared import common
+from experiments.shared import common, reports
 from imaml_jax.data import sinusoid
+from imaml_jax.learners.settings import Count, Range, Record, Seed
 from imaml_jax.networks import Network, mlp
-from imaml_jax.training.plots import new_figure
 from imaml_jax.types import Batch, Task
 
 NUM_PARAMS, NUM_POINTS, REG_STRENGTH = 50, 100, 1.0
 CG_STEPS = (1, 2, 5, 10, 20, 50)
-_MOST = 1e12  # beyond it, float64 cannot hold the regression's curvatures
 # Of every way: its marker and its colour.
 _STYLES = {
     **{f"iMAML, {k} CG": ("o", f"C{i}") for i, k in enumerate(CG_STEPS)},
@@ -42,20 +41,25 @@ _STYLES = {
 }
 
 
-@dataclasses.dataclass(frozen=True)
-class Config:
+@dataclass(frozen=True)
+class Config(Record):
     """What is measured."""
 
-    condition: float = 50.0
-    """Condition number of the regularised inner problem of the regression, above 1."""
-    num_steps: tuple[int, ...] = (1, 2, 4, 8, 16, 32, 64, 128, 256, 512, 1024)
+    # Beyond 1e12, float64 cannot hold the regression's curvatures.
+    condition: Annotated[float, Range(above=1, most=1e12)] = 50.0
+    """Condition number of the regularised inner problem of the regression, above 1 and at most
+    1e12."""
+    num_steps: tuple[Count, ...] = (1, 2, 4, 8, 16, 32, 64, 128, 256, 512, 1024)
     """Inner steps, each at least 1."""
-    num_tasks: int = 10
+    num_tasks: Count = 10
     """Random tasks of each kind; medians and ranges are over them; at least 1."""
-    seed: int = 0
+    seed: Seed = 0
     """Seed of the tasks, at least 0."""
     output: Path = Path("runs/meta_gradient_accuracy")
     """Where to write, without an ending."""
+
+    def check_together(self) -> None:
+        reports.check_not_empty(self, "num_steps")
 
 
 class Problem(NamedTuple):
@@ -90,13 +94,8 @@ def main(config: Config) -> dict[str, Any]:
     Returns:
       For each problem the curves `{name: {"median": [...], "low": [...], "high": [...]}}` over
       `num_steps`, relative errors in the Euclidean norm, and the theoretical rates.
-
-    Raises:
-      ValueError: a setting out of its range.
     """
-    _check(config)
-    common.check_output(config.output)
-    common.cache_compilations()
+    reports.begin(config)
     with jax.enable_x64(True):
         problems = {
             "regression": regression(config.condition, config.num_tasks, config.seed),
@@ -105,8 +104,7 @@ def main(config: Config) -> dict[str, Any]:
         curves = {name: measure(problem, config.num_steps) for name, problem in problems.items()}
         limits = {name: _plain_limit_error(problem) for name, problem in problems.items()}
     rates = {name: (p.smallest, p.largest) for name, p in problems.items()}
-    results = {
-        **dataclasses.asdict(config),
+    measured = {
         "condition_number": {
             name: largest / smallest for name, (smallest, largest) in rates.items()
         },
@@ -115,10 +113,8 @@ def main(config: Config) -> dict[str, Any]:
         "cg_bound": {k: cg_bound(config.condition, k) for k in CG_STEPS},
         "plain_limit": limits,
         "curves": curves,
-        **common.provenance(),
     }
-    common.write_report(config.output, results, table, draw)
-    return results
+    return reports.report(config, measured, table, draw)
 
 
 def descent_rate(smallest: float, largest: float) -> float:
@@ -241,28 +237,52 @@ def _errors(problem: Problem, steps: int) -> dict[str, jax.Array]:
     descent = optax.sgd(2 / (problem.smallest + problem.largest))
     root = math.sqrt(problem.largest / problem.smallest)
     nesterov = optax.sgd(1 / problem.largest, momentum=(root - 1) / (root + 1), nesterov=True)
-    exact_solve = imaml_jax.solve_dense
-    ways: dict[str, Callable[[Any, Task], Any]] = {
-        f"iMAML, {k} CG": _implicit(problem, descent, steps, _cg(k)) for k in CG_STEPS
-    }
-    ways["iMAML, dense solve"] = _implicit(problem, descent, steps, exact_solve)
-    ways["iMAML, Nesterov"] = _implicit(problem, nesterov, steps, exact_solve)
-    hessian_free = imaml_jax.newton_cg(max_cg_steps=5)
-    ways["iMAML, Hessian-free"] = _implicit(problem, hessian_free, steps, exact_solve)
-    ways["MAML, regularised"] = jax.grad(partial(_unrolled_loss, problem, descent, steps))
+
+    def implicit(inner, solve):
+        learner = imaml_jax.imaml(
+            problem.network,
+            half_squared_error,
+            inner=inner,
+            num_steps=steps,
+            reg_strength=REG_STRENGTH,
+            solve=solve,
+        )
+        return partial(common.meta_gradient, learner)
+
+    def unrolled_loss(params, task):
+        loss = partial(_loss, problem.network)
+        adapted, _ = imaml_jax.minimize(
+            imaml_jax.proximal_objective(loss),
+            params,
+            params,
+            REG_STRENGTH,
+            task.support,
+            tx=descent,
+            num_steps=steps,
+        )
+        return loss(adapted, task.query)
+
+    dense = imaml_jax.solve_dense
     plain = imaml_jax.maml(problem.network, half_squared_error, inner=descent, num_steps=steps)
-    ways["MAML, plain"] = partial(common.meta_gradient, plain)
+    ways = {
+        f"iMAML, {k} CG": implicit(
+            descent, partial(imaml_jax.solve_cg_steihaug, tol=0.0, max_steps=k)
+        )
+        for k in CG_STEPS
+    } | {
+        "iMAML, dense solve": implicit(descent, dense),
+        "iMAML, Nesterov": implicit(nesterov, dense),
+        "iMAML, Hessian-free": implicit(imaml_jax.newton_cg(max_cg_steps=5), dense),
+        "MAML, regularised": jax.grad(unrolled_loss),
+        "MAML, plain": partial(common.meta_gradient, plain),
+    }
 
     def errors(task, exact):
         found = {name: way(problem.params, task) for name, way in ways.items()}
         return {name: _relative_error(grads, exact) for name, grads in found.items()}
 
-    # Many small programs: LLVM's optimisations would take longer than they save.
-    options = {"xla_backend_optimization_level": 0}
     # Not vmapped: batched LAPACK calls side by side can wait for each other on a one-thread device.
-    mapped = jax.jit(
-        lambda *args: jax.lax.map(lambda x: errors(*x), args), compiler_options=options
-    )
+    mapped = reports.jit_small(lambda *args: jax.lax.map(lambda x: errors(*x), args))
     return mapped(problem.tasks, problem.exact)
 
 
@@ -277,38 +297,8 @@ def _plain_limit_error(problem: Problem) -> float | None:
     return float(jnp.median(jax.vmap(_relative_error)(problem.plain_limit, problem.exact)))
 
 
-def _cg(steps: int) -> Callable[..., Any]:
-    return partial(imaml_jax.solve_cg_steihaug, tol=0.0, max_steps=steps)
-
-
-def _implicit(problem: Problem, inner, steps: int, solve) -> Callable[[Any, Task], Any]:
-    learner = imaml_jax.imaml(
-        problem.network,
-        half_squared_error,
-        inner=inner,
-        num_steps=steps,
-        reg_strength=REG_STRENGTH,
-        solve=solve,
-    )
-    return partial(common.meta_gradient, learner)
-
-
 def _loss(network: Network, params: Any, batch: Batch) -> jax.Array:
     return half_squared_error(network.apply(params, batch.inputs), batch.targets)
-
-
-def _unrolled_loss(problem: Problem, inner, steps: int, params: Any, task: Task) -> jax.Array:
-    loss = partial(_loss, problem.network)
-    adapted, _ = imaml_jax.minimize(
-        imaml_jax.proximal_objective(loss),
-        params,
-        params,
-        REG_STRENGTH,
-        task.support,
-        tx=inner,
-        num_steps=steps,
-    )
-    return loss(adapted, task.query)
 
 
 def table(results: dict[str, Any]) -> str:
@@ -320,50 +310,34 @@ def table(results: dict[str, Any]) -> str:
             f"contracts by {results['descent_rate'][name]:.4f} a step, Nesterov's method by "
             f"{results['nesterov_rate'][name]:.4f}"
         )
-        lines.append(f"{'relative error after steps':28}" + _row(results["num_steps"], "d"))
-        lines += [f"{way:28}" + _row(curve["median"], ".0e") for way, curve in curves.items()]
+        steps = [(str(count), ".0e") for count in results["num_steps"]]
+        rows = [[way, *curve["median"]] for way, curve in curves.items()]
+        lines.append(reports.text_table([("relative error after steps", ""), *steps], rows))
     return "\n".join(lines)
-
-
-def _row(values: Sequence[float], form: str) -> str:
-    return "".join(f"{value:>8{form}}" for value in values)
 
 
 def draw(results: dict[str, Any], path: Path) -> None:
     """The curves and their range over tasks; dots for theory, for the network near its minima."""
-    figure = new_figure(13, 5)
     steps = np.asarray(results["num_steps"])
-    for axes, (name, curves) in zip(figure.subplots(1, 2), results["curves"].items(), strict=True):
-        for way, curve in curves.items():
-            marker, color = _STYLES[way]
-            axes.plot(steps, curve["median"], marker, ls="-", color=color, ms=4, label=way)
-            axes.fill_between(steps, curve["low"], curve["high"], alpha=0.12, color=color)
-        for method, color in (("descent", "C6"), ("nesterov", "C8")):
-            decay = results[f"{method}_rate"][name] ** steps.astype(float)
-            label = f"theory: {method}"
-            axes.plot(steps, np.maximum(decay, 1e-17), ":", color=color, lw=2, label=label)
-        if results["plain_limit"][name]:
-            axes.axhline(results["plain_limit"][name], color="gray", ls=":", lw=2)
-        axes.set(xscale="log", yscale="log", ylim=(1e-16, 30), xlabel="inner steps", title=name)
-        axes.grid(alpha=0.3)
-    first = figure.axes[0]
-    for k, bound in results["cg_bound"].items():
-        if bound < 1:
-            first.axhline(bound, color=_STYLES[f"iMAML, {k} CG"][1], ls="--", lw=0.8)
-            first.annotate(f"bound, {k} CG", (steps[0], bound), fontsize=7)
-    first.set(ylabel="relative error of the meta-gradient")
-    handles, labels = first.get_legend_handles_labels()
-    figure.legend(handles, labels, loc="outside right upper", fontsize=8)
-    figure.savefig(path, dpi=120)
-
-
-def _check(config: Config) -> None:
-    if not 1 < config.condition <= _MOST:
-        raise ValueError(f"condition={config.condition} must be above 1 and at most {_MOST:g}")
-    if not config.num_steps or min(config.num_steps) < 1:
-        raise ValueError(f"num_steps={config.num_steps} must name step counts of at least 1")
-    common.check_least(config, num_tasks=1)
-    common.check_seed(config.seed)
+    log: dict[str, Any] = dict(xscale="log", yscale="log", ylim=(1e-16, 30))
+    with reports.panels(path, 2, (13, 5), True, xlabel="inner steps", **log) as both:
+        for axes, (name, curves) in zip(both, results["curves"].items(), strict=True):
+            axes.set(title=name)
+            for way, curve in curves.items():
+                marker, color = _STYLES[way]
+                axes.plot(steps, curve["median"], marker, ls="-", color=color, ms=4, label=way)
+                axes.fill_between(steps, curve["low"], curve["high"], alpha=0.12, color=color)
+            for method, color in (("descent", "C6"), ("nesterov", "C8")):
+                decay = results[f"{method}_rate"][name] ** steps.astype(float)
+                style = dict(color=color, ls=":", lw=2, label=f"theory: {method}")
+                axes.plot(steps, np.maximum(decay, 1e-17), **style)
+            if results["plain_limit"][name]:
+                axes.axhline(results["plain_limit"][name], color="gray", ls=":", lw=2)
+        both[0].set(ylabel="relative error of the meta-gradient")
+        for k, bound in results["cg_bound"].items():
+            if bound < 1:
+                both[0].axhline(bound, color=_STYLES[f"iMAML, {k} CG"][1], ls="--", lw=0.8)
+                both[0].annotate(f"bound, {k} CG", (steps[0], bound), fontsize=7)
 
 
 if __name__ == "__main__":

@@ -12,13 +12,13 @@ only have the precision named. Every cell is written to OUTPUT.json when it is d
 the same machine goes on from there.
 """
 
-import dataclasses
 import json
 import math
 import statistics
 import time
 from collections.abc import Callable, Iterable
-from functools import partial
+from dataclasses import dataclass
+from functools import cache, partial
 from itertools import product
 from pathlib import Path
 from typing import Any, Literal, NamedTuple
@@ -30,11 +30,13 @@ import optax
 import imaml_jax
 from experiments.benchmark import workload
 from experiments.benchmark.profile import traced
-from experiments.shared import common
+from experiments.shared import common, reports
+from experiments.shared.inner_problems import random_tasks
+from imaml_jax.learners.settings import Count, Positive, Record
 from imaml_jax.networks import conv4
 from imaml_jax.networks.convolution import convolve, lax_convolve
 from imaml_jax.training.mapping import MapTasks, map_over_tasks
-from imaml_jax.types import Batch, Task
+from imaml_jax.types import Task
 
 CONVOLUTIONS = {"patches": convolve, "lax": lax_convolve}
 _MATRIX, _CPU_MATRIX, _CHAIN, _NUMBERS = 8192, workload.MATRIX, 8, 2**26
@@ -76,8 +78,8 @@ class Cell(NamedTuple):
     precision: str
 
 
-@dataclasses.dataclass(frozen=True)
-class Config:
+@dataclass(frozen=True)
+class Config(Record):
     """What is timed."""
 
     workloads: tuple[Literal["reference", "omniglot", "mini_imagenet"], ...] = (
@@ -90,13 +92,21 @@ class Config:
     """Patches and a matrix product, or lax.conv."""
     precisions: tuple[Literal["highest", "high", "default"], ...] = ("highest", "default")
     """Of convolutions; what else there is stays in full."""
-    rounds: int = 5
+    rounds: Count = 5
     """Timed runs of each cell, at least 1."""
-    max_seconds: float = 480.0
+    max_seconds: Positive = 480.0
     """No cell is begun that would end later than this if it took as long as the longest so far,
     above 0."""
     output: Path = Path("runs/platform_defaults")
     """Where to write, without an ending."""
+
+    def check_together(self) -> None:
+        for mapping in self.mappings():
+            map_over_tasks(lambda shared: shared, mapping)
+
+    def mappings(self) -> list[MapTasks]:
+        """`map_tasks`, with the tasks a chunk as numbers."""
+        return [int(m) if m.isdigit() else m for m in self.map_tasks]
 
 
 def main(config: Config) -> list[dict[str, Any]]:
@@ -106,14 +116,8 @@ def main(config: Config) -> list[dict[str, Any]]:
       One row a cell, those of earlier runs on the same device and versions included.
 
     Raises:
-      ValueError: a setting out of its range.
+      ValueError: the output is there and holds something else.
     """
-    common.check_least(config, rounds=1)
-    if not config.max_seconds > 0:
-        raise ValueError(f"max_seconds={config.max_seconds} must be positive")
-    mappings: list[MapTasks] = [int(m) if m.isdigit() else m for m in config.map_tasks]
-    for mapping in mappings:
-        map_over_tasks(lambda shared: shared, mapping)
     common.check_output(config.output)
     path = common.with_ending(config.output, "json")
     stored, where = _stored(path), common.provenance()
@@ -123,7 +127,7 @@ def main(config: Config) -> list[dict[str, Any]]:
     if rows:
         print(f"{len(rows)} cells of {sorted({row['date'] for row in rows})} in {path}")
     done = {tuple(row[name] for name in Cell._fields) for row in rows}
-    orders = (config.precisions, config.convolutions, mappings, config.workloads)
+    orders = (config.precisions, config.convolutions, config.mappings(), config.workloads)
     cells = [Cell(name, how, conv, precision) for precision, conv, how, name in product(*orders)]
     measured, started, longest = Measurements(), time.perf_counter(), 0.0
     for cell in (cell for cell in cells if cell not in done):
@@ -146,40 +150,38 @@ class Measurements:
     """What cells share, measured when it is first asked for."""
 
     def __init__(self) -> None:
-        self._rates, self._exact = {}, {}
-        self._bytes_a_second = None
+        self.matmul_rate = cache(_matmul_rate)
+        self.bytes_a_second = cache(_bytes_a_second)
+        self.exact = cache(_exact)
 
-    def matmul_rate(self, precision: str) -> float:
-        """Operations a second of large matrix products."""
-        if precision not in self._rates:
-            side = _CPU_MATRIX if jax.default_backend() == "cpu" else _MATRIX
-            matrix = jax.random.normal(jax.random.key(0), (side, side)) / math.sqrt(side)
-            chain = jax.jit(
-                lambda a: jax.lax.fori_loop(
-                    0, _CHAIN, lambda _, b: jnp.matmul(b, a, precision=precision), a
-                )
-            )
-            jax.block_until_ready(chain(matrix))
-            seconds = min(_times(lambda: jax.block_until_ready(chain(matrix)), 3))
-            self._rates[precision] = 2 * _CHAIN * side**3 / seconds
-        return self._rates[precision]
 
-    def bytes_a_second(self) -> float:
-        """Bytes read and written a second by a large elementwise operation."""
-        if self._bytes_a_second is None:
-            numbers = jnp.zeros(_NUMBERS)
-            add = jax.jit(lambda x: x + 1)
-            jax.block_until_ready(add(numbers))
-            seconds = min(_times(lambda: jax.block_until_ready(add(numbers)), 3))
-            self._bytes_a_second = 8 * _NUMBERS / seconds
-        return self._bytes_a_second
+def _matmul_rate(precision: str) -> float:
+    """Operations a second of large matrix products."""
+    side = _CPU_MATRIX if jax.default_backend() == "cpu" else _MATRIX
+    matrix = jax.random.normal(jax.random.key(0), (side, side)) / math.sqrt(side)
 
-    def exact(self, name: str) -> Any:
-        """The meta-gradient of a workload by lax.conv in full precision."""
-        if name not in self._exact:
-            program, args = _lower(Cell(name, "map", "lax", "highest"))
-            self._exact[name] = jax.device_get(program.compile()(*args)[0])
-        return self._exact[name]
+    def chain(a):
+        product = partial(jnp.matmul, precision=precision)
+        return jax.lax.fori_loop(0, _CHAIN, lambda _, b: product(b, a), a)
+
+    return 2 * _CHAIN * side**3 / _least_seconds(chain, matrix)
+
+
+def _bytes_a_second() -> float:
+    """Bytes read and written a second by a large elementwise operation."""
+    return 8 * _NUMBERS / _least_seconds(lambda x: x + 1, jnp.zeros(_NUMBERS))
+
+
+def _least_seconds(fn: Callable[[jax.Array], jax.Array], x: jax.Array) -> float:
+    run = partial(jax.jit(fn), x)
+    jax.block_until_ready(run())
+    return min(_times(run, 3))
+
+
+def _exact(name: str) -> Any:
+    """The meta-gradient of a workload by lax.conv in full precision."""
+    program, args = _lower(Cell(name, "map", "lax", "highest"))
+    return jax.device_get(program.compile()(*args)[0])
 
 
 def measure(cell: Cell, rounds: int, measured: Measurements) -> dict[str, Any]:
@@ -253,7 +255,8 @@ def _lower(cell: Cell) -> tuple[Any, tuple[Any, Task]]:
     head = jax.nn.initializers.normal(0.05)
     network = conv4(work.ways, convolution=convolution, head_init=head, **work.network)
     image = jnp.zeros((1, work.side, work.side, work.channels))
-    args = network.init(jax.random.key(0), image), _tasks(work)
+    tasks = random_tasks(work.num_tasks, work.ways, (work.shots, work.queries), image.shape[1:])
+    args = network.init(jax.random.key(0), image), tasks
     learner = imaml_jax.imaml(
         network,
         imaml_jax.cross_entropy,
@@ -288,22 +291,8 @@ def _stored(path: Path) -> list[dict[str, Any]]:
     raise ValueError(f"{path} holds no cells of this experiment; name another output or delete it")
 
 
-def _tasks(work: Workload) -> Task:
-    batches = []
-    for i, examples in enumerate((work.shots, work.queries)):
-        labels = jnp.tile(jnp.arange(work.ways), (work.num_tasks, examples))
-        shape = (*labels.shape, work.side, work.side, work.channels)
-        batches.append(Batch(jax.random.uniform(jax.random.key(i), shape), labels))
-    return Task(*batches)
-
-
 def _times(run: Callable[[], Any], rounds: int) -> list[float]:
-    times = []
-    for _ in range(rounds):
-        started = time.perf_counter()
-        run()
-        times.append(time.perf_counter() - started)
-    return times
+    return reports.seconds_in_rounds({"": run}, rounds)[""]
 
 
 def line(row: dict[str, Any]) -> str:

@@ -12,12 +12,11 @@ Seconds are those of a system in float32 on one device with its linearisation, m
 interleaved rounds. Writes OUTPUT.json.
 """
 
-import dataclasses
 import math
 import re
 import statistics
-import time
 from collections.abc import Callable, Sequence
+from dataclasses import dataclass
 from functools import partial
 from itertools import groupby
 from operator import itemgetter
@@ -25,17 +24,17 @@ from pathlib import Path
 from typing import Any, NamedTuple
 
 import jax
-import jax.numpy as jnp
 import numpy as np
 import optax
 from jax import lax
 
 import imaml_jax
 from experiments import glyphs
-from experiments.shared import common, few_shot
+from experiments.shared import common, reports
+from experiments.shared.inner_problems import in_float64, start_and_tasks
 from imaml_jax.data import episodes
 from imaml_jax.data import glyphs as glyph_data
-from imaml_jax.data.episodes import Splits
+from imaml_jax.learners.settings import Count, Positive, Record, Seed
 from imaml_jax.networks import Network, conv4
 from imaml_jax.types import Batch, LinearOperator, Task
 
@@ -76,24 +75,42 @@ class System(NamedTuple):
     largest: jax.Array
 
 
-@dataclasses.dataclass(frozen=True)
-class Config:
+# `(solver, system) -> (x, info, operator)`.
+Solve = Callable[[Solver, System], tuple[Any, Any, LinearOperator]]
+# A solution, what the solver reports, and `||b - A x|| / ||b||`.
+Solved = tuple[Any, Any, Any]
+
+
+@dataclass(frozen=True)
+class Config(Record):
     """What is measured."""
 
     sizes: tuple[str, ...] = ("5x1", "5x5", "20x1", "20x5")
     """Ways x shots."""
-    reg_strengths: tuple[float, ...] = (2.0, 0.03)
+    reg_strengths: tuple[Positive, ...] = (2.0, 0.03)
     """Values of lambda: the published one and that of the protocol `common`; each above 0."""
-    meta_steps: int = 100
+    meta_steps: Count = 100
     """Meta-steps of 8 tasks before, at least 1."""
-    num_tasks: int = 2
+    num_tasks: Count = 2
     """Linear systems of each size, at least 1."""
-    rounds: int = 3
+    rounds: Count = 3
     """Interleaved rounds of the timing, at least 1."""
-    seed: int = 0
+    seed: Seed = 0
     """Seed of the initialisation and of the tasks, at least 0."""
     output: Path = Path("runs/solvers")
     """Where to write, without an ending."""
+
+    def check_together(self) -> None:
+        reports.check_not_empty(self, "sizes", "reg_strengths")
+        if not all(re.fullmatch(r"\d+x\d+", size) for size in self.sizes):
+            raise ValueError(f"sizes={self.sizes} must be ways x shots, such as 5x1 20x5")
+        if any(ways < 2 or shots < 1 for ways, shots in self.shapes()):
+            raise ValueError(f"sizes={self.sizes} must have at least 2 ways and 1 shot")
+
+    def shapes(self) -> list[tuple[int, int]]:
+        """The sizes as numbers."""
+        pairs = (size.split("x") for size in self.sizes)
+        return [(int(ways), int(shots)) for ways, shots in pairs]
 
 
 def solvers() -> tuple[Solver, ...]:
@@ -132,58 +149,38 @@ def main(config: Config) -> list[dict[str, Any]]:
       One row for each size, lambda and solver.
 
     Raises:
-      ValueError: a setting out of its range.
+      ValueError: a task that is larger than the data allow.
     """
-    sizes = _check(config)
-    common.check_output(config.output)
-    common.cache_compilations()
+    reports.begin(config)
     splits = glyph_data.load()
-    for ways, shots in sizes:
+    for ways, shots in config.shapes():
         for dataset in (splits.train, splits.test):
             episodes.check_task_shape(dataset, ways=ways, shots=shots, queries=QUERIES)
-    about = {**dataclasses.asdict(config), **common.provenance()}
+    about = reports.about(config)
     rows = []
-    for ways, shots in sizes:
-        rows += [row | {"about": about} for row in measure(config, splits, ways, shots)]
+    for ways, shots in config.shapes():
+        rows += [row | {"about": about} for row in measure(config, ways, shots)]
         common.write_json(common.with_ending(config.output, "json"), rows)
     print(table(rows), flush=True)
     return rows
 
 
-def measure(config: Config, splits: Splits, ways: int, shots: int) -> list[dict[str, Any]]:
+def measure(config: Config, ways: int, shots: int) -> list[dict[str, Any]]:
     """The rows of one size."""
     network = conv4(ways)
-    params = _meta_train(config, splits, ways, shots)
-    tasks = episodes.sample_tasks(
-        jax.random.key(config.seed),
-        splits.test,
-        num_tasks=config.num_tasks,
-        ways=ways,
-        shots=shots,
-        queries=QUERIES,
-        rotations=None,
-        invert=True,
-    )
+    settings = dict(ways=ways, shots=shots, meta_steps=config.meta_steps, seed=config.seed)
+    params, tasks = start_and_tasks(glyphs, config.num_tasks, **settings)
     compared = [s for s in solvers() if ways * ways * shots <= (s.most_outputs or math.inf)]
     rows = []
     for strength in config.reg_strengths:
         prepare = jax.jit(partial(_system, network, strength))
-        one_by_one = [jax.tree.map(itemgetter(i), tasks) for i in range(config.num_tasks)]
-        systems = [prepare(params, task) for task in one_by_one]
-        programs = [jax.jit(partial(_solve, network, strength, solver)) for solver in compared]
-        for program in programs:
-            jax.block_until_ready(program(systems[0]))
-        seconds: list[list[float]] = [[] for _ in compared]
-        for _ in range(config.rounds):
-            for program, own in zip(programs, seconds, strict=True):
-                started = time.perf_counter()
-                jax.block_until_ready([program(system) for system in systems])
-                own.append((time.perf_counter() - started) / len(systems))
-        exact = {name: _exact(network, strength, name, systems) for name in _OPERATORS}
-        for solver, own in zip(compared, seconds, strict=True):
-            solved = _in_float64(network, strength, solver, systems)
-            residuals = _residuals(network, strength, solver.curvature, systems, solved)
-            met = [info.min_curvature for _, info in solved if info.min_curvature is not None]
+        systems = [prepare(params, task) for task in tasks]
+        solve = partial(_solve, network, strength)
+        seconds = _seconds(solve, compared, systems, config.rounds)
+        exact = {name: _exact(solve, name, systems) for name in ("Hessian", "Gauss-Newton")}
+        for solver in compared:
+            solved = _solve_all(solve, solver, systems)
+            met = [info.min_curvature for _, info, _ in solved if info.min_curvature is not None]
             rows.append(
                 {
                     "ways": ways,
@@ -193,28 +190,12 @@ def measure(config: Config, splits: Splits, ways: int, shots: int) -> list[dict[
                     "solver": solver.name,
                     "error": _median_error(solved, exact[solver.curvature]),
                     "error_from_hessian": _median_error(solved, exact["Hessian"]),
-                    "residual": statistics.median(residuals),
+                    "residual": statistics.median(float(residual) for *_, residual in solved),
                     "smallest_curvature": float(np.min(met)) if met else None,
-                    "seconds": statistics.median(own),
+                    "seconds": seconds[solver],
                 }
             )
     return rows
-
-
-def _meta_train(config: Config, splits: Splits, ways: int, shots: int) -> Any:
-    steps = config.meta_steps
-    settings = glyphs.Config(
-        algorithm="fomaml",
-        ways=ways,
-        shots=shots,
-        meta_steps=steps,
-        log_every=steps,
-        validate_every=steps,
-        seed=config.seed,
-    )
-    protocol = glyphs.resolve(settings)
-    trained = few_shot.meta_train(settings, protocol, splits._replace(val=None), "glyphs")
-    return jax.device_put(trained.meta_params, jax.local_devices()[0])
 
 
 def _loss(network: Network, params: Any, batch: Batch) -> jax.Array:
@@ -234,7 +215,7 @@ def _system(network: Network, strength: float, params: Any, task: Task) -> Syste
         num_steps=INNER_STEPS,
     )
     query_grad = jax.grad(loss)(adapted, task.query)
-    matvec = _gauss_newton(network, adapted, task.support).matvec
+    matvec = _operator(network, "Gauss-Newton", adapted, task.support).matvec
 
     def power_step(v, _):
         product = matvec(v)
@@ -245,11 +226,9 @@ def _system(network: Network, strength: float, params: Any, task: Task) -> Syste
     return System(adapted, query_grad, task.support, strength + largest)
 
 
-def _hessian(network: Network, params: Any, support: Batch) -> LinearOperator:
-    return imaml_jax.hessian(lambda p: _loss(network, p, support), params)
-
-
-def _gauss_newton(network: Network, params: Any, support: Batch) -> LinearOperator:
+def _operator(network: Network, curvature: str, params: Any, support: Batch) -> LinearOperator:
+    if curvature == "Hessian":
+        return imaml_jax.hessian(lambda p: _loss(network, p, support), params)
     return imaml_jax.gauss_newton(
         lambda p: network.apply(p, support.inputs),
         lambda outputs: imaml_jax.cross_entropy(outputs, support.targets),
@@ -257,55 +236,49 @@ def _gauss_newton(network: Network, params: Any, support: Batch) -> LinearOperat
     )
 
 
-_OPERATORS = {"Hessian": _hessian, "Gauss-Newton": _gauss_newton}
-
-
-def _solve(network: Network, strength: float, solver: Solver, system: System) -> Any:
-    operator = _OPERATORS[solver.curvature](network, system.params, system.support)
+def _solve(
+    network: Network, strength: float, solver: Solver, system: System
+) -> tuple[Any, Any, LinearOperator]:
+    operator = _operator(network, solver.curvature, system.params, system.support)
     damped = imaml_jax.damped(operator, strength)
-    return solver.solve(damped, system.query_grad, system.largest)
+    return (*solver.solve(damped, system.query_grad, system.largest), damped)
 
 
-def _exact(
-    network: Network, strength: float, curvature: str, systems: Sequence[System]
-) -> list[tuple[Any, Any]] | None:
+def _seconds(
+    solve: Solve, compared: Sequence[Solver], systems: Sequence[System], rounds: int
+) -> dict[Solver, float]:
+    """Medians for one system, in float32."""
+
+    def make_run(solver):
+        program = jax.jit(lambda system: solve(solver, system)[:2])
+        jax.block_until_ready(program(systems[0]))
+        return lambda: [program(system) for system in systems]
+
+    seconds = reports.seconds_in_rounds({each: make_run(each) for each in compared}, rounds)
+    return {each: statistics.median(own) / len(systems) for each, own in seconds.items()}
+
+
+def _exact(solve: Solve, curvature: str, systems: Sequence[System]) -> list[Solved] | None:
     """Solutions in float64; None where one was not reached."""
 
     def minres(operator, b, _):
         return imaml_jax.solve_minres(operator, b, tol=EXACT, max_steps=MOST_STEPS)
 
-    solved = _in_float64(network, strength, Solver(curvature, "exact", minres), systems)
-    return solved if all(info.relative_residual < 10 * EXACT for _, info in solved) else None
+    solved = _solve_all(solve, Solver(curvature, "exact", minres), systems)
+    return solved if all(info.relative_residual < 10 * EXACT for _, info, _ in solved) else None
 
 
-def _in_float64(
-    network: Network, strength: float, solver: Solver, systems: Sequence[System]
-) -> list[tuple[Any, Any]]:
-    with jax.enable_x64(True):
-        program = jax.jit(partial(_solve, network, strength, solver))
-        return [jax.device_get(program(jax.tree.map(_double, system))) for system in systems]
+def _solve_all(solve: Solve, solver: Solver, systems: Sequence[System]) -> list[Solved]:
+    """In float64."""
 
-
-def _residuals(
-    network: Network, strength: float, curvature: str, systems: Sequence[System], solved: Any
-) -> list[float]:
-    """`||b - A x|| / ||b||`, all in float64."""
-
-    def residual(system, x):
-        operator = _OPERATORS[curvature](network, system.params, system.support)
-        product = imaml_jax.damped(operator, strength).matvec(x)
-        difference = optax.tree.sub(system.query_grad, product)
-        return optax.tree.norm(difference) / optax.tree.norm(system.query_grad)
+    @jax.jit
+    def program(system):
+        x, info, operator = solve(solver, system)
+        left = optax.tree.sub(system.query_grad, operator.matvec(x))
+        return x, info, optax.tree.norm(left) / optax.tree.norm(system.query_grad)
 
     with jax.enable_x64(True):
-        program = jax.jit(residual)
-        pairs = zip(systems, (x for x, _ in solved), strict=True)
-        return [float(program(*jax.tree.map(_double, pair))) for pair in pairs]
-
-
-def _double(x: Any) -> jax.Array:
-    x = jnp.asarray(x)
-    return x.astype(jnp.float64) if jnp.issubdtype(x.dtype, jnp.floating) else x
+        return [jax.device_get(program(in_float64(system))) for system in systems]
 
 
 def _median_error(found: Sequence[Any], exact: Sequence[Any] | None) -> float | None:
@@ -314,7 +287,7 @@ def _median_error(found: Sequence[Any], exact: Sequence[Any] | None) -> float | 
         return None
     pairs = zip(found, exact, strict=True)
     return statistics.median(
-        common.relative_difference(x, solution) for (x, _), (solution, _) in pairs
+        common.relative_difference(x, solution) for (x, *_), (solution, *_) in pairs
     )
 
 
@@ -323,40 +296,19 @@ def table(rows: list[dict[str, Any]]) -> str:
     lines = []
     for (ways, shots, strength), own in groupby(rows, key=itemgetter(*_SYSTEM)):
         lines.append(f"{ways}-way {shots}-shot, lambda {strength:g}")
-        lines.append(
-            f"{'':50}{'ms':>8}{'residual':>10}{'error':>10}{'from Hessian':>14}{'curvature':>11}"
-        )
-        for row in own:
-            name = f"{row['curvature']}, {row['solver']}"
-            errors = [_shown(row[key]) for key in ("residual", "error", "error_from_hessian")]
-            lines.append(
-                f"{name:50}{1e3 * row['seconds']:8.1f}{errors[0]:>10}{errors[1]:>10}{errors[2]:>14}"
-                f"{_shown(row['smallest_curvature']):>11}"
-            )
+        cells = [
+            [
+                f"{row['curvature']}, {row['solver']}",
+                1e3 * row["seconds"],
+                *(row[name] for name in ("residual", "error", "error_from_hessian")),
+                row["smallest_curvature"],
+            ]
+            for row in own
+        ]
+        columns = {"": "", "ms": ".1f", "residual": ".1e", "error": ".1e"}
+        columns |= {"from Hessian": ".1e", "curvature": ".1e"}
+        lines.append(reports.text_table(columns, cells))
     return "\n".join(lines)
-
-
-def _shown(value: float | None) -> str:
-    return "" if value is None else f"{value:.1e}"
-
-
-def _check(config: Config) -> list[tuple[int, int]]:
-    """The sizes as numbers.
-
-    Raises:
-      ValueError: a setting out of its range.
-    """
-    sizes = [re.fullmatch(r"(\d+)x(\d+)", size) for size in config.sizes]
-    if not sizes or not all(sizes):
-        raise ValueError(f"sizes={config.sizes} must be ways x shots, such as 5x1 20x5")
-    numbers = [(int(size[1]), int(size[2])) for size in sizes if size]
-    if min(ways for ways, _ in numbers) < 2 or min(shots for _, shots in numbers) < 1:
-        raise ValueError(f"sizes={config.sizes} must have at least 2 ways and 1 shot")
-    if not config.reg_strengths or not all(0 < s < math.inf for s in config.reg_strengths):
-        raise ValueError(f"reg_strengths={config.reg_strengths} must be positive")
-    common.check_least(config, meta_steps=1, num_tasks=1, rounds=1)
-    common.check_seed(config.seed)
-    return numbers
 
 
 if __name__ == "__main__":

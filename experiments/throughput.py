@@ -8,11 +8,11 @@ turns; compilation and the first log point are left out. What training needs unt
 meta-step, which is compilation without the cache of earlier runs, stands beside it.
 """
 
-import dataclasses
 import statistics
 import tempfile
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -22,29 +22,34 @@ import jax.numpy as jnp
 import optax
 
 from experiments import glyphs
-from experiments.shared import common, few_shot
+from experiments.shared import common, reports
 from imaml_jax.data import episodes
-from imaml_jax.data import glyphs as glyph_data
-from imaml_jax.protocols import build
+from imaml_jax.learners.registry import ALGORITHMS
+from imaml_jax.learners.settings import Count, Record
 from imaml_jax.training import mapping, train
 from imaml_jax.training.step import init_meta_params
 from imaml_jax.types import MetaLearner
 
 
-@dataclasses.dataclass(frozen=True)
-class Config:
+@dataclass(frozen=True)
+class Config(Record):
     """What is timed."""
 
-    algorithm: few_shot.Algorithm = "imaml"
+    algorithm: str = "imaml"
     """Meta-learning algorithm, with the settings of the protocol `common`, 5-way 1-shot."""
-    log_every: int = 50
+    log_every: Count = 50
     """Meta-steps between two log points with their checkpoints, at least 1."""
-    chunks: int = 3
+    chunks: Count = 3
     """Log points a round, at least 1."""
-    rounds: int = 3
+    rounds: Count = 3
     """Rounds of both, at least 1."""
     output: Path = Path("runs/throughput")
     """Where to write, without an ending."""
+
+    @classmethod
+    def choices(cls) -> Mapping[str, tuple[str, ...]]:
+        """The values of settings that are names."""
+        return {"algorithm": (*ALGORITHMS,)}
 
 
 def main(config: Config) -> dict[str, Any]:
@@ -53,31 +58,31 @@ def main(config: Config) -> dict[str, Any]:
     Returns:
       Meta-steps a second of training and of the bare meta-step and the seconds before training's
       first meta-step, one for each round, and the median of training's share.
-
-    Raises:
-      ValueError: a setting out of its range.
     """
-    common.check_least(config, log_every=1, chunks=1, rounds=1)
     common.check_output(config.output)
-    protocol = glyphs.resolve(glyphs.Config(algorithm=config.algorithm))
-    dataset = glyph_data.load().train
-    example = jnp.zeros((1, *dataset.images.shape[1:]))
-    learner = build.build_learner(protocol, ways=5)
-    devices = common.task_devices(None, protocol.meta_batch)
     num_steps = config.log_every * (1 + config.chunks)
-    tx = build.make_outer(protocol, num_steps)
-
-    def sample(key):
-        return episodes.sample_tasks(
-            key,
-            dataset,
-            num_tasks=protocol.meta_batch,
-            ways=5,
-            shots=protocol.train_shots,
-            queries=protocol.train_queries,
-            rotations=None,
-            invert=protocol.invert,
+    run, splits, _ = glyphs.prepare(
+        glyphs.Config.of(
+            algorithm=config.algorithm, meta_steps=num_steps, log_every=1, validate_every=1
         )
+    )
+    protocol, tasks = run.settings, run.settings.tasks
+    dataset = splits.train
+    example = jnp.zeros((1, *dataset.images.shape[1:]))
+    learner = protocol.build(5)
+    devices = common.task_devices(None, tasks.meta_batch)
+    tx = protocol.build_outer()
+
+    sample = partial(
+        episodes.sample_tasks,
+        dataset=dataset,
+        num_tasks=tasks.meta_batch,
+        ways=5,
+        shots=tasks.train_shots,
+        queries=tasks.train_queries,
+        rotations=None,
+        invert=tasks.invert,
+    )
 
     def trained_rate() -> tuple[float, float]:
         with tempfile.TemporaryDirectory() as folder:
@@ -101,28 +106,30 @@ def main(config: Config) -> dict[str, Any]:
     bare_rate = _bare(learner, tx, meta_params, jax.jit(sample)(jax.random.key(0)), devices)
     rounds = [(*trained_rate(), bare_rate(num_steps)) for _ in range(config.rounds)]
     trained, startup, bare = zip(*rounds, strict=True)
-    results = {
-        **dataclasses.asdict(config),
+    measured = {
         "trained": trained,
         "startup_seconds": startup,
         "bare": bare,
         "share": statistics.median(t / b for t, b in zip(trained, bare, strict=True)),
-        **common.provenance(),
     }
-    common.write_json(common.with_ending(config.output, "json"), results)
-    print(
-        f"{config.algorithm}: {statistics.median(trained):.2f} meta-steps a second in training, "
-        f"{statistics.median(bare):.2f} bare: {100 * results['share']:.1f}%; "
-        f"{statistics.median(startup):.1f} s until training starts"
+    return reports.report(config, measured, table)
+
+
+def table(results: dict[str, Any]) -> str:
+    """The medians as text."""
+    trained, bare, startup = (
+        statistics.median(results[name]) for name in ("trained", "bare", "startup_seconds")
     )
-    return results
+    return (
+        f"{results['algorithm']}: {trained:.2f} meta-steps a second in training, {bare:.2f} bare: "
+        f"{100 * results['share']:.1f}%; {startup:.1f} s until training starts"
+    )
 
 
 def _bare(
     learner: MetaLearner, tx: Any, meta_params: Any, tasks: Any, devices: Any
 ) -> Callable[[int], float]:
     """`number of meta-steps -> meta-steps a second`, compiled."""
-
     mean_grad = common.mean_over_tasks(partial(common.meta_gradient, learner), None, devices)
 
     @jax.jit

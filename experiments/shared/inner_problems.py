@@ -1,7 +1,10 @@
-"""Inner problems whose implicit gradient `experiments.error_estimate` measures."""
+"""Inner problems of iMAML that the reports measure, where first-order MAML has meta-trained."""
 
+import dataclasses
 from collections.abc import Callable
 from functools import partial
+from operator import itemgetter
+from types import ModuleType
 from typing import Any, Literal, NamedTuple
 
 import jax
@@ -10,13 +13,72 @@ import optax
 from jax.flatten_util import ravel_pytree
 
 import imaml_jax
+from experiments.shared import few_shot
 from imaml_jax.data import episodes, glyphs, sinusoid
 from imaml_jax.networks import Network, conv4, mlp
 from imaml_jax.training import train
+from imaml_jax.types import Batch, Task
 
 FEATURES, EXAMPLES = 12, (25, 15)
 STRENGTH, META_STEPS = 0.5, 200
 Kind = Literal["logistic", "sinusoid", "glyphs_silu", "glyphs_relu"]
+
+
+def start_and_tasks(
+    experiment: ModuleType, num_tasks: int, network: Any = None, **settings: Any
+) -> tuple[Any, list[Task]]:
+    """Meta-parameters that first-order MAML has trained for a while, and new tasks to adapt to.
+
+    Args:
+      experiment: the command whose images, protocol and settings these are, as
+        `experiments.glyphs`.
+      num_tasks: tasks of the test classes, drawn with the seed of the settings.
+      network: that of the protocol to train instead of its own.
+      **settings: of the command; meta_steps and seed among them.
+    """
+    steps = settings["meta_steps"]
+    config = experiment.Config.of(
+        algorithm="fomaml", log_every=steps, validate_every=steps, **settings
+    )
+    config, splits, dataset = experiment.prepare(config)
+    if network is not None:
+        settings_of_run = dataclasses.replace(config.settings, network=network)
+        config = dataclasses.replace(config, settings=settings_of_run)
+    trained = few_shot.meta_train(config, splits._replace(val=None), dataset)
+    drawn = config.settings.tasks
+    tasks = episodes.sample_tasks(
+        jax.random.key(config.seed),
+        splits.test,
+        num_tasks=num_tasks,
+        ways=config.ways,
+        shots=config.shots,
+        queries=drawn.train_queries,
+        rotations=drawn.test_rotations,
+        invert=drawn.invert,
+    )
+    params = jax.device_put(trained.meta_params, jax.local_devices()[0])
+    return params, [jax.tree.map(itemgetter(i), tasks) for i in range(num_tasks)]
+
+
+def in_float64(tree: Any) -> Any:
+    """The tree with its real numbers in float64, which must be enabled."""
+
+    def cast(x):
+        return x.astype(jnp.float64) if jnp.issubdtype(x.dtype, jnp.floating) else x
+
+    return jax.tree.map(cast, jax.tree.map(jnp.asarray, tree))
+
+
+def random_tasks(
+    num_tasks: int, ways: int, examples: tuple[int, int], image: tuple[int, ...]
+) -> Task:
+    """Random images: `examples` of each class in the support and in the query set."""
+    batches = []
+    for i, count in enumerate(examples):
+        labels = jnp.tile(jnp.arange(ways), (num_tasks, count))
+        images = jax.random.uniform(jax.random.key(i), (*labels.shape, *image))
+        batches.append(Batch(images, labels))
+    return Task(*batches)
 
 
 class Problem(NamedTuple):
@@ -155,4 +217,4 @@ def _meta_train(family: Family) -> Any:
         log_every=META_STEPS,
         progress=False,
     )
-    return jax.tree.map(lambda x: x.astype(jnp.float64), trained.meta_params)
+    return in_float64(trained.meta_params)

@@ -7,12 +7,14 @@ import os
 import re
 import subprocess
 import sys
+import types
 import typing
 from pathlib import Path
 from unittest import mock
 
 import numpy as np
 import pytest
+import yaml
 
 from imaml_jax.data import images
 from imaml_jax.learners.registry import ALGORITHMS
@@ -69,6 +71,25 @@ def test_settings_come_back_from_their_file(name, tmp_path):
     path = tmp_path / "config.yaml"
     path.write_text(config_file.text(config), encoding="utf-8")
     assert read_back(path, CONFIGS[name]) == config
+
+
+def filled(hint):
+    """A value of the hint: that of the last of several, and two or as many as a tuple takes."""
+    origin, parts = typing.get_origin(hint), typing.get_args(hint)
+    if origin in (typing.Union, types.UnionType, typing.Literal):
+        return filled(next(part for part in reversed(parts) if part is not type(None)))
+    if origin is tuple:
+        return tuple(map(filled, parts[:1] * 2 if parts[-1] is ... else parts))
+    values = {bool: True, int: 7, float: 0.5, str: "some", Path: Path("there")}
+    return values[hint] if isinstance(hint, type) else hint
+
+
+@pytest.mark.parametrize("name", NAMES)
+def test_every_value_comes_back_from_yaml_in_its_type(name):
+    for setting, (hint, _, _) in settings_of(default_of(CONFIGS[name]), True).items():
+        given = filled(plain(hint))
+        text = yaml.safe_dump({setting: config_file._writable(given)})
+        assert config_file.typed(yaml.safe_load(text)[setting], hint) == given, setting
 
 
 @pytest.mark.parametrize("algorithm", ALGORITHMS)

@@ -252,13 +252,13 @@ def test_the_experiment(tmp_path, capsys, monkeypatch):
     "changes, message",
     [
         ({"meta_steps": 3}, "meta_steps=3 must be a multiple of eval_every=2"),
-        ({"eval_every": 0}, "eval_every=0 must be at least 1"),
-        ({"test_tasks": 1}, "test_tasks=1 must be at least 2"),
-        ({"product_tasks": 1}, "product_tasks=1 must be at least 2"),
-        ({"ways": 1}, "ways=1 must be at least 2"),
-        ({"filters": 0}, "filters=0 must be at least 1"),
-        ({"inner_rate": 0.0}, "inner_rate=0.0 must be positive"),
-        ({"outer_rate": float("nan")}, "outer_rate=nan must be positive"),
+        ({"eval_every": 0}, "eval_every=0 must be an integer at least 1"),
+        ({"test_tasks": 1}, "test_tasks=1 must be an integer at least 2"),
+        ({"product_tasks": 1}, "product_tasks=1 must be an integer at least 2"),
+        ({"ways": 1}, "ways=1 must be an integer at least 2"),
+        ({"filters": 0}, "filters=0 must be an integer at least 1"),
+        ({"inner_rate": 0.0}, "inner_rate=0.0 must be a finite number above 0"),
+        ({"outer_rate": float("nan")}, "outer_rate=nan must be a finite number above 0"),
         ({"seed": -1}, "seed=-1"),
         ({"ways": 7}, "ways=7; allowed: 1 to 6"),
         ({"shots": 6}, r"shots \+ queries = 6 \+ 15"),
@@ -268,10 +268,10 @@ def test_what_cannot_be_run_is_refused_before_anything_is_compiled(
     changes, message, tmp_path, monkeypatch
 ):
     monkeypatch.setattr(glyphs, "load", noise)
-    config = gradient_combinations.Config(**TINY | changes, output=tmp_path / "figure")
     with (
         mock.patch.object(jax, "jit", side_effect=AssertionError("compiled before the check")),
         mock.patch.object(common, "cache_compilations", side_effect=AssertionError("too late")),
         pytest.raises(ValueError, match=message),
     ):
+        config = gradient_combinations.Config(**TINY | changes, output=tmp_path / "figure")
         gradient_combinations.main(config)

@@ -1,4 +1,4 @@
-"""The experiments that report on finished runs: comparison and tuning."""
+"""What reports share, and the experiments that report on finished runs: comparison, tuning."""
 
 import json
 import os
@@ -21,7 +21,7 @@ with mock.patch.dict(os.environ, XLA_FLAGS=os.environ.get("XLA_FLAGS", "")):
         omniglot_table,
         tune,
     )
-    from experiments.shared import accuracy_table, few_shot
+    from experiments.shared import accuracy_table, few_shot, reports
 
 
 def write_run(path, accuracy, **changes):
@@ -168,3 +168,31 @@ def test_every_published_value_has_its_place():
         assert set(values) <= set(ALGORITHMS)
     for algorithm, name in published.OWN_PROTOCOL.items():
         assert algorithm in PROTOCOLS[name].covers
+
+
+def test_a_column_is_as_wide_as_its_widest_cell():
+    columns = [("", ""), ("ms", ".1f"), ("ms", ".0e")]
+    table = reports.text_table(columns, [["a", 1.25, None], ["longer", 1000, "none"]])
+    assert table == "            ms    ms\na          1.2\nlonger  1000.0  none"
+    assert reports.text_table(dict(columns[:2]), [["a", 2]]) == "    ms\na  2.0"
+    with pytest.raises(ValueError, match="longer"):
+        reports.text_table({"": "", "ms": ".1f"}, [["a"]])
+
+
+def test_what_is_timed_takes_turns():
+    calls = []
+    runs = {name: lambda name=name: calls.append(name) for name in "ab"}
+    seconds = reports.seconds_in_rounds(runs, 2)
+    assert calls == ["a", "b", "a", "b"] and list(seconds) == ["a", "b"]
+    assert all(len(own) == 2 and min(own) >= 0 for own in seconds.values())
+
+
+@pytest.mark.parametrize("shared_legend", [False, True])
+def test_panels_are_written_with_what_they_have_in_common(tmp_path, shared_legend):
+    path = tmp_path / "panels.png"
+    with reports.panels(path, 2, (6, 3), shared_legend, xlabel="x", yscale="log") as both:
+        both[0].plot([1, 2], [3, 4], label="drawn")
+    assert [axes.get_yscale() for axes in both] == ["log", "log"]
+    assert [axes.get_legend() is not None for axes in both] == [not shared_legend, False]
+    assert len(both[0].figure.legends) == shared_legend
+    assert path.stat().st_size > 1000
