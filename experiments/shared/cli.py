@@ -246,12 +246,11 @@ def _unknown(argument: str, known: Mapping[str, Setting], chosen: Mapping[str, A
 
 
 def _known(config: type, default: ProtocolConfig | None) -> dict[str, Setting]:
-    """The settings of a command line, but those that have one value only."""
+    """The settings of a command line, first those that choose the protocol and its learner's."""
     if default is not None:
         found = settings_of(default, all_of_them=True)
         first = (*default.SELECTORS, *settings_of(default.settings.learner, all_of_them=True))
-        found = {name: found[name] for name in first} | found
-        return {n: s for n, s in found.items() if len(typing.get_args(s.hint)) != 1}
+        return {name: found[name] for name in first} | found
     hints, docs = typing.get_type_hints(config, include_extras=True), field_docs(config)
     return {
         field.name: Setting(hints[field.name], field.default, docs.get(field.name, ""))

@@ -30,7 +30,7 @@ from imaml_jax.learners.base import (
     inner_report,
     make_adapt,
 )
-from imaml_jax.learners.settings import NotNegative, Positive, Range, When, check_arguments
+from imaml_jax.learners.settings import NotNegative, Positive, Steps, When, check_arguments
 from imaml_jax.learners.supervised import supervised
 from imaml_jax.types import Array, MetaLearner, PyTree
 
@@ -64,8 +64,7 @@ class ImplicitSettings(InnerSettings):
     solve: Solver = "cg"
     """Solver of the linear system; woodbury needs gauss_newton."""
     cg_steps: Annotated[
-        int,
-        Range(least=1),
+        Steps,
         When(lambda own: own.solve != "woodbury" or own.inner == "newton_cg", "solve=woodbury"),
     ] = 5
     """Steps of that solver, and CG steps of a Newton direction."""

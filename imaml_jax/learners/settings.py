@@ -155,7 +155,7 @@ def settings_of(
     Args:
       record: a dataclass instance.
       all_of_them: also those that have no effect, by their `When`.
-      with_fixed: also what is marked as `Fixed`.
+      with_fixed: also what is marked as `Fixed`, or has one value only.
     """
     found = {}
     hints, docs = _hints(type(record)), field_docs(type(record))
@@ -163,7 +163,7 @@ def settings_of(
         value, hint = getattr(record, field.name), hints[field.name]
         if isinstance(value, Record):
             found |= settings_of(value, all_of_them, with_fixed)
-        elif any(_metadata(hint, Fixed)) and not with_fixed:
+        elif _is_fixed(hint) and not with_fixed:
             continue
         elif all_of_them or all(each.holds(record) for each in _metadata(hint, When)):
             found[field.name] = Setting(hint, value, docs.get(field.name, ""))
@@ -227,7 +227,7 @@ def nearest(name: Any, names: Iterable[str]) -> str:
 
 def range_of(hint: Any) -> str:
     """The range of a hint in words; nothing where it has none."""
-    return "; ".join(str(each) for each in _metadata(hint, Range))
+    return "; ".join(dict.fromkeys(str(each) for each in _metadata(hint, Range)))
 
 
 def plain(hint: Any) -> Any:
@@ -266,16 +266,21 @@ def _hints(record: type) -> dict[str, Any]:
     return typing.get_type_hints(record, include_extras=True)
 
 
+def _is_fixed(hint: Any) -> bool:
+    one_choice = typing.get_origin(hint) is Literal and len(typing.get_args(hint)) == 1
+    return one_choice or any(_metadata(hint, Fixed))
+
+
 def _is_union(hint: Any) -> bool:
     return typing.get_origin(hint) in (typing.Union, types.UnionType)
 
 
 def _metadata(hint: Any, kind: type) -> Iterator[Any]:
-    """What a hint is annotated with, also below a union with None."""
+    """What a hint is annotated with, also inside a union or a tuple."""
     if typing.get_origin(hint) is Annotated:
         yield from (each for each in hint.__metadata__ if isinstance(each, kind))
         yield from _metadata(typing.get_args(hint)[0], kind)
-    elif _is_union(hint):
+    elif _is_union(hint) or typing.get_origin(hint) is tuple:
         for option in typing.get_args(hint):
             yield from _metadata(option, kind)
 

@@ -237,7 +237,7 @@ def _read_description(path: Path) -> tuple[Description, str]:
         fields["protocol"] = from_settings(fields["protocol"])
         return made_of(Description, fields), str(checksum)
     except ValueError as error:
-        raise ValueError(f"{path}: {error}. {_REMEDY}") from None
+        raise ValueError(f"{path}: {str(error).rstrip('.')}. {_REMEDY}") from None
 
 
 def _read_weights(
