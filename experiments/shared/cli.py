@@ -158,6 +158,7 @@ def _settings(config: type, description: str | None, args: Sequence[str]) -> Any
         config.__name__,
         [("config", Annotated[Path | None, config_option], dataclasses.field(default=None))],
         bases=(config,),
+        namespace={"__post_init__": lambda self: None},  # its settings are checked below
         frozen=True,
         kw_only=True,
     )
@@ -184,7 +185,7 @@ def _settings(config: type, description: str | None, args: Sequence[str]) -> Any
 def _is_ours(error: BaseException) -> bool:
     """Whether our own code raised it, and not a library that it calls."""
     file = Path(traceback.extract_tb(error.__traceback__)[-1].filename).resolve()
-    homes = (Path(imaml_jax.__file__).parent, Path(__file__).parent)
+    homes = (Path(imaml_jax.__file__).parent, Path(__file__).parents[1])
     return any(file.is_relative_to(home.resolve()) for home in homes)
 
 
