@@ -13,7 +13,7 @@ import pytest
 # Importing the experiments must not change the devices of the other tests.
 with mock.patch.dict(os.environ, XLA_FLAGS=os.environ.get("XLA_FLAGS", "")):
     from experiments import distillation, equilibrium, feature_weights, hyper_cleaning, market
-    from experiments.shared import bundled, softmax_regression
+    from experiments.shared import bundled, linear_model
 
 
 @pytest.fixture
@@ -50,7 +50,7 @@ def test_the_weights_of_a_logistic_regression_have_the_gradient_of_differences(x
     def loss(log_weights):
         zeros = {"kernel": jnp.zeros(30), "bias": jnp.zeros(())}
         params, _ = fit(zeros, log_weights, split.train)
-        outputs = feature_weights.predict(params, split.validation.inputs)
+        outputs = linear_model.predict(params, split.validation.inputs)
         return feature_weights.logistic_loss(outputs, split.validation.targets)
 
     program = jax.jit(jax.value_and_grad(loss))
@@ -111,10 +111,10 @@ def test_more_images_than_a_class_has_are_refused(tmp_path):
 def test_a_classifier_is_a_minimum_and_its_derivative_that_of_differences(x64):
     rng = np.random.default_rng(0)
     inputs, labels = jnp.asarray(rng.normal(size=(12, 3))), jnp.arange(12) % 4
-    params = softmax_regression.init(3, 4)
+    params = linear_model.init(3, 4)
 
     def fitted(weights):
-        found, info = softmax_regression.fit(params, inputs, labels, weights, 0.1)
+        found, info = linear_model.fit(params, inputs, labels, weights, 0.1)
         return jnp.sum(found["kernel"] ** 2), info
 
     start, direction = jnp.ones(12), jnp.asarray(rng.normal(size=12))
