@@ -23,9 +23,9 @@ import numpy as np
 from jax import lax
 
 from experiments.shared import bundled, common, linear_model, reports
-from experiments.shared.bundled import Examples
 from imaml_jax.learners.settings import Count, Positive, Record, Seed
 from imaml_jax.training.plots import new_figure
+from imaml_jax.types import Batch
 
 NUM_CLASSES, SIDE = 10, 8
 LOG_GRID = np.log(np.logspace(-5, 0, 11))
@@ -96,7 +96,7 @@ def main(config: Config) -> dict[str, Any]:
     return reports.report(config, measured, table, draw)
 
 
-def _draw_images(train: Examples, per_class: int, rng: np.random.Generator) -> Examples:
+def _draw_images(train: Batch, per_class: int, rng: np.random.Generator) -> Batch:
     """`per_class` real images of each class.
 
     Raises:
@@ -114,7 +114,7 @@ def _draw_images(train: Examples, per_class: int, rng: np.random.Generator) -> E
         for c in range(NUM_CLASSES)
     ]
     chosen = np.concatenate(rows)
-    return Examples(train.inputs[chosen], train.targets[chosen])
+    return Batch(train.inputs[chosen], train.targets[chosen])
 
 
 def _fit(init: Any, learned: Any, labels: jax.Array) -> Any:
@@ -123,7 +123,7 @@ def _fit(init: Any, learned: Any, labels: jax.Array) -> Any:
     return linear_model.fit(init, learned["images"], labels, weights, strength)
 
 
-def _judge(train: Examples, test: Examples, learned: Any, labels: jax.Array) -> Any:
+def _judge(train: Batch, test: Batch, learned: Any, labels: jax.Array) -> Any:
     """Of the classifier trained on these images."""
     params, info = _fit(linear_model.init(SIDE * SIDE, NUM_CLASSES), learned, labels)
     return {
@@ -133,7 +133,7 @@ def _judge(train: Examples, test: Examples, learned: Any, labels: jax.Array) -> 
     }
 
 
-def _best_of_grid(train: Examples, test: Examples, images: jax.Array, labels: jax.Array) -> Any:
+def _best_of_grid(train: Batch, test: Batch, images: jax.Array, labels: jax.Array) -> Any:
     """The same with the strength of the grid whose loss on the training images is least."""
 
     def judge(log_strength):
@@ -143,7 +143,7 @@ def _best_of_grid(train: Examples, test: Examples, images: jax.Array, labels: ja
     return jax.tree.map(lambda x: x[jnp.argmin(found["loss"])], found)
 
 
-def _distil(config: Config, train: Examples, test: Examples, images: Any, labels: Any) -> Any:
+def _distil(config: Config, train: Batch, test: Batch, images: Any, labels: Any) -> Any:
     """Trained images with the logarithm of the strength, the losses of all steps and the end."""
 
     def outer_loss(learned, init):

@@ -30,10 +30,9 @@ import optax
 from jax import lax
 
 from experiments.shared import bundled, common, reports
-from experiments.shared.bundled import Examples
 from imaml_jax import cross_entropy, custom_root, minimize, solve_gmres
 from imaml_jax.learners.settings import Count, Positive, Range, Record, Seed
-from imaml_jax.types import LinearOperator
+from imaml_jax.types import Batch, LinearOperator
 
 NUM_CLASSES, BATCH = 10, 100
 MOST_ITERATIONS, KRYLOV_SIZE, MOST_RESTARTS = 2000, 20, 20
@@ -91,7 +90,7 @@ def main(config: Config) -> dict[str, Any]:
             name: _accuracy(config, state, trained[name][0], test) for name, state in states.items()
         },
         "seconds_a_step": {name: seconds for name, (_, seconds) in trained.items()},
-        **_compare(config, trained["implicit"][0], Examples(*(x[:BATCH] for x in train))),
+        **_compare(config, trained["implicit"][0], Batch(*(x[:BATCH] for x in train))),
     }
     return reports.report(config, measured, table, draw)
 
@@ -166,16 +165,16 @@ def logits(config: Config, find_state: FindState, params: Any, inputs: jax.Array
     return state @ params["readout"] + params["readout_bias"]
 
 
-def _loss(config: Config, find_state: FindState, params: Any, batch: Examples) -> jax.Array:
+def _loss(config: Config, find_state: FindState, params: Any, batch: Batch) -> jax.Array:
     return cross_entropy(logits(config, find_state, params, batch.inputs), batch.targets)
 
 
-def _accuracy(config: Config, find_state: FindState, params: Any, batch: Examples) -> float:
+def _accuracy(config: Config, find_state: FindState, params: Any, batch: Batch) -> float:
     outputs = jax.jit(partial(logits, config, find_state))(params, batch.inputs)
     return float(jnp.mean(outputs.argmax(-1) == batch.targets))
 
 
-def _train(config: Config, find_state: FindState, start: Any, data: Examples) -> tuple[Any, float]:
+def _train(config: Config, find_state: FindState, start: Any, data: Batch) -> tuple[Any, float]:
     """Trained parameters, and the seconds of a step without compilation."""
 
     def loss(params, key):
@@ -194,7 +193,7 @@ def _train(config: Config, find_state: FindState, start: Any, data: Examples) ->
     return params, (time.perf_counter() - started) / config.steps
 
 
-def _compare(config: Config, params: Any, batch: Examples) -> dict[str, Any]:
+def _compare(config: Config, params: Any, batch: Batch) -> dict[str, Any]:
     """Gradients in float64 and memory in float32, of one batch."""
     ways = {"implicit": equilibrium}
     ways |= {k: partial(iterate, num_steps=k) for k in config.unrolled}

@@ -29,10 +29,10 @@ import optax
 from jax import lax
 
 from experiments.shared import bundled, common, reports
-from experiments.shared.bundled import Examples
 from experiments.shared.linear_model import learn, predict
 from imaml_jax import custom_argmin, mean_squared_error, minimize, newton_cg, solve_cg_steihaug
 from imaml_jax.learners.settings import Count, Positive, Range, Record, Seed
+from imaml_jax.types import Batch
 
 GRID = np.log(np.logspace(-4, 2, 25))
 NEWTON_STEPS, NEWTON_TOLERANCE = 10, 1e-4
@@ -80,9 +80,9 @@ class Config(Record):
 class Split(NamedTuple):
     """Standardised by the training examples."""
 
-    train: Examples
-    validation: Examples
-    test: Examples
+    train: Batch
+    validation: Batch
+    test: Batch
 
 
 def main(config: Config) -> dict[str, Any]:
@@ -135,20 +135,18 @@ def measure(config: Config, name: bundled.Name, probes: int) -> dict[str, Any]:
     }
 
 
-def _prepare(name: str, data: Examples, probes: int, rng: np.random.Generator) -> Split:
+def _prepare(name: str, data: Batch, probes: int, rng: np.random.Generator) -> Split:
     """A random split into thirds."""
     columns = rng.integers(data.inputs.shape[1], size=probes)
     shuffled = [rng.permutation(data.inputs[:, column]) for column in columns]
-    data = Examples(np.column_stack([data.inputs, *shuffled]), data.targets)
+    data = data._replace(inputs=np.column_stack([data.inputs, *shuffled]))
     third = len(data.targets) // 3
     parts = bundled.split(data, [third, third], rng)
     mean, scale = parts[0].inputs.mean(0), parts[0].inputs.std(0)
     middle, spread = 0.0, 1.0
     if name == "diabetes":
         middle, spread = parts[0].targets.mean(), parts[0].targets.std()
-    return Split(
-        *(Examples((p.inputs - mean) / scale, (p.targets - middle) / spread) for p in parts)
-    )
+    return Split(*(Batch((p.inputs - mean) / scale, (p.targets - middle) / spread) for p in parts))
 
 
 def _fit_split(config: Config, loss: Callable[..., Any], split: Split) -> dict[str, jax.Array]:
@@ -178,8 +176,8 @@ def _fit_split(config: Config, loss: Callable[..., Any], split: Split) -> dict[s
     grid_losses = lax.map(lambda a: validation(jnp.full(num_features, a)), grid)
     start = jnp.full(num_features, grid[jnp.argmin(grid_losses)])
     half = len(split.validation.targets) // 2
-    first = Examples(*(x[:half] for x in split.validation))
-    second = Examples(*(x[half:] for x in split.validation))
+    first = Batch(*(x[:half] for x in split.validation))
+    second = Batch(*(x[half:] for x in split.validation))
     weights = {
         "common": start,
         "stopped": train(first, second)[1],

@@ -23,8 +23,8 @@ import jax.numpy as jnp
 import numpy as np
 
 from experiments.shared import bundled, common, linear_model, reports
-from experiments.shared.bundled import Examples
 from imaml_jax.learners.settings import Count, Positive, Range, Record, Seed
+from imaml_jax.types import Batch
 
 NUM_CLASSES = 10
 LEARNED, ALL, CLEAN = "learned weights", "all examples alike", "clean examples only (oracle)"
@@ -73,10 +73,10 @@ class Problem(NamedTuple):
     """One split: `is_clean` is 1 where the label of a training example is right, else 0; all labels
     of the other parts are."""
 
-    train: Examples
+    train: Batch
     is_clean: np.ndarray
-    validation: Examples
-    test: Examples
+    validation: Batch
+    test: Batch
 
 
 def main(config: Config) -> dict[str, Any]:
@@ -104,7 +104,7 @@ def main(config: Config) -> dict[str, Any]:
     return reports.report(config, measured, table, draw)
 
 
-def corrupt(config: Config, data: Examples, rng: np.random.Generator) -> Problem:
+def corrupt(config: Config, data: Batch, rng: np.random.Generator) -> Problem:
     """A random split, with labels replaced by other classes at random."""
     sizes = [config.train_examples, config.validation_examples]
     train, validation, test = bundled.split(data, sizes, rng)

@@ -28,8 +28,8 @@ import jax.numpy as jnp
 import numpy as np
 
 from experiments.shared import common, reports
-from experiments.shared.bundled import Examples
 from imaml_jax.learners.settings import Count, Range, Record, Seed
+from imaml_jax.types import Batch
 
 
 class Contender(NamedTuple):
@@ -207,18 +207,18 @@ def measure(config: Config, contenders: list[Contender]) -> list[dict[str, Any]]
     return rows
 
 
-def objective(x: jax.Array, strength: jax.Array, train: Examples) -> jax.Array:
+def objective(x: jax.Array, strength: jax.Array, train: Batch) -> jax.Array:
     """Of the inner problem."""
     residual = train.inputs @ x - train.targets
     return jnp.mean(residual**2) / 2 + jnp.sum(strength * x**2) / 2
 
 
-def held_out_loss(x: jax.Array, held_out: Examples) -> jax.Array:
+def held_out_loss(x: jax.Array, held_out: Batch) -> jax.Array:
     """Of the outer problem."""
     return jnp.mean((held_out.inputs @ x - held_out.targets) ** 2)
 
 
-def problem(config: Config) -> tuple[jax.Array, Examples, Examples]:
+def problem(config: Config) -> tuple[jax.Array, Batch, Batch]:
     """The strengths, and random training and held-out examples."""
     rng = np.random.default_rng(config.seed)
     weight = rng.normal(size=config.size)
@@ -226,13 +226,13 @@ def problem(config: Config) -> tuple[jax.Array, Examples, Examples]:
     def examples():
         inputs = rng.normal(size=(2 * config.size, config.size))
         targets = inputs @ weight + rng.normal(size=2 * config.size)
-        return Examples(jnp.asarray(inputs), jnp.asarray(targets))
+        return Batch(jnp.asarray(inputs), jnp.asarray(targets))
 
     strength = jnp.asarray(rng.uniform(0.1, 0.4, config.size))
     return strength, examples(), examples()
 
 
-def exact_gradient(strength: jax.Array, *parts: Examples) -> np.ndarray:
+def exact_gradient(strength: jax.Array, *parts: Batch) -> np.ndarray:
     """`-x * A^-1 g` with `A x = X^T y / n` and the gradient `g` of the held-out loss at `x`."""
     (inputs, targets), (held_out, held_out_targets) = jax.tree.map(np.asarray, parts)
     matrix = inputs.T @ inputs / len(inputs) + np.diag(strength)

@@ -14,6 +14,7 @@ import pytest
 with mock.patch.dict(os.environ, XLA_FLAGS=os.environ.get("XLA_FLAGS", "")):
     from experiments import distillation, equilibrium, feature_weights, hyper_cleaning, market
     from experiments.shared import bundled, linear_model
+    from imaml_jax import Batch
 
 
 @pytest.fixture
@@ -78,7 +79,7 @@ def test_wrong_labels_get_small_weights(report):
 
 def test_wrong_labels_are_wrong():
     config = hyper_cleaning.Config(corrupted=0.25, train_examples=400)
-    data = bundled.Examples(np.arange(1000.0)[:, None], np.arange(1000) % 10)
+    data = Batch(np.arange(1000.0)[:, None], np.arange(1000) % 10)
     problem = hyper_cleaning.corrupt(config, data, np.random.default_rng(0))
     right = problem.train.inputs[:, 0] % 10 == problem.train.targets
     assert (right == (problem.is_clean == 1)).all() and right.sum() == 300
@@ -169,6 +170,6 @@ def test_a_missing_library_is_named():
 
 @pytest.mark.parametrize("sizes", [(0, 5), (5, 5), (11,)])
 def test_parts_that_leave_nothing_for_the_test_are_refused(sizes):
-    data = bundled.Examples(np.zeros((10, 2)), np.zeros(10))
+    data = Batch(np.zeros((10, 2)), np.zeros(10))
     with pytest.raises(ValueError, match="10 for the test: lower the sizes"):
         bundled.split(data, sizes, np.random.default_rng(0))
