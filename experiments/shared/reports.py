@@ -62,17 +62,20 @@ def report(
     return results
 
 
-def text_table(columns: Mapping[str, str], rows: Iterable[Sequence[Any]]) -> str:
+def text_table(
+    columns: Mapping[str, str] | Sequence[tuple[str, str]], rows: Iterable[Sequence[Any]]
+) -> str:
     """A table of fixed-width text, its first column to the left, the others to the right.
 
     Args:
-      columns: the format of the values by the head of each column, such as `{"ms": ".1f"}`.
+      columns: the format of the values by the head of each column, such as `{"ms": ".1f"}`; as
+        pairs where two heads can be the same.
       rows: values of each column; text is taken as it is, None leaves its place empty.
     """
-    lines = [list(columns)]
+    columns = list(columns.items()) if isinstance(columns, Mapping) else columns
+    lines = [[head for head, _ in columns]]
     for row in rows:
-        pairs = zip(row, columns.values(), strict=True)
-        lines.append([_cell(value, form) for value, form in pairs])
+        lines.append([_cell(value, form) for value, (_, form) in zip(row, columns, strict=True)])
     widths = [max(map(len, column)) for column in zip(*lines, strict=True)]
     return "\n".join(
         "  ".join([first.ljust(widths[0]), *map(str.rjust, others, widths[1:])]).rstrip()
@@ -121,6 +124,11 @@ def panels(
             if handles:
                 axes.legend(fontsize=8)
     figure.savefig(path, dpi=120)
+
+
+def jit_small(fn: Callable[..., Any]) -> Any:
+    """`jax.jit` of a program so small that LLVM's optimisations take longer than they save."""
+    return jax.jit(fn, compiler_options={"xla_backend_optimization_level": 0})
 
 
 def seconds_in_rounds(runs: Mapping[Any, Callable[[], Any]], rounds: int) -> dict[Any, list[float]]:
