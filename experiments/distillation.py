@@ -20,13 +20,12 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 import numpy as np
-import optax
 from jax import lax
 
-from experiments.shared import bundled, common, softmax_regression
-from experiments.shared.bundled import Examples
-from imaml_jax import cross_entropy
+from experiments.shared import bundled, common, linear_model, reports
+from imaml_jax.learners.settings import Count, Positive, Record, Seed
 from imaml_jax.training.plots import new_figure
+from imaml_jax.types import Batch
 
 NUM_CLASSES, SIDE = 10, 8
 LOG_GRID = np.log(np.logspace(-5, 0, 11))
@@ -34,21 +33,21 @@ LOG_START = math.log(0.01)
 
 
 @dataclasses.dataclass(frozen=True)
-class Config:
+class Config(Record):
     """What is distilled."""
 
-    per_class: int = 1
+    per_class: Count = 1
     """Synthetic images a class, at least 1."""
-    train_examples: int = 1000
+    train_examples: Count = 1000
     """Real training images; the others are for the test; at least 1."""
-    steps: int = 400
+    steps: Count = 400
     """Steps of Adam on the images and on the logarithm of the regularisation strength, at least
     1."""
-    outer_rate: float = 0.01
+    outer_rate: Positive = 0.01
     """Its rate, above 0."""
-    draws: int = 20
+    draws: Count = 20
     """Random draws of real images to compare with, at least 1."""
-    seed: int = 0
+    seed: Seed = 0
     """Seed of the split and of the draws; the synthetic images begin as a draw of their own; at
     least 0."""
     output: Path = Path("runs/distillation")
@@ -63,18 +62,13 @@ def main(config: Config) -> dict[str, Any]:
       training images, the strength learned and the synthetic images.
 
     Raises:
-      ValueError: a setting out of its range.
+      ValueError: a class with fewer images than `per_class`.
     """
-    _check(config)
-    common.check_output(config.output)
-    data = bundled.load("digits")
+    reports.begin(config)
     rng = np.random.default_rng(config.seed)
-    train, test = (
-        Examples(jnp.asarray(part.inputs, jnp.float32), jnp.asarray(part.targets))
-        for part in bundled.split(data, [config.train_examples], rng)
-    )
+    parts = bundled.split(bundled.load("digits"), [config.train_examples], rng)
+    train, test = jax.tree.map(jnp.asarray, parts)
     draws = [_draw_images(train, config.per_class, rng) for _ in range(config.draws + 1)]
-    common.cache_compilations()
     best_of_grid = jax.jit(partial(_best_of_grid, train, test))
     start, labels = draws[0]
     distilled, history, found = jax.jit(partial(_distil, config, train, test))(start, labels)
@@ -85,8 +79,7 @@ def main(config: Config) -> dict[str, Any]:
         "all real images": best_of_grid(*train),
     }
     random = [best_of_grid(*draw) for draw in draws[1:]]
-    results = {
-        **dataclasses.asdict(config),
+    measured = {
         "test_accuracy": {name: float(found["accuracy"]) for name, found in fitted.items()},
         "train_loss": {name: float(found["loss"]) for name, found in fitted.items()},
         "random_test_accuracy": [float(found["accuracy"]) for found in random],
@@ -99,13 +92,11 @@ def main(config: Config) -> dict[str, Any]:
         "images": distilled["images"].tolist(),
         "random_images": draws[1][0].tolist(),
         "means": means.tolist(),
-        **common.provenance(),
     }
-    common.write_report(config.output, results, table, draw)
-    return results
+    return reports.report(config, measured, table, draw)
 
 
-def _draw_images(train: Examples, per_class: int, rng: np.random.Generator) -> Examples:
+def _draw_images(train: Batch, per_class: int, rng: np.random.Generator) -> Batch:
     """`per_class` real images of each class.
 
     Raises:
@@ -123,57 +114,49 @@ def _draw_images(train: Examples, per_class: int, rng: np.random.Generator) -> E
         for c in range(NUM_CLASSES)
     ]
     chosen = np.concatenate(rows)
-    return Examples(train.inputs[chosen], train.targets[chosen])
+    return Batch(train.inputs[chosen], train.targets[chosen])
 
 
-def _fit(images: jax.Array, labels: jax.Array, log_strength: jax.Array, init: Any) -> Any:
-    strength, weights = jnp.exp(log_strength), jnp.ones(len(labels))
-    return softmax_regression.fit(init, images, labels, weights, strength)
+def _fit(init: Any, learned: Any, labels: jax.Array) -> Any:
+    """The classifier of these images, with the regularisation that goes with them."""
+    strength, weights = jnp.exp(learned["log_strength"]), jnp.ones(len(labels))
+    return linear_model.fit(init, learned["images"], labels, weights, strength)
 
 
-def _zeros() -> Any:
-    return softmax_regression.init(SIDE * SIDE, NUM_CLASSES)
-
-
-def _loss(params: Any, batch: Examples) -> jax.Array:
-    return cross_entropy(softmax_regression.predict(params, batch.inputs), batch.targets)
-
-
-def _judge(train: Examples, test: Examples, images: Any, labels: Any, log_strength: Any) -> Any:
+def _judge(train: Batch, test: Batch, learned: Any, labels: jax.Array) -> Any:
     """Of the classifier trained on these images."""
-    params, info = _fit(images, labels, log_strength, _zeros())
+    params, info = _fit(linear_model.init(SIDE * SIDE, NUM_CLASSES), learned, labels)
     return {
-        "loss": _loss(params, train),
-        "accuracy": softmax_regression.accuracy(params, *test),
+        "loss": linear_model.loss(params, *train),
+        "accuracy": linear_model.accuracy(params, *test),
         "residual": info.relative_residual,
     }
 
 
-def _best_of_grid(train: Examples, test: Examples, images: jax.Array, labels: jax.Array) -> Any:
+def _best_of_grid(train: Batch, test: Batch, images: jax.Array, labels: jax.Array) -> Any:
     """The same with the strength of the grid whose loss on the training images is least."""
-    found = lax.map(partial(_judge, train, test, images, labels), jnp.asarray(LOG_GRID))
+
+    def judge(log_strength):
+        return _judge(train, test, {"images": images, "log_strength": log_strength}, labels)
+
+    found = lax.map(judge, jnp.asarray(LOG_GRID))
     return jax.tree.map(lambda x: x[jnp.argmin(found["loss"])], found)
 
 
-def _distil(config: Config, train: Examples, test: Examples, images: Any, labels: Any) -> Any:
+def _distil(config: Config, train: Batch, test: Batch, images: Any, labels: Any) -> Any:
     """Trained images with the logarithm of the strength, the losses of all steps and the end."""
-    tx = optax.adam(config.outer_rate)
 
     def outer_loss(learned, init):
-        params, _ = _fit(learned["images"], labels, learned["log_strength"], init)
-        return _loss(params, train), params
+        params, _ = _fit(init, learned, labels)
+        loss = linear_model.loss(params, *train)
+        return loss, (params, loss)
 
-    def step(carry, _):
-        learned, params, opt_state = carry
-        (loss, params), grads = jax.value_and_grad(outer_loss, has_aux=True)(learned, params)
-        updates, opt_state = tx.update(grads, opt_state)
-        return (optax.apply_updates(learned, updates), params, opt_state), loss
-
-    learned = {"images": images, "log_strength": jnp.asarray(LOG_START)}
-    carry = (learned, _zeros(), tx.init(learned))
-    trained, losses = lax.scan(step, carry, length=config.steps)
-    learned: Any = trained[0]
-    return learned, losses, _judge(train, test, learned["images"], labels, learned["log_strength"])
+    start = {"images": images, "log_strength": jnp.asarray(LOG_START)}
+    zeros = linear_model.init(SIDE * SIDE, NUM_CLASSES)
+    learned, _, losses = linear_model.learn(
+        outer_loss, start, zeros, rate=config.outer_rate, num_steps=config.steps
+    )
+    return learned, losses, _judge(train, test, learned, labels)
 
 
 def table(results: dict[str, Any]) -> str:
@@ -195,30 +178,26 @@ def table(results: dict[str, Any]) -> str:
 
 def draw(results: dict[str, Any], path: Path) -> None:
     """Class means, real and distilled images, and these less their mean; one column a class."""
-    count = results["per_class"]
-    rows = [("class means", np.asarray(results["means"]))]
     distilled = np.asarray(results["images"])
-    for name, images in (
-        ("real", np.asarray(results["random_images"])),
-        ("distilled", distilled),
-        ("less mean", distilled - distilled.mean(0)),
-    ):
-        by_class = images.reshape(NUM_CLASSES, count, -1)
-        rows += [(name, by_class[:, i]) for i in range(count)]
+    groups = {
+        "class means": np.asarray(results["means"]),
+        "real": np.asarray(results["random_images"]),
+        "distilled": distilled,
+        "less mean": distilled - distilled.mean(0),
+    }
+    rows = [
+        (name, of_each_class)
+        for name, images in groups.items()
+        for of_each_class in images.reshape(NUM_CLASSES, -1, SIDE, SIDE).swapaxes(0, 1)
+    ]
     figure = new_figure(NUM_CLASSES, len(rows) + 0.3)
     grid = figure.subplots(len(rows), NUM_CLASSES)
     for axes_row, (name, images) in zip(grid, rows, strict=True):
         for axes, image in zip(axes_row, images, strict=True):
-            axes.imshow(image.reshape(SIDE, SIDE), cmap="gray")
+            axes.imshow(image, cmap="gray")
             axes.set(xticks=[], yticks=[])
         axes_row[0].set(ylabel=name)
     figure.savefig(path, dpi=80)
-
-
-def _check(config: Config) -> None:
-    common.check_least(config, per_class=1, train_examples=1, steps=1, draws=1)
-    common.check_positive(config, "outer_rate")
-    common.check_seed(config.seed)
 
 
 if __name__ == "__main__":

@@ -21,7 +21,7 @@ import time
 from collections.abc import Callable
 from functools import partial
 from pathlib import Path
-from typing import Any
+from typing import Annotated, Any
 
 import jax
 import jax.numpy as jnp
@@ -29,40 +29,42 @@ import numpy as np
 import optax
 from jax import lax
 
-from experiments.shared import bundled, common
-from experiments.shared.bundled import Examples
-from imaml_jax import cross_entropy, custom_root, solve_gmres
-from imaml_jax.training.plots import new_figure
-from imaml_jax.types import LinearOperator
+from experiments.shared import bundled, common, reports
+from imaml_jax import cross_entropy, custom_root, minimize, solve_gmres
+from imaml_jax.learners.settings import Count, Positive, Range, Record, Seed
+from imaml_jax.types import Batch, LinearOperator
 
 NUM_CLASSES, BATCH = 10, 100
 MOST_ITERATIONS, KRYLOV_SIZE, MOST_RESTARTS = 2000, 20, 20
-
 
 # `(W, U x + b) -> z`.
 FindState = Callable[[jax.Array, jax.Array], jax.Array]
 
 
 @dataclasses.dataclass(frozen=True)
-class Config:
+class Config(Record):
     """What is trained and measured."""
 
-    width: int = 50
+    width: Count = 50
     """Numbers in the hidden state, at least 1."""
-    contraction: float = 0.95
+    contraction: Annotated[float, Range(above=0, below=1)] = 0.95
     """Bound on the factor of the error in one iteration, between 0 and 1."""
-    steps: int = 500
+    steps: Count = 500
     """Steps of Adam, each with 100 examples; at least 1."""
-    learning_rate: float = 3e-3
+    learning_rate: Positive = 3e-3
     """Its rate, above 0."""
-    unrolled: tuple[int, ...] = (1, 2, 4, 8, 16, 32, 64, 128)
+    unrolled: tuple[Count, ...] = (1, 2, 4, 8, 16, 32, 64, 128)
     """Numbers of iterations K, each at least 1."""
-    train_examples: int = 1000
+    train_examples: Annotated[int, Range(least=BATCH)] = 1000
     """Training examples, at least 100; the others are for the test."""
-    seed: int = 0
+    seed: Seed = 0
     """Seed of the split, the initialisation and the batches; at least 0."""
     output: Path = Path("runs/equilibrium")
     """Where to write, without an ending."""
+
+    def check_together(self) -> None:
+        """There is something to compare with."""
+        reports.check_not_empty(self, "unrolled")
 
 
 def main(config: Config) -> dict[str, Any]:
@@ -71,19 +73,10 @@ def main(config: Config) -> dict[str, Any]:
     Returns:
       The settings, the test accuracies, and for the implicit gradient and each K the temporary
       bytes, with the relative difference of the gradients.
-
-    Raises:
-      ValueError: a setting out of its range.
     """
-    _check(config)
-    common.check_output(config.output)
-    data = bundled.load("digits")
+    reports.begin(config)
     rng = np.random.default_rng(config.seed)
-    train, test = bundled.split(data, [config.train_examples], rng)
-    common.cache_compilations()
-    single = [
-        Examples(p.inputs.astype(np.float32), p.targets.astype(np.int32)) for p in (train, test)
-    ]
+    train, test = bundled.split(bundled.load("digits"), [config.train_examples], rng)
     most = max(config.unrolled)
     states = {
         "implicit": equilibrium,
@@ -91,20 +84,15 @@ def main(config: Config) -> dict[str, Any]:
         "a single iteration": partial(iterate, num_steps=1),
     }
     start = jax.jit(partial(init_params, config, train.inputs.shape[1]))()
-    trained = {name: _train(config, state, start, single[0]) for name, state in states.items()}
-    batch = jax.tree.map(lambda x: x[:BATCH], train)
-    results = {
-        **dataclasses.asdict(config),
+    trained = {name: _train(config, state, start, train) for name, state in states.items()}
+    measured = {
         "test_accuracy": {
-            name: _accuracy(config, state, trained[name][0], single[1])
-            for name, state in states.items()
+            name: _accuracy(config, state, trained[name][0], test) for name, state in states.items()
         },
         "seconds_a_step": {name: seconds for name, (_, seconds) in trained.items()},
-        **_compare(config, trained["implicit"][0], batch),
-        **common.provenance(),
+        **_compare(config, trained["implicit"][0], Batch(*(x[:BATCH] for x in train))),
     }
-    common.write_report(config.output, results, table, draw)
-    return results
+    return reports.report(config, measured, table, draw)
 
 
 def next_state(state: jax.Array, recurrent: jax.Array, drive: jax.Array) -> jax.Array:
@@ -177,105 +165,90 @@ def logits(config: Config, find_state: FindState, params: Any, inputs: jax.Array
     return state @ params["readout"] + params["readout_bias"]
 
 
-def _loss(config: Config, find_state: FindState, params: Any, batch: Examples) -> jax.Array:
+def _loss(config: Config, find_state: FindState, params: Any, batch: Batch) -> jax.Array:
     return cross_entropy(logits(config, find_state, params, batch.inputs), batch.targets)
 
 
-def _accuracy(config: Config, find_state: FindState, params: Any, batch: Examples) -> float:
+def _accuracy(config: Config, find_state: FindState, params: Any, batch: Batch) -> float:
     outputs = jax.jit(partial(logits, config, find_state))(params, batch.inputs)
     return float(jnp.mean(outputs.argmax(-1) == batch.targets))
 
 
-def _train(config: Config, find_state: FindState, start: Any, data: Examples) -> tuple[Any, float]:
+def _train(config: Config, find_state: FindState, start: Any, data: Batch) -> tuple[Any, float]:
     """Trained parameters, and the seconds of a step without compilation."""
-    tx = optax.adam(config.learning_rate)
-    loss = partial(_loss, config, find_state)
 
-    def step(carry, key):
-        params, opt_state = carry
+    def loss(params, key):
         rows = jax.random.choice(key, len(data.targets), (BATCH,), replace=False)
-        grads = jax.grad(loss)(params, jax.tree.map(lambda x: jnp.asarray(x)[rows], data))
-        updates, opt_state = tx.update(grads, opt_state)
-        return (optax.apply_updates(params, updates), opt_state), None
+        batch = jax.tree.map(lambda x: jnp.asarray(x)[rows], data)
+        return _loss(config, find_state, params, batch)
 
-    carry = (start, tx.init(start))
-    keys = jax.random.split(jax.random.key(config.seed + 1), config.steps)
-    program = jax.jit(partial(lax.scan, step)).lower(carry, keys).compile()
+    def fit(start, keys):
+        tx = optax.adam(config.learning_rate)
+        return minimize(loss, start, tx=tx, num_steps=config.steps, batches=keys)[0]
+
+    args = (start, jax.random.split(jax.random.key(config.seed + 1), config.steps))
+    program = jax.jit(fit).lower(*args).compile()
     started = time.perf_counter()
-    (params, _), _ = jax.block_until_ready(program(carry, keys))
+    params = jax.block_until_ready(program(*args))
     return params, (time.perf_counter() - started) / config.steps
 
 
-def _compare(config: Config, params: Any, batch: Examples) -> dict[str, Any]:
+def _compare(config: Config, params: Any, batch: Batch) -> dict[str, Any]:
     """Gradients in float64 and memory in float32, of one batch."""
-    ways = {k: partial(iterate, num_steps=k) for k in config.unrolled}
-
-    def gradient(find_state):
-        return jax.jit(jax.grad(partial(_loss, config, find_state)))
-
-    def temporary_bytes(find_state):
-        memory: Any = gradient(find_state).lower(params, single).compile().memory_analysis()
-        return memory.temp_size_in_bytes
-
-    single = Examples(batch.inputs.astype(np.float32), batch.targets)
-    bytes_by_way = {k: temporary_bytes(way) for k, way in ways.items()}
+    ways = {"implicit": equilibrium}
+    ways |= {k: partial(iterate, num_steps=k) for k in config.unrolled}
+    gradients = {
+        way: jax.jit(jax.grad(partial(_loss, config, find_state)))
+        for way, find_state in ways.items()
+    }
+    memory: dict[Any, Any] = {
+        way: gradient.lower(params, batch).compile().memory_analysis()
+        for way, gradient in gradients.items()
+    }
     with jax.enable_x64(True):
         double = jax.tree.map(lambda x: jnp.asarray(x, jnp.float64), params)
-        exact = gradient(equilibrium)(double, batch)
+        exact = gradients.pop("implicit")(double, batch)
         errors = {
-            k: common.relative_difference(gradient(way)(double, batch), exact)
-            for k, way in ways.items()
+            k: common.relative_difference(gradient(double, batch), exact)
+            for k, gradient in gradients.items()
         }
     return {
         "gradient_difference": errors,
-        "temporary_bytes": {"implicit": temporary_bytes(equilibrium), **bytes_by_way},
+        "temporary_bytes": {way: own.temp_size_in_bytes for way, own in memory.items()},
     }
 
 
 def table(results: dict[str, Any]) -> str:
     """The measurements as text."""
-    bytes_by_way = results["temporary_bytes"]
-    lines = [f"{'':28}{'accuracy':>10}{'ms a step':>11}"]
-    lines += [
-        f"{name:28}{accuracy:10.4f}{1e3 * results['seconds_a_step'][name]:11.2f}"
+    differences = results["gradient_difference"]
+    trained = [
+        (name, accuracy, 1e3 * results["seconds_a_step"][name])
         for name, accuracy in results["test_accuracy"].items()
     ]
-    lines.append(f"{'gradient of a batch':28}{'MiB':>10}{'difference':>12}")
-    lines.append(f"{'implicit':28}{bytes_by_way['implicit'] / 2**20:10.2f}")
-    lines += [
-        f"{f'{k} iterations':28}{bytes_by_way[k] / 2**20:10.2f}{difference:12.0e}"
-        for k, difference in results["gradient_difference"].items()
+    compared = [
+        (way if way == "implicit" else f"{way} iterations", size / 2**20, differences.get(way))
+        for way, size in results["temporary_bytes"].items()
     ]
-    return "\n".join(lines)
+    gradient = {"gradient of a batch": "", "MiB": ".2f", "difference": ".0e"}
+    return "\n".join(
+        [
+            reports.text_table({"": "", "accuracy": ".4f", "ms a step": ".2f"}, trained),
+            reports.text_table(gradient, compared),
+        ]
+    )
 
 
 def draw(results: dict[str, Any], path: Path) -> None:
     """Difference of the gradients and memory against iterations."""
-    figure = new_figure(9, 3.5)
-    left, right = figure.subplots(1, 2)
     steps = results["unrolled"]
-    left.plot(steps, [results["gradient_difference"][k] for k in steps], "o-")
-    left.set(yscale="log", title="gradient, unrolled from implicit", ylabel="relative difference")
     mebibytes = {way: count / 2**20 for way, count in results["temporary_bytes"].items()}
-    right.plot(steps, [mebibytes[k] for k in steps], "o-", label="unrolled")
-    right.axhline(mebibytes["implicit"], color="C1", label="implicit")
-    right.set(ylabel="temporary MiB")
-    right.legend()
-    for axes in (left, right):
-        axes.set(xlabel="iterations K")
-    figure.savefig(path, dpi=120)
-
-
-def _check(config: Config) -> None:
-    if not 0 < config.contraction < 1:
-        raise ValueError(f"contraction={config.contraction} must lie between 0 and 1")
-    if not config.unrolled or min(config.unrolled) < 1:
-        raise ValueError(f"unrolled={config.unrolled} must name numbers of at least 1")
-    if config.train_examples < BATCH:
-        raise ValueError(f"train_examples={config.train_examples} must be at least {BATCH}")
-    common.check_least(config, width=1, steps=1)
-    common.check_positive(config, "learning_rate")
-    common.check_seed(config.seed)
+    with reports.panels(path, 2, (9, 3.5), xlabel="iterations K") as (left, right):
+        left.plot(steps, [results["gradient_difference"][k] for k in steps], "o-")
+        left.set(yscale="log", title="gradient, unrolled from implicit")
+        left.set(ylabel="relative difference")
+        right.plot(steps, [mebibytes[k] for k in steps], "o-", label="unrolled")
+        right.axhline(mebibytes["implicit"], color="C1", label="implicit")
+        right.set(ylabel="temporary MiB")
 
 
 if __name__ == "__main__":

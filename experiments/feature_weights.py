@@ -18,8 +18,9 @@ import dataclasses
 import math
 from collections.abc import Callable
 from functools import partial
+from itertools import product
 from pathlib import Path
-from typing import Any, Literal, NamedTuple
+from typing import Annotated, Any, Literal, NamedTuple
 
 import jax
 import jax.numpy as jnp
@@ -27,15 +28,20 @@ import numpy as np
 import optax
 from jax import lax
 
-from experiments.shared import bundled, common
-from experiments.shared.bundled import Examples
+from experiments.shared import bundled, common, reports
+from experiments.shared.linear_model import learn, predict
 from imaml_jax import custom_argmin, mean_squared_error, minimize, newton_cg, solve_cg_steihaug
-from imaml_jax.training.plots import new_figure
+from imaml_jax.learners.settings import Count, Positive, Range, Record, Seed
+from imaml_jax.types import Batch
 
 GRID = np.log(np.logspace(-4, 2, 25))
 NEWTON_STEPS, NEWTON_TOLERANCE = 10, 1e-4
 CG_STEPS, TOLERANCE, DIFFERENCE = 200, 1e-12, 1e-4
-WAYS = ("common", "stopped", "learned")
+WAYS = {
+    "common": "common weight",
+    "stopped": "a feature, stopped",
+    "learned": "a feature, to the end",
+}
 
 
 def logistic_loss(outputs: jax.Array, targets: jax.Array) -> jax.Array:
@@ -47,32 +53,36 @@ LOSSES = {"breast_cancer": logistic_loss, "diabetes": mean_squared_error}
 
 
 @dataclasses.dataclass(frozen=True)
-class Config:
+class Config(Record):
     """What is trained."""
 
     datasets: tuple[Literal["breast_cancer", "diabetes"], ...] = ("diabetes", "breast_cancer")
     """Data sets."""
-    probes: tuple[int, ...] = (0, 40)
+    probes: tuple[Annotated[int, Range(least=0)], ...] = (0, 40)
     """Numbers of features without information to put beside those of the data set, each at least
     0."""
-    splits: int = 10
+    splits: Count = 10
     """Random splits into training, validation and test examples; at least 1."""
-    steps: int = 100
+    steps: Count = 100
     """Steps of Adam on the logarithms of the weights, at least 1."""
-    outer_rate: float = 0.1
+    outer_rate: Positive = 0.1
     """Its rate, above 0."""
-    seed: int = 0
+    seed: Seed = 0
     """Seed of the splits and of the probes, at least 0."""
     output: Path = Path("runs/feature_weights")
     """Where to write, without an ending."""
+
+    def check_together(self) -> None:
+        """There is something to train."""
+        reports.check_not_empty(self, "datasets", "probes")
 
 
 class Split(NamedTuple):
     """Standardised by the training examples."""
 
-    train: Examples
-    validation: Examples
-    test: Examples
+    train: Batch
+    validation: Batch
+    test: Batch
 
 
 def main(config: Config) -> dict[str, Any]:
@@ -82,23 +92,11 @@ def main(config: Config) -> dict[str, Any]:
       The settings and, for each data set and number of probes, a row of what each split gave: the
       losses and weights of every way and the relative error of the hypergradient at the common
       weight.
-
-    Raises:
-      ValueError: a setting out of its range.
     """
-    _check(config)
-    common.check_output(config.output)
-    data = {name: bundled.load(name) for name in config.datasets}
-    common.cache_compilations()
+    reports.begin(config)
     with jax.enable_x64(True):
-        rows = [
-            measure(config, name, data[name], probes)
-            for name in config.datasets
-            for probes in config.probes
-        ]
-    results = {**dataclasses.asdict(config), "rows": rows, **common.provenance()}
-    common.write_report(config.output, results, table, draw)
-    return results
+        rows = [measure(config, *case) for case in product(config.datasets, config.probes)]
+    return reports.report(config, {"rows": rows}, table, draw)
 
 
 def make_fit(loss: Callable[..., jax.Array]) -> Callable[..., Any]:
@@ -108,30 +106,25 @@ def make_fit(loss: Callable[..., jax.Array]) -> Callable[..., Any]:
         penalty = 0.5 * jnp.sum(jnp.exp(log_weights) * params["kernel"] ** 2)
         return loss(predict(params, batch.inputs), batch.targets) + penalty
 
-    @custom_argmin(
-        objective, partial(solve_cg_steihaug, tol=TOLERANCE, max_steps=CG_STEPS), has_aux=True
-    )
-    def fit(init, log_weights, batch):
-        tx = newton_cg(max_cg_steps=CG_STEPS, cg_tol=NEWTON_TOLERANCE)
-        return minimize(objective, init, log_weights, batch, tx=tx, num_steps=NEWTON_STEPS)
-
-    return fit
+    solve = partial(solve_cg_steihaug, tol=TOLERANCE, max_steps=CG_STEPS)
+    tx = newton_cg(max_cg_steps=CG_STEPS, cg_tol=NEWTON_TOLERANCE)
+    newton = partial(minimize, objective, tx=tx, num_steps=NEWTON_STEPS)
+    return custom_argmin(objective, solve, has_aux=True)(newton)
 
 
-def predict(params: Any, inputs: jax.Array) -> jax.Array:
-    """Outputs of the linear model."""
-    return inputs @ params["kernel"] + params["bias"]
-
-
-def measure(config: Config, name: str, data: Examples, probes: int) -> dict[str, Any]:
+def measure(config: Config, name: bundled.Name, probes: int) -> dict[str, Any]:
     """The row of one data set."""
+    data = bundled.load(name)
     rng = np.random.default_rng(config.seed)
     fit_split = jax.jit(partial(_fit_split, config, LOSSES[name]))
     found = [
         jax.device_get(fit_split(_prepare(name, data, probes, rng))) for _ in range(config.splits)
     ]
     columns = {key: [f[key].tolist() for f in found] for key in found[0]}
-    gains = {way: np.subtract(columns["test_common"], columns[f"test_{way}"]) for way in WAYS[1:]}
+    gains = {
+        way: np.subtract(columns["test_common"], columns[f"test_{way}"])
+        for way in ("stopped", "learned")
+    }
     return {
         "dataset": name,
         "features": data.inputs.shape[1],
@@ -142,74 +135,59 @@ def measure(config: Config, name: str, data: Examples, probes: int) -> dict[str,
     }
 
 
-def _prepare(name: str, data: Examples, probes: int, rng: np.random.Generator) -> Split:
+def _prepare(name: str, data: Batch, probes: int, rng: np.random.Generator) -> Split:
     """A random split into thirds."""
     columns = rng.integers(data.inputs.shape[1], size=probes)
     shuffled = [rng.permutation(data.inputs[:, column]) for column in columns]
-    data = Examples(np.column_stack([data.inputs, *shuffled]), data.targets)
+    data = data._replace(inputs=np.column_stack([data.inputs, *shuffled]))
     third = len(data.targets) // 3
     parts = bundled.split(data, [third, third], rng)
     mean, scale = parts[0].inputs.mean(0), parts[0].inputs.std(0)
     middle, spread = 0.0, 1.0
     if name == "diabetes":
         middle, spread = parts[0].targets.mean(), parts[0].targets.std()
-    return Split(
-        *(Examples((p.inputs - mean) / scale, (p.targets - middle) / spread) for p in parts)
-    )
+    return Split(*(Batch((p.inputs - mean) / scale, (p.targets - middle) / spread) for p in parts))
 
 
 def _fit_split(config: Config, loss: Callable[..., Any], split: Split) -> dict[str, jax.Array]:
     """All ways on one split, and the check of a hypergradient."""
     fit, num_features = make_fit(loss), split.train.inputs.shape[1]
     zeros = {"kernel": jnp.zeros(num_features), "bias": jnp.zeros(())}
-    half = len(split.validation.targets) // 2
-    first, second = (
-        jax.tree.map(lambda x, rows=rows: x[rows], split.validation)
-        for rows in (slice(half), slice(half, None))
-    )
 
     def score(params, batch):
         return loss(predict(params, batch.inputs), batch.targets)
 
-    def held_out_loss(log_weights, init, seen):
-        params, info = fit(init, log_weights, split.train)
-        return score(params, seen), (params, info)
-
     def validation(log_weights):
-        return held_out_loss(log_weights, zeros, split.validation)[0]
+        return score(fit(zeros, log_weights, split.train)[0], split.validation)
 
     def train(seen, unseen):
         """The last weights, and those that were best for `unseen`."""
-        tx = optax.adam(config.outer_rate)
 
-        def step(carry, _):
-            log_weights, init, opt_state, best = carry
-            grads, (params, _) = jax.grad(held_out_loss, has_aux=True)(log_weights, init, seen)
-            now = (score(params, unseen), log_weights)
-            best = jax.tree.map(lambda new, old: jnp.where(now[0] < best[0], new, old), now, best)
-            updates, opt_state = tx.update(grads, opt_state)
-            return (optax.apply_updates(log_weights, updates), params, opt_state, best), None
+        def seen_loss(log_weights, init):
+            params, _ = fit(init, log_weights, split.train)
+            return score(params, seen), (params, (score(params, unseen), log_weights))
 
-        carry = (start, zeros, tx.init(start), (jnp.inf, start))
-        (last, *_, best), _ = lax.scan(step, carry, length=config.steps)
-        return last, best[1]
+        last, _, (scores, weights) = learn(
+            seen_loss, start, zeros, rate=config.outer_rate, num_steps=config.steps
+        )
+        return last, weights[jnp.nanargmin(scores)]
 
     grid = jnp.asarray(GRID)
     grid_losses = lax.map(lambda a: validation(jnp.full(num_features, a)), grid)
     start = jnp.full(num_features, grid[jnp.argmin(grid_losses)])
-    weights = dict(
-        zip(
-            WAYS,
-            (start, train(first, second)[1], train(split.validation, split.validation)[0]),
-            strict=True,
-        )
-    )
+    half = len(split.validation.targets) // 2
+    first = Batch(*(x[:half] for x in split.validation))
+    second = Batch(*(x[half:] for x in split.validation))
+    weights = {
+        "common": start,
+        "stopped": train(first, second)[1],
+        "learned": train(split.validation, split.validation)[0],
+    }
     numeric = lax.map(
         lambda e: (validation(start + e) - validation(start - e)) / (2 * DIFFERENCE),
         DIFFERENCE * jnp.eye(num_features),
     )
-    exact = jax.grad(validation)(start)
-    error = optax.tree.norm(exact - numeric) / optax.tree.norm(numeric)
+    error = optax.tree.norm(jax.grad(validation)(start) - numeric) / optax.tree.norm(numeric)
     found: dict[str, Any] = {"gradient_error": error}
     for way, log_weights in weights.items():
         params, info = fit(zeros, log_weights, split.train)
@@ -222,57 +200,42 @@ def _fit_split(config: Config, loss: Callable[..., Any], split: Split) -> dict[s
 
 def table(results: dict[str, Any]) -> str:
     """The rows as text: means over splits."""
-    lines = [
+    head = (
         f"losses on validation and test examples, means of {results['splits']} splits; of how many "
-        "lower than by the common weight on test examples",
-        f"{'':38}{'common weight':>15}{'a feature, stopped':>28}{'a feature, to the end':>28}"
-        f"{'gradient error':>16}",
-    ]
+        "lower than by the common weight on test examples"
+    )
+    columns = {"": "", **dict.fromkeys(WAYS.values(), ""), "gradient error": ".0e"}
+    rows = []
     for row in results["rows"]:
-        line = f"{row['dataset']}, {row['features']} features, {row['probes']} probes"
-        line = f"{line:38}"
+        cells = [f"{row['dataset']}, {row['features']} features, {row['probes']} probes"]
         for way in WAYS:
-            losses = (float(np.mean(row[f"{part}_{way}"])) for part in ("validation", "test"))
-            line += "".join(f"{loss:8.4f}" for loss in losses)
-            if way != "common":
-                line += f"{row['splits_gained'][way]:6} of {results['splits']}"
-        lines.append(f"{line}{max(row['gradient_error']):12.0e}")
-    return "\n".join(lines)
+            cell = f"{np.mean(row[f'validation_{way}']):.4f}  {np.mean(row[f'test_{way}']):.4f}"
+            if way in row["splits_gained"]:
+                cell += f"{row['splits_gained'][way]:4} of {results['splits']}"
+            cells.append(cell)
+        rows.append((*cells, max(row["gradient_error"])))
+    return f"{head}\n{reports.text_table(columns, rows)}"
 
 
 def draw(results: dict[str, Any], path: Path) -> None:
     """Learned weights of every split; features, then probes."""
     rows = results["rows"]
-    figure = new_figure(5 * len(rows), 3.5)
-    for axes, row in zip(figure.subplots(1, len(rows), squeeze=False)[0], rows, strict=True):
-        weights = np.asarray(row["log_weights_learned"]) / math.log(10)
-        for columns, color, label in (
-            (np.arange(row["features"]), "C0", "features"),
-            (np.arange(row["features"], weights.shape[1]), "C1", "probes"),
-        ):
-            if len(columns):
-                axes.plot(columns, weights[:, columns].T, ".", color=color, ms=3, alpha=0.4)
-                axes.plot(columns, np.median(weights[:, columns], 0), "_", color=color, label=label)
-        common_weight = np.median(row["log_weights_common"]) / math.log(10)
-        axes.axhline(common_weight, color="gray", ls=":", label="common weight")
-        axes.set(xlabel="column", title=f"{row['dataset']}, {row['probes']} probes")
-    figure.axes[0].set(ylabel="log10 of the weight")
-    handles, labels = figure.axes[-1].get_legend_handles_labels()
-    figure.legend(handles, labels, loc="outside right upper")
-    figure.savefig(path, dpi=120)
-
-
-def _check(config: Config) -> None:
-    if not config.datasets or not config.probes:
-        raise ValueError(
-            f"datasets={config.datasets} and probes={config.probes} leave nothing to train: name "
-            "at least one of each"
-        )
-    if min(config.probes) < 0:
-        raise ValueError(f"probes={config.probes} must be at least 0")
-    common.check_least(config, splits=1, steps=1)
-    common.check_positive(config, "outer_rate")
-    common.check_seed(config.seed)
+    size = (5 * len(rows), 3.5)
+    with reports.panels(path, len(rows), size, shared_legend=True, xlabel="column") as all_axes:
+        for axes, row in zip(all_axes, rows, strict=True):
+            weights = np.asarray(row["log_weights_learned"]) / math.log(10)
+            for columns, color, label in (
+                (np.arange(row["features"]), "C0", "features"),
+                (np.arange(row["features"], weights.shape[1]), "C1", "probes"),
+            ):
+                if len(columns):
+                    own = weights[:, columns]
+                    axes.plot(columns, own.T, ".", color=color, ms=3, alpha=0.4)
+                    axes.plot(columns, np.median(own, 0), "_", color=color, label=label)
+            common_weight = np.median(row["log_weights_common"]) / math.log(10)
+            axes.axhline(common_weight, color="gray", ls=":", label="common weight")
+            axes.set(title=f"{row['dataset']}, {row['probes']} probes")
+        all_axes[0].set(ylabel="log10 of the weight")
 
 
 if __name__ == "__main__":

@@ -20,7 +20,7 @@ import time
 from collections.abc import Callable
 from functools import partial
 from pathlib import Path
-from typing import Any, Literal
+from typing import Annotated, Any, Literal
 
 import jax
 import jax.numpy as jnp
@@ -34,17 +34,18 @@ from imaml_jax.data import episodes, features, omniglot
 from imaml_jax.data.images import SPLITS
 from imaml_jax.learners.base import MetaInfo
 from imaml_jax.learners.nearest_centroid import nearest_centroid
+from imaml_jax.learners.settings import Count, NotNegative, Positive, Range, Record, Seed
 from imaml_jax.networks import Network, conv4, resnet12
 from imaml_jax.networks.convolution import convolve, lax_convolve
 from imaml_jax.training import train
-from imaml_jax.training.evaluation import Evaluation, evaluate
+from imaml_jax.training.evaluation import evaluate
 from imaml_jax.types import Batch, MetaLearner, Task
 
 _MOMENTUM, _REFERENCE, _BLOCK, _WAYS, _QUERIES = 0.9, 256, 256, 5, 15
 
 
 @dataclasses.dataclass(frozen=True)
-class Config:
+class Config(Record):
     """Features of a classifier of the training classes."""
 
     output: Path
@@ -54,25 +55,25 @@ class Config:
     """mini_imagenet, tiered_imagenet, omniglot, folder:PATH or arrays:FILE.npz."""
     data_dir: Path | None = None
     """Directory of the data set; default the environment variable IMAML_DATA_DIR."""
-    image_size: int | None = None
+    image_size: Annotated[int, Range(least=1, most=1024)] | None = None
     """Side of the images in pixels, between 1 and 1024; default 84, Omniglot 28."""
     backbone: Literal["conv4", "resnet12"] = "conv4"
     """Network; its features are those that the last layer sees."""
-    width: int = 64
+    width: Count = 64
     """Channels of conv4's blocks, or of resnet12's first one; at least 1."""
-    epochs: int = 90
+    epochs: Count = 90
     """Passes over as many images as there are, at least 1."""
-    batch_size: int = 256
+    batch_size: Count = 256
     """Images a step, at least 1."""
-    rate: float = 0.1
+    rate: Positive = 0.1
     """Learning rate at the start, above 0."""
-    weight_decay: float = 1e-4
+    weight_decay: NotNegative = 1e-4
     """Times the parameters, added to the gradient; at least 0."""
-    max_seconds: float | None = None
+    max_seconds: Positive | None = None
     """Stop after the first epoch past this many seconds of wall clock, above 0."""
-    seed: int = 0
+    seed: Seed = 0
     """Seed of the initialisation and of the batches, at least 0."""
-    test_tasks: int = 2000
+    test_tasks: Annotated[int, Range(least=2)] = 2000
     """Test tasks of the nearest class mean, at least 2."""
 
 
@@ -86,14 +87,9 @@ def main(config: Config) -> dict[str, Any]:
       What `results.json` in the output folder holds.
 
     Raises:
-      ValueError: a setting out of its range, or data that are not there.
+      ValueError: data that are not there.
     """
     common.cache_compilations()
-    common.check_seed(config.seed)
-    common.check_least(config, epochs=1, batch_size=1, width=1, test_tasks=2)
-    common.check_positive(config, "rate")
-    if not config.weight_decay >= 0:
-        raise ValueError(f"weight_decay={config.weight_decay} must be at least 0")
     splits = load_images(config)
     classes = episodes.num_classes(splits.train)
     started = time.perf_counter()
@@ -225,16 +221,29 @@ def embedder(
 
 def nearest_centroids(config: Config) -> dict[str, dict[str, list[float]]]:
     """Test accuracy and its 95% confidence interval, by normalisation and shots."""
-    found = {}
+    found: dict[str, dict[str, list[float]]] = {}
     for name, centred in (("scaled", False), ("centred and scaled", True)):
         test = features.load(config.output, centred=centred).test
         smallest = int(np.diff(np.asarray(test.offsets)).min())
         ways = min(_WAYS, episodes.num_classes(test))
-        found[name] = {
-            f"{ways}-way {shots}-shot": list(_score(test, ways, shots, queries, config.test_tasks))
-            for shots in (1, 5)
-            if (queries := min(_QUERIES, smallest - shots)) > 0
-        }
+        found[name] = {}
+        for shots in (1, 5):
+            queries = min(_QUERIES, smallest - shots)
+            if queries < 1:
+                continue
+            sample = partial(
+                episodes.sample_tasks,
+                dataset=test,
+                num_tasks=min(config.test_tasks, 100),
+                ways=ways,
+                shots=shots,
+                queries=queries,
+            )
+            key = common.fixed_key(common.TEST_KEY)
+            scored = evaluate(
+                nearest_centroid(ways=ways), {}, sample, key, num_tasks=config.test_tasks
+            )
+            found[name][f"{ways}-way {shots}-shot"] = [scored.mean, scored.ci95]
     return found
 
 
@@ -255,22 +264,6 @@ def report(results: dict[str, Any]) -> str:
     return "\n".join(lines)
 
 
-def _score(
-    dataset: episodes.Dataset, ways: int, shots: int, queries: int, num_tasks: int
-) -> tuple[float, float]:
-    sample = partial(
-        episodes.sample_tasks,
-        dataset=dataset,
-        num_tasks=min(num_tasks, 100),
-        ways=ways,
-        shots=shots,
-        queries=queries,
-    )
-    key = common.fixed_key(common.TEST_KEY)
-    scored: Evaluation = evaluate(nearest_centroid(ways=ways), {}, sample, key, num_tasks=num_tasks)
-    return scored.mean, scored.ci95
-
-
 def _crop(key: jax.Array, images: jax.Array) -> jax.Array:
     """A random window of each image, after a tenth of its side was added on every side."""
     n, height, width, channels = images.shape
@@ -285,11 +278,8 @@ def _crop(key: jax.Array, images: jax.Array) -> jax.Array:
 
 
 def _recorded(config: Config) -> dict[str, Any]:
-    return {
-        name: str(x) if isinstance(x, Path) else x
-        for name, x in common.recorded(config).items()
-        if name != "output"  # as the workdir of the other experiments, it may move
-    }
+    """Without the output, which may move as the workdir of the other experiments may."""
+    return {name: x for name, x in common.recorded(config).items() if name != "output"}
 
 
 if __name__ == "__main__":

@@ -14,21 +14,17 @@ Franceschi et al., "Forward and reverse gradient-based hyperparameter optimizati
 """
 
 import dataclasses
-import math
 from functools import partial
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import Annotated, Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
 import numpy as np
-import optax
-from jax import lax
 
-from experiments.shared import bundled, common, softmax_regression
-from experiments.shared.bundled import Examples
-from imaml_jax import cross_entropy
-from imaml_jax.training.plots import new_figure
+from experiments.shared import bundled, common, linear_model, reports
+from imaml_jax.learners.settings import Count, Positive, Range, Record, Seed
+from imaml_jax.types import Batch
 
 NUM_CLASSES = 10
 LEARNED, ALL, CLEAN = "learned weights", "all examples alike", "clean examples only (oracle)"
@@ -37,42 +33,50 @@ WAYS = (LEARNED, ALL, CLEAN, VALIDATION, BOTH)
 
 
 @dataclasses.dataclass(frozen=True)
-class Config:
+class Config(Record):
     """What is cleaned."""
 
-    corrupted: float = 0.5
+    corrupted: Annotated[float, Range(above=0, below=1)] = 0.5
     """Share of the training labels that are wrong, between 0 and 1."""
-    train_examples: int = 800
+    train_examples: Count = 800
     """Training examples, at least 1."""
-    validation_examples: int = 200
+    validation_examples: Count = 200
     """Examples with clean labels, at least 1."""
-    reg_strength: float = 0.01
+    reg_strength: Positive = 0.01
     """L2 regularisation of every classifier, above 0."""
-    steps: int = 200
+    steps: Count = 200
     """Steps of Adam on the weights' logits, at least 1."""
-    outer_rate: float = 0.1
+    outer_rate: Positive = 0.1
     """Its rate, above 0."""
-    repeats: int = 5
+    repeats: Count = 5
     """Random splits with random wrong labels, at least 1."""
-    seed: int = 0
+    seed: Seed = 0
     """Seed of both, at least 0."""
     output: Path = Path("runs/hyper_cleaning")
     """Where to write, without an ending."""
 
+    @property
+    def num_wrong(self) -> int:
+        """Training examples whose label is wrong."""
+        return round(self.corrupted * self.train_examples)
+
+    def check_together(self) -> None:
+        """Both right and wrong labels are needed."""
+        if not 0 < self.num_wrong < self.train_examples:
+            raise ValueError(
+                f"corrupted={self.corrupted} must leave wrong and clean labels among the "
+                f"{self.train_examples} training examples"
+            )
+
 
 class Problem(NamedTuple):
-    """One split.
+    """One split: `is_clean` is 1 where the label of a training example is right, else 0; all labels
+    of the other parts are."""
 
-    Attributes:
-      train: examples some of whose labels are wrong.
-      is_clean: 1 for those that are right, else 0.
-      validation, test: examples with clean labels.
-    """
-
-    train: Examples
-    is_clean: Any
-    validation: Examples
-    test: Examples
+    train: Batch
+    is_clean: np.ndarray
+    validation: Batch
+    test: Batch
 
 
 def main(config: Config) -> dict[str, Any]:
@@ -81,20 +85,14 @@ def main(config: Config) -> dict[str, Any]:
     Returns:
       The settings, and over the repeats the AUROC, the test accuracies of every way, the largest
       residual of the classifier's training, and the weights of the last repeat.
-
-    Raises:
-      ValueError: a setting out of its range.
     """
-    _check(config)
-    common.check_output(config.output)
+    reports.begin(config)
     data = bundled.load("digits")
     rng = np.random.default_rng(config.seed)
     problems = [corrupt(config, data, rng) for _ in range(config.repeats)]
-    common.cache_compilations()
     program = jax.jit(partial(_clean, config))
     found = [jax.device_get(program(problem)) for problem in problems]
-    results = {
-        **dataclasses.asdict(config),
+    measured = {
         "auroc": [
             auroc(f["logits"], p.is_clean == 1) for f, p in zip(found, problems, strict=True)
         ],
@@ -102,57 +100,40 @@ def main(config: Config) -> dict[str, Any]:
         "largest_inner_residual": max(float(f["inner_residual"]) for f in found),
         "weights": (1 / (1 + np.exp(-found[-1]["logits"]))).tolist(),
         "is_clean": problems[-1].is_clean.tolist(),
-        **common.provenance(),
     }
-    common.write_report(config.output, results, table, draw)
-    return results
+    return reports.report(config, measured, table, draw)
 
 
-def corrupt(config: Config, data: Examples, rng: np.random.Generator) -> Problem:
+def corrupt(config: Config, data: Batch, rng: np.random.Generator) -> Problem:
     """A random split, with labels replaced by other classes at random."""
     sizes = [config.train_examples, config.validation_examples]
-    train, *others = bundled.split(data, sizes, rng)
+    train, validation, test = bundled.split(data, sizes, rng)
     wrong = np.zeros(config.train_examples, bool)
-    count = round(config.corrupted * config.train_examples)
-    wrong[rng.choice(config.train_examples, count, replace=False)] = True
+    wrong[rng.choice(config.train_examples, config.num_wrong, replace=False)] = True
     shifts = rng.integers(1, NUM_CLASSES, config.train_examples)
     labels = np.where(wrong, (train.targets + shifts) % NUM_CLASSES, train.targets)
-    is_clean = (~wrong).astype(np.float32)
-    parts = [
-        Examples(part.inputs.astype(np.float32), part.targets)
-        for part in (Examples(train.inputs, labels), *others)
-    ]
-    return Problem(parts[0], is_clean, parts[1], parts[2])
+    return Problem(train._replace(targets=labels), 1.0 - wrong, validation, test)
 
 
 def _clean(config: Config, problem: Problem) -> dict[str, Any]:
     """Logits of the learned weights, and the accuracies of all ways."""
     train, is_clean, validation, test = problem
-    zeros = softmax_regression.init(train.inputs.shape[1], NUM_CLASSES)
+    zeros = linear_model.init(train.inputs.shape[1], NUM_CLASSES)
 
     def fit(examples, weights, init=zeros):
-        return softmax_regression.fit(init, *examples, weights, config.reg_strength)
+        return linear_model.fit(init, *examples, weights, config.reg_strength)
 
     def validation_loss(logits, init):
         params, info = fit(train, jax.nn.sigmoid(logits), init)
-        loss = cross_entropy(softmax_regression.predict(params, validation.inputs), validation[1])
-        return loss, (params, info)
-
-    tx = optax.adam(config.outer_rate)
-
-    def step(carry, _):
-        logits, params, opt_state = carry
-        grads, (params, info) = jax.grad(validation_loss, has_aux=True)(logits, params)
-        updates, opt_state = tx.update(grads, opt_state)
-        return (optax.apply_updates(logits, updates), params, opt_state), info.relative_residual
+        return linear_model.loss(params, *validation), (params, info.relative_residual)
 
     start = jnp.zeros(len(train.targets))
-    carry = (start, zeros, tx.init(start))
-    trained, residuals = lax.scan(step, carry, length=config.steps)
-    logits: Any = trained[0]
+    logits, params, residuals = linear_model.learn(
+        validation_loss, start, zeros, rate=config.outer_rate, num_steps=config.steps
+    )
     both = jax.tree.map(lambda *parts: jnp.concatenate(parts), train, validation)
     fitted = {
-        LEARNED: fit(train, jax.nn.sigmoid(logits), trained[1]),
+        LEARNED: fit(train, jax.nn.sigmoid(logits), params),
         ALL: fit(train, jnp.ones_like(is_clean)),
         CLEAN: fit(train, is_clean),
         VALIDATION: fit(validation, jnp.ones(len(validation.targets))),
@@ -160,7 +141,7 @@ def _clean(config: Config, problem: Problem) -> dict[str, Any]:
     }
     return {
         "logits": logits,
-        "accuracy": {way: softmax_regression.accuracy(p, *test) for way, (p, _) in fitted.items()},
+        "accuracy": {way: linear_model.accuracy(p, *test) for way, (p, _) in fitted.items()},
         "inner_residual": jnp.max(residuals[1:], initial=0.0),
     }
 
@@ -174,47 +155,32 @@ def auroc(scores: np.ndarray, positive: np.ndarray) -> float:
 
 def table(results: dict[str, Any]) -> str:
     """The results as text: means and ranges over the repeats."""
+    rows = {"AUROC of the weights": results["auroc"]}
+    rows |= {f"accuracy, {way}": found for way, found in results["test_accuracy"].items()}
     lines = [
         f"{results['corrupted']:.0%} of {results['train_examples']} labels wrong, "
         f"{results['validation_examples']} validation examples, {results['repeats']} repeats: "
-        "mean (range)",
-        f"{'AUROC of the weights':40}{_shown(results['auroc'])}",
+        "mean (range)"
     ]
-    lines += [f"accuracy, {way:30}{_shown(results['test_accuracy'][way])}" for way in WAYS]
+    lines += [
+        f"{name:40}{np.mean(values):.4f} ({min(values):.4f}-{max(values):.4f})"
+        for name, values in rows.items()
+    ]
     return "\n".join(lines)
-
-
-def _shown(values: list[float]) -> str:
-    return f"{np.mean(values):.4f} ({min(values):.4f}-{max(values):.4f})"
 
 
 def draw(results: dict[str, Any], path: Path) -> None:
     """Weights of the last repeat, and the accuracies."""
-    figure = new_figure(10, 3.5)
-    left, right = figure.subplots(1, 2)
     weights, clean = np.asarray(results["weights"]), np.asarray(results["is_clean"]) == 1
     groups = {"clean label": weights[clean], "wrong label": weights[~clean]}
-    left.hist(list(groups.values()), bins=20, range=(0, 1), label=list(groups))
-    left.set(xlabel="learned weight", ylabel="training examples")
-    left.legend()
-    for position, way in enumerate(WAYS):
-        values = results["test_accuracy"][way]
-        right.plot(values, [position] * len(values), "o", color="C0", alpha=0.5)
-    right.set(xlabel="test accuracy", yticks=range(len(WAYS)), yticklabels=WAYS)
-    right.invert_yaxis()
-    figure.savefig(path, dpi=120)
-
-
-def _check(config: Config) -> None:
-    common.check_least(config, train_examples=1, validation_examples=1, steps=1, repeats=1)
-    wrong = round(config.corrupted * config.train_examples) if config.corrupted < math.inf else 0
-    if not 0 < wrong < config.train_examples:
-        raise ValueError(
-            f"corrupted={config.corrupted} must lie between 0 and 1 and leave wrong and clean "
-            f"labels among the {config.train_examples} training examples"
-        )
-    common.check_positive(config, "reg_strength", "outer_rate")
-    common.check_seed(config.seed)
+    with reports.panels(path, 2, (10, 3.5)) as (left, right):
+        left.hist(list(groups.values()), bins=20, range=(0, 1), label=list(groups))
+        left.set(xlabel="learned weight", ylabel="training examples")
+        for position, way in enumerate(WAYS):
+            values = results["test_accuracy"][way]
+            right.plot(values, [position] * len(values), "o", color="C0", alpha=0.5)
+        right.set(xlabel="test accuracy", yticks=range(len(WAYS)), yticklabels=WAYS)
+        right.invert_yaxis()
 
 
 if __name__ == "__main__":

@@ -24,33 +24,33 @@ known to be highest at t = mean(c) / (eta - 1). All in float64. Writes OUTPUT.js
 import dataclasses
 import math
 from pathlib import Path
-from typing import Any
+from typing import Annotated, Any
 
 import jax
 import jax.numpy as jnp
 import numpy as np
 from jax import lax
 
-from experiments.shared import common
+from experiments.shared import common, reports
 from imaml_jax import custom_root, minimize, newton_cg, solve_dense
-from imaml_jax.training.plots import new_figure
+from imaml_jax.learners.settings import Count, Range, Record, Seed
 
 MOST_STEPS, TOLERANCE, TAX_STEPS, FIRST_TAX = 50, 1e-15, 20, 0.1
 
 
 @dataclasses.dataclass(frozen=True)
-class Config:
+class Config(Record):
     """The markets."""
 
-    firms: int = 5
+    firms: Count = 5
     """Firms, with costs from 1 up, so close that none leaves the market; at least 1."""
-    elasticity: float = 2.0
+    elasticity: Annotated[float, Range(above=1)] = 2.0
     """Of demand, eta, above 1; the revenue of the tax has no maximum otherwise."""
-    consumers: int = 6
-    """Consumers, with endowments drawn between 0.5 and 1.5."""
-    goods: int = 4
+    consumers: Count = 6
+    """Consumers, with endowments drawn between 0.5 and 1.5; at least 1."""
+    goods: Annotated[int, Range(least=2)] = 4
     """Goods, at least 2, with tastes drawn at random."""
-    seed: int = 0
+    seed: Seed = 0
     """Seed of costs, endowments and tastes; at least 0."""
     output: Path = Path("runs/market")
     """Where to write, without an ending."""
@@ -62,40 +62,27 @@ def main(config: Config) -> dict[str, Any]:
     Returns:
       The settings; for each market the relative error of its root and, for each argument, the
       Jacobian in closed form with the relative errors of both modes; the tax with its error.
-
-    Raises:
-      ValueError: a setting out of its range.
     """
-    _check(config)
-    common.check_output(config.output)
-    common.cache_compilations()
+    reports.begin(config)
     with jax.enable_x64(True):
         costs, tastes, endowments = draw_markets(config)
         eta = np.asarray(config.elasticity)
-        common_tastes = np.tile(tastes, (config.consumers, 1))
+        firms = {"costs": costs, "elasticity": eta}
+        consumers = {"tastes": np.tile(tastes, (config.consumers, 1)), "endowments": endowments}
         markets = {
-            "Cournot": _compare(
-                quantities, cournot_closed_form(costs, eta), {"costs": costs, "elasticity": eta}
-            ),
-            "exchange": _compare(
-                prices,
-                exchange_closed_form(tastes, endowments),
-                {"tastes": common_tastes, "endowments": endowments},
-            ),
+            "Cournot": _compare(quantities, cournot_closed_form(costs, eta), firms),
+            "exchange": _compare(prices, exchange_closed_form(tastes, endowments), consumers),
         }
         tax = float(jax.jit(best_tax)(costs, eta))
     exact_tax = float(costs.mean() / (eta - 1))
-    results = {
-        **dataclasses.asdict(config),
+    measured = {
         "markets": markets,
         "mean_cost": float(costs.mean()),
         "tax": tax,
         "exact_tax": exact_tax,
         "tax_error": abs(tax / exact_tax - 1),
-        **common.provenance(),
     }
-    common.write_report(config.output, results, table, draw)
-    return results
+    return reports.report(config, measured, table, draw)
 
 
 def draw_markets(config: Config) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
@@ -186,25 +173,23 @@ def exchange_closed_form(
 
 
 def _compare(solve: Any, closed_form: tuple[np.ndarray, dict[str, Any]], args: Any) -> Any:
+    """The errors of the root and of its Jacobians in `args`, arrays by name."""
     root, jacobians = closed_form
-    positions = tuple(range(len(args)))
-    found = {
-        mode: jax.jit(jacobian(solve, argnums=positions))(*args.values())
-        for mode, jacobian in (("forward", jax.jacfwd), ("reverse", jax.jacrev))
-    }
+    forward, reverse = (
+        jax.jit(jacobian(solve, argnums=tuple(range(len(args)))))(*args.values())
+        for jacobian in (jax.jacfwd, jax.jacrev)
+    )
     return {
         "root": root.tolist(),
         "root_error": common.relative_difference(jax.jit(solve)(*args.values()), root),
         "jacobians": {
             name: {
                 "exact": jacobians[name].ravel().tolist(),
-                "implicit": np.ravel(found["reverse"][position]).tolist(),
-                **{
-                    f"{mode}_error": common.relative_difference(own[position], jacobians[name])
-                    for mode, own in found.items()
-                },
+                "implicit": np.ravel(by_reverse).tolist(),
+                "forward_error": common.relative_difference(by_forward, jacobians[name]),
+                "reverse_error": common.relative_difference(by_reverse, jacobians[name]),
             }
-            for position, name in enumerate(args)
+            for name, by_forward, by_reverse in zip(args, forward, reverse, strict=True)
         },
     }
 
@@ -222,45 +207,31 @@ def best_tax(costs: Any, eta: Any) -> jax.Array:
 
 def table(results: dict[str, Any]) -> str:
     """The errors as text."""
-    lines = [f"relative error of{'root':>15}{'Jacobian in':>16}{'forward':>12}{'reverse':>12}"]
-    for name, market in results["markets"].items():
-        for argument, own in market["jacobians"].items():
-            lines.append(
-                f"{name:20}{market['root_error']:12.0e}{argument:>16}"
-                f"{own['forward_error']:12.0e}{own['reverse_error']:12.0e}"
-            )
-    lines.append(
-        f"tax of the highest revenue: {results['tax']:.10f}, relative error "
-        f"{results['tax_error']:.0e}"
-    )
-    return "\n".join(lines)
+    columns = {"relative error of": "", "root": ".0e", "Jacobian in": ""}
+    columns |= {"forward": ".0e", "reverse": ".0e"}
+    rows = [
+        (name, market["root_error"], argument, own["forward_error"], own["reverse_error"])
+        for name, market in results["markets"].items()
+        for argument, own in market["jacobians"].items()
+    ]
+    tax = f"tax of the highest revenue: {results['tax']:.10f}, relative error "
+    return f"{reports.text_table(columns, rows)}\n{tax}{results['tax_error']:.0e}"
 
 
 def draw(results: dict[str, Any], path: Path) -> None:
     """Entries of the Jacobians against their closed forms, and revenue against the tax."""
-    figure = new_figure(9, 3.5)
-    left, right = figure.subplots(1, 2)
-    for name, market in results["markets"].items():
-        for argument, own in market["jacobians"].items():
-            left.plot(own["exact"], own["implicit"], "o", ms=4, label=f"{name}: {argument}")
-    left.axline((0, 0), slope=1, color="gray", lw=0.8, zorder=0)
-    left.set(xlabel="derivative in closed form", ylabel="implicit derivative")
-    left.legend(fontsize=8)
-    eta, firms = results["elasticity"], results["firms"]
-    taxes = np.linspace(0, 4 * results["exact_tax"], 200)
-    taxed_price = firms * (results["mean_cost"] + taxes) / (firms - 1 / eta)
-    right.plot(taxes, taxes * taxed_price**-eta, label="closed form")
-    right.axvline(results["tax"], color="C1", ls="--", label="found through the equilibrium")
-    right.set(xlabel="tax a unit", ylabel="revenue")
-    right.legend(fontsize=8)
-    figure.savefig(path, dpi=120)
-
-
-def _check(config: Config) -> None:
-    if not 1 < config.elasticity < math.inf:
-        raise ValueError(f"elasticity={config.elasticity} must be above 1")
-    common.check_least(config, firms=1, consumers=1, goods=2)
-    common.check_seed(config.seed)
+    with reports.panels(path, 2, (9, 3.5)) as (left, right):
+        for name, market in results["markets"].items():
+            for argument, own in market["jacobians"].items():
+                left.plot(own["exact"], own["implicit"], "o", ms=4, label=f"{name}: {argument}")
+        left.axline((0, 0), slope=1, color="gray", lw=0.8, zorder=0)
+        left.set(xlabel="derivative in closed form", ylabel="implicit derivative")
+        eta, firms = results["elasticity"], results["firms"]
+        taxes = np.linspace(0, 4 * results["exact_tax"], 200)
+        taxed_price = firms * (results["mean_cost"] + taxes) / (firms - 1 / eta)
+        right.plot(taxes, taxes * taxed_price**-eta, label="closed form")
+        right.axvline(results["tax"], color="C1", ls="--", label="found through the equilibrium")
+        right.set(xlabel="tax a unit", ylabel="revenue")
 
 
 if __name__ == "__main__":

@@ -17,26 +17,19 @@ import importlib.metadata
 import importlib.util
 import inspect
 import statistics
-import time
 import warnings
 from collections.abc import Callable
+from functools import partial
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import Annotated, Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
 import numpy as np
 
-from experiments.shared import common
-
-
-class Data(NamedTuple):
-    """Training and held-out examples: inputs `[n, size]`, targets `[n]`."""
-
-    inputs: jax.Array
-    targets: jax.Array
-    held_out_inputs: jax.Array
-    held_out_targets: jax.Array
+from experiments.shared import common, reports
+from imaml_jax.learners.settings import Count, Range, Record, Seed
+from imaml_jax.types import Batch
 
 
 class Contender(NamedTuple):
@@ -45,7 +38,7 @@ class Contender(NamedTuple):
     Attributes:
       libraries: what must be installed, the one compared first.
       inner: how the inner problem is solved.
-      make: `(objective, tol) -> (init, strength, data) -> x`; its source is what is counted.
+      make: `(objective, tol) -> (init, strength, train) -> x`; its source is what is counted.
     """
 
     libraries: tuple[str, ...]
@@ -54,16 +47,16 @@ class Contender(NamedTuple):
 
 
 @dataclasses.dataclass(frozen=True)
-class Config:
+class Config(Record):
     """What is measured."""
 
-    size: int = 200
+    size: Count = 200
     """Features; twice as many training examples; at least 1."""
-    tol: float = 1e-10
+    tol: Annotated[float, Range(above=0, below=1)] = 1e-10
     """Tolerance of the linear solves and of the minimisers, above 0 and below 1."""
-    rounds: int = 15
+    rounds: Count = 15
     """Interleaved rounds of the timing, at least 1."""
-    seed: int = 0
+    seed: Seed = 0
     """Seed of the data, at least 0."""
     output: Path = Path("runs/toolbox_comparison")
     """Where to write, without an ending."""
@@ -170,87 +163,78 @@ def main(config: Config) -> dict[str, Any]:
 
     Returns:
       One row for each contender that is installed, the libraries that are not, and provenance.
-
-    Raises:
-      ValueError: a setting out of its range.
     """
-    _check(config)
-    common.check_output(config.output)
+    reports.begin(config)
     libraries = sorted({name for contender in CONTENDERS for name in contender.libraries})
     missing = [name for name in libraries if importlib.util.find_spec(name) is None]
     with jax.enable_x64(True):
         rows = measure(config, [c for c in CONTENDERS if not set(c.libraries) & set(missing)])
-    results = {"rows": rows, "missing": missing, **dataclasses.asdict(config)}
-    results |= common.provenance()
-    results["versions"] |= {
+    versions = common.provenance()["versions"] | {
         name: importlib.metadata.version(name)
         for name in libraries
         if name not in ("imaml_jax", *missing)
     }
-    common.write_json(common.with_ending(config.output, "json"), results)
-    print(table(results), flush=True)
-    return results
+    return reports.report(config, {"rows": rows, "missing": missing, "versions": versions}, table)
 
 
 def measure(config: Config, contenders: list[Contender]) -> list[dict[str, Any]]:
     """The rows; to be called with float64 enabled."""
-    data, strength = problem(config)
-    exact = exact_gradient(data, strength)
-    programs = [_compiled(contender, config.tol, data, strength) for contender in contenders]
-    seconds: list[tuple[list[float], list[float]]] = [([], []) for _ in programs]
-    for _ in range(config.rounds + 1):
-        for pair, own in zip(programs, seconds, strict=True):
-            for program, times in zip(pair, own, strict=True):
-                started = time.perf_counter()
-                jax.block_until_ready(program(strength, data))
-                times.append(time.perf_counter() - started)
+    args = problem(config)
+    exact = exact_gradient(*args)
+    programs = {
+        (contender, part): program
+        for contender in contenders
+        for part, program in _compiled(contender, config.tol, *args).items()
+    }
+    runs = {name: partial(program, *args) for name, program in programs.items()}
+    seconds = reports.seconds_in_rounds(runs, config.rounds + 1)  # the first round warms up
     rows = []
-    for contender, (_, gradient), (solving, whole) in zip(
-        contenders, programs, seconds, strict=True
-    ):
+    for contender in contenders:
+        gradient, timed = programs[contender, "gradient"], seconds[contender, "gradient"][1:]
         memory = gradient.memory_analysis()
         rows.append(
             {
                 "library": contender.libraries[0],
                 "inner": contender.inner,
                 "lines": lines_of_code(contender.make),
-                "error": common.relative_difference(gradient(strength, data), exact),
-                "seconds": statistics.median(whole[1:]),  # the first round warms up
-                "solve_seconds": statistics.median(solving[1:]),
-                "all_seconds": whole[1:],
+                "error": common.relative_difference(gradient(*args), exact),
+                "seconds": statistics.median(timed),
+                "solve_seconds": statistics.median(seconds[contender, "solution"][1:]),
+                "all_seconds": timed,
                 "temp_bytes": memory.temp_size_in_bytes if memory else None,
             }
         )
     return rows
 
 
-def objective(x: jax.Array, strength: jax.Array, data: Data) -> jax.Array:
+def objective(x: jax.Array, strength: jax.Array, train: Batch) -> jax.Array:
     """Of the inner problem."""
-    residual = data.inputs @ x - data.targets
+    residual = train.inputs @ x - train.targets
     return jnp.mean(residual**2) / 2 + jnp.sum(strength * x**2) / 2
 
 
-def held_out_loss(x: jax.Array, data: Data) -> jax.Array:
+def held_out_loss(x: jax.Array, held_out: Batch) -> jax.Array:
     """Of the outer problem."""
-    return jnp.mean((data.held_out_inputs @ x - data.held_out_targets) ** 2)
+    return jnp.mean((held_out.inputs @ x - held_out.targets) ** 2)
 
 
-def problem(config: Config) -> tuple[Data, jax.Array]:
-    """Random data, and the strengths."""
+def problem(config: Config) -> tuple[jax.Array, Batch, Batch]:
+    """The strengths, and random training and held-out examples."""
     rng = np.random.default_rng(config.seed)
     weight = rng.normal(size=config.size)
 
     def examples():
         inputs = rng.normal(size=(2 * config.size, config.size))
-        return jnp.asarray(inputs), jnp.asarray(inputs @ weight + rng.normal(size=2 * config.size))
+        targets = inputs @ weight + rng.normal(size=2 * config.size)
+        return Batch(jnp.asarray(inputs), jnp.asarray(targets))
 
     strength = jnp.asarray(rng.uniform(0.1, 0.4, config.size))
-    return Data(*examples(), *examples()), strength
+    return strength, examples(), examples()
 
 
-def exact_gradient(data: Data, strength: jax.Array) -> np.ndarray:
+def exact_gradient(strength: jax.Array, *parts: Batch) -> np.ndarray:
     """`-x * A^-1 g` with `A x = X^T y / n` and the gradient `g` of the held-out loss at `x`."""
-    inputs, targets, held_out, held_out_targets = (np.asarray(array) for array in data)
+    (inputs, targets), (held_out, held_out_targets) = jax.tree.map(np.asarray, parts)
     matrix = inputs.T @ inputs / len(inputs) + np.diag(strength)
     x = np.linalg.solve(matrix, inputs.T @ targets / len(inputs))
     outer = 2 / len(held_out) * held_out.T @ (held_out @ x - held_out_targets)
@@ -262,44 +246,40 @@ def lines_of_code(make: Callable[..., Any]) -> int:
     return sum(bool(line.strip()) for line in inspect.getsource(make).splitlines()[1:])
 
 
-def _compiled(contender: Contender, tol: float, data: Data, strength: jax.Array) -> tuple[Any, Any]:
-    """The inner solution and the gradient, as programs of the strengths and the data."""
+def _compiled(contender: Contender, tol: float, *args: Any) -> dict[str, Any]:
+    """The inner solution and the gradient, as programs of the arguments."""
     with warnings.catch_warnings():
         warnings.filterwarnings("ignore", "JAXopt is no longer maintained", DeprecationWarning)
         solver = contender.make(objective, tol)
 
-    def solve(strength, data):
-        return solver(jnp.zeros_like(strength), strength, data)
+    def solution(strength, train, held_out):
+        del held_out
+        return solver(jnp.zeros_like(strength), strength, train)
 
-    def loss(strength, data):
-        return held_out_loss(solve(strength, data), data)
+    def loss(strength, train, held_out):
+        return held_out_loss(solution(strength, train, held_out), held_out)
 
-    compiled = [jax.jit(fn).lower(strength, data).compile() for fn in (solve, jax.grad(loss))]
-    return compiled[0], compiled[1]
+    programs = {"solution": solution, "gradient": jax.grad(loss)}
+    return {name: jax.jit(fn).lower(*args).compile() for name, fn in programs.items()}
 
 
 def table(results: dict[str, Any]) -> str:
     """The measurements as text."""
-    lines = [
-        f"{results['device']}, {results['machine']}, {results['cores']} cores",
-        f"{'':26}{'lines':>6}{'error':>9}{'ms':>9}{'solution':>10}{'temp KiB':>10}",
-    ]
-    for row in results["rows"]:
-        memory = "" if row["temp_bytes"] is None else f"{row['temp_bytes'] / 1024:.0f}"
-        lines.append(
-            f"{row['library'] + ', ' + row['inner']:26}{row['lines']:6}{row['error']:9.0e}"
-            f"{1e3 * row['seconds']:9.2f}{1e3 * row['solve_seconds']:10.2f}{memory:>10}"
+    columns = {"": "", "lines": "d", "error": ".0e", "ms": ".2f", "solution": ".2f"}
+    columns |= {"temp KiB": ".0f"}
+    rows = [
+        (
+            f"{row['library']}, {row['inner']}",
+            *(row["lines"], row["error"], 1e3 * row["seconds"], 1e3 * row["solve_seconds"]),
+            row["temp_bytes"] and row["temp_bytes"] / 1024,
         )
+        for row in results["rows"]
+    ]
+    lines = [f"{results['device']}, {results['machine']}, {results['cores']} cores"]
+    lines.append(reports.text_table(columns, rows))
     if results["missing"]:
         lines.append(f"not installed and left out: {', '.join(results['missing'])}")
     return "\n".join(lines)
-
-
-def _check(config: Config) -> None:
-    common.check_least(config, size=1, rounds=1)
-    if not 0 < config.tol < 1:
-        raise ValueError(f"tol={config.tol} must be above 0 and below 1")
-    common.check_seed(config.seed)
 
 
 if __name__ == "__main__":

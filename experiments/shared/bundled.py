@@ -1,22 +1,17 @@
 """The data sets that come with scikit-learn, for experiments that need no download."""
 
 from collections.abc import Sequence
-from typing import Any, Literal, NamedTuple
+from typing import Literal
 
 import numpy as np
+
+from imaml_jax.types import Batch
 
 Name = Literal["breast_cancer", "diabetes", "digits"]
 
 
-class Examples(NamedTuple):
-    """Inputs `[n, features]` and targets `[n]`, arrays of NumPy or JAX."""
-
-    inputs: Any
-    targets: Any
-
-
-def load(name: Name) -> Examples:
-    """Arrays of one of scikit-learn's bundled data sets; pixels lie in [0, 1].
+def load(name: Name) -> Batch:
+    """One of scikit-learn's bundled data sets, NumPy's arrays in float64; pixels lie in [0, 1].
 
     Raises:
       ValueError: scikit-learn is missing.
@@ -29,10 +24,10 @@ def load(name: Name) -> Examples:
         ) from error
     found = getattr(datasets, f"load_{name}")()
     inputs = found.data / 16 if name == "digits" else found.data
-    return Examples(np.asarray(inputs, np.float64), found.target)
+    return Batch(inputs, found.target)
 
 
-def split(data: Examples, sizes: Sequence[int], rng: np.random.Generator) -> list[Examples]:
+def split(data: Batch, sizes: Sequence[int], rng: np.random.Generator) -> list[Batch]:
     """Random disjoint parts of the given sizes, and last a part of all other examples.
 
     Raises:
@@ -45,4 +40,4 @@ def split(data: Examples, sizes: Sequence[int], rng: np.random.Generator) -> lis
             f"some of the {total} for the test: lower the sizes"
         )
     order = np.split(rng.permutation(total), np.cumsum(sizes))
-    return [Examples(data.inputs[rows], data.targets[rows]) for rows in order]
+    return [Batch(data.inputs[rows], data.targets[rows]) for rows in order]

@@ -13,7 +13,8 @@ import pytest
 # Importing the experiments must not change the devices of the other tests.
 with mock.patch.dict(os.environ, XLA_FLAGS=os.environ.get("XLA_FLAGS", "")):
     from experiments import distillation, equilibrium, feature_weights, hyper_cleaning, market
-    from experiments.shared import bundled, softmax_regression
+    from experiments.shared import bundled, linear_model
+    from imaml_jax import Batch
 
 
 @pytest.fixture
@@ -50,7 +51,7 @@ def test_the_weights_of_a_logistic_regression_have_the_gradient_of_differences(x
     def loss(log_weights):
         zeros = {"kernel": jnp.zeros(30), "bias": jnp.zeros(())}
         params, _ = fit(zeros, log_weights, split.train)
-        outputs = feature_weights.predict(params, split.validation.inputs)
+        outputs = linear_model.predict(params, split.validation.inputs)
         return feature_weights.logistic_loss(outputs, split.validation.targets)
 
     program = jax.jit(jax.value_and_grad(loss))
@@ -78,7 +79,7 @@ def test_wrong_labels_get_small_weights(report):
 
 def test_wrong_labels_are_wrong():
     config = hyper_cleaning.Config(corrupted=0.25, train_examples=400)
-    data = bundled.Examples(np.arange(1000.0)[:, None], np.arange(1000) % 10)
+    data = Batch(np.arange(1000.0)[:, None], np.arange(1000) % 10)
     problem = hyper_cleaning.corrupt(config, data, np.random.default_rng(0))
     right = problem.train.inputs[:, 0] % 10 == problem.train.targets
     assert (right == (problem.is_clean == 1)).all() and right.sum() == 300
@@ -111,10 +112,10 @@ def test_more_images_than_a_class_has_are_refused(tmp_path):
 def test_a_classifier_is_a_minimum_and_its_derivative_that_of_differences(x64):
     rng = np.random.default_rng(0)
     inputs, labels = jnp.asarray(rng.normal(size=(12, 3))), jnp.arange(12) % 4
-    params = softmax_regression.init(3, 4)
+    params = linear_model.init(3, 4)
 
     def fitted(weights):
-        found, info = softmax_regression.fit(params, inputs, labels, weights, 0.1)
+        found, info = linear_model.fit(params, inputs, labels, weights, 0.1)
         return jnp.sum(found["kernel"] ** 2), info
 
     start, direction = jnp.ones(12), jnp.asarray(rng.normal(size=12))
@@ -169,6 +170,6 @@ def test_a_missing_library_is_named():
 
 @pytest.mark.parametrize("sizes", [(0, 5), (5, 5), (11,)])
 def test_parts_that_leave_nothing_for_the_test_are_refused(sizes):
-    data = bundled.Examples(np.zeros((10, 2)), np.zeros(10))
+    data = Batch(np.zeros((10, 2)), np.zeros(10))
     with pytest.raises(ValueError, match="10 for the test: lower the sizes"):
         bundled.split(data, sizes, np.random.default_rng(0))
