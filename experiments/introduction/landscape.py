@@ -26,17 +26,15 @@ def compute(sizes: Sizes, seed: int) -> dict[str, np.ndarray]:
     with jax.enable_x64(True):
         tasks = plane.sample_tasks(jax.random.key(seed))
         per_steps = [_at_steps(sizes, tasks, steps) for steps in sizes.steps]
-        found = {name: np.stack([each[name] for each in per_steps], 1) for name in per_steps[0]}
+        found = jax.tree.map(lambda *x: np.stack(x, axis=1), *per_steps)
         found |= _at_the_minimum(sizes, tasks)
-        found["curves"] = np.asarray(_curves(sizes, tasks))
-        found |= jax.device_get(_pictures(sizes, tasks))
-    return found
+        return found | jax.device_get({"curves": _curves(sizes, tasks), **_pictures(sizes, tasks)})
 
 
 def arrow(name: str, theta: jax.Array, tasks: Task, rate: Any, steps: int, strength: Any) -> Any:
     """A mean meta-gradient `[2]`; Reptile's is of a gradient's length; and its report."""
     learner = plane.make_learner(name, rate, steps, strength)
-    mean, info = plane.meta_gradient(learner, theta, tasks)
+    mean, info = plane.mean_gradient(learner, theta, tasks)
     return (mean / (rate * steps) if name == "reptile" else mean), info
 
 
@@ -44,11 +42,13 @@ def _at_steps(sizes: Sizes, tasks: Task, steps: int) -> dict[str, np.ndarray]:
     """At one number of inner steps, for every rate and strength."""
     rates, strengths = jnp.asarray(sizes.rates), jnp.asarray(sizes.strengths)
 
+    def loss(theta, rate):
+        return plane.query_loss(plane.make_learner("maml", rate, steps), theta, tasks)
+
     def unrolled(theta, rate):
-        maml = plane.make_learner("maml", rate, steps)
         arrows = {name: arrow(name, theta, tasks, rate, steps, None)[0] for name in _UNROLLED}
-        exact = jax.jacfwd(lambda x: plane.query_loss(maml, x, tasks))(theta)
-        return arrows | {"exact_unrolled": exact, "ends": plane.adapt(maml, theta, tasks)}
+        ends = plane.adapt(plane.make_learner("maml", rate, steps), theta, tasks)
+        return arrows | {"exact_unrolled": jax.jacfwd(loss)(theta, rate), "ends": ends}
 
     def implicit(theta, rate, strength):
         mean, info = arrow("imaml", theta, tasks, rate, steps, strength)
@@ -58,22 +58,14 @@ def _at_steps(sizes: Sizes, tasks: Task, steps: int) -> dict[str, np.ndarray]:
             "min_curvature": info.min_curvature.min(),
         }
 
-    def loss(theta, rate):
-        return plane.query_loss(plane.make_learner("maml", rate, steps), theta, tasks)
-
     @jax.jit
     def run():
         points, fine = plane.grid(sizes.side), plane.grid(2 * sizes.side - 1)
-
-        def at(rate):
-            by_strength = jax.vmap(
-                lambda strength: plane.over(points, lambda x: implicit(x, rate, strength))
-            )
-            losses = plane.over(fine, lambda x: loss(x, rate))
-            by_rate = plane.over(points, lambda x: unrolled(x, rate))
-            return by_rate | by_strength(strengths) | {"unrolled_loss": losses}
-
-        return jax.vmap(at)(rates)
+        return {
+            **plane.over(points, unrolled, rates),
+            **plane.over(points, implicit, rates, strengths),
+            "unrolled_loss": plane.over(fine, loss, rates),
+        }
 
     return jax.device_get(run())
 
@@ -83,7 +75,7 @@ def _at_the_minimum(sizes: Sizes, tasks: Task) -> dict[str, np.ndarray]:
 
     def at(theta, strength):
         learner = plane.exact_learner(strength)
-        grad, info = plane.meta_gradient(learner, theta, tasks)
+        grad, info = plane.mean_gradient(learner, theta, tasks)
         return {
             "exact_implicit": grad,
             "implicit_loss": info.query_loss.mean(),
@@ -91,7 +83,7 @@ def _at_the_minimum(sizes: Sizes, tasks: Task) -> dict[str, np.ndarray]:
         }
 
     fine = plane.grid(2 * sizes.side - 1)
-    run = jax.jit(jax.vmap(lambda strength: plane.over(fine, lambda x: at(x, strength))))
+    run = jax.jit(partial(plane.over, fine, at))
     found = jax.device_get(run(jnp.asarray(sizes.strengths)))
     return {k: v if k == "implicit_loss" else v[:, ::2, ::2] for k, v in found.items()}
 
@@ -100,27 +92,21 @@ def _curves(sizes: Sizes, tasks: Task) -> jax.Array:
     """`[rates, side, side, steps + 1]`: the query loss after 0, 1, ... inner steps."""
 
     def curve(theta, rate):
-        one = plane.make_learner("maml", rate, 1)
+        def of_task(support, query):
+            loss = partial(plane.valley, shape=query)
+            return plane.descent(plane.valley, theta, 0.0, support, rate, max(sizes.steps), loss)
 
-        def step(params, _):
-            loss = jax.vmap(plane.valley)(params, tasks.query.targets).mean()
-            adapted = jax.vmap(one.adapt, (0, 0, None))(params, tasks.support, plane.KEY)[0]
-            return adapted.params, loss
+        return jax.vmap(of_task)(tasks.support.targets, tasks.query.targets).mean(0)
 
-        start = jnp.broadcast_to(theta, (plane.NUM_TASKS, 2))
-        return jax.lax.scan(step, start, None, length=max(sizes.steps) + 1)[1]
-
-    points = plane.grid(sizes.side)
-    run = jax.vmap(lambda rate: plane.over(points, lambda x: curve(x, rate)))
-    return jax.jit(run)(jnp.asarray(sizes.rates))
+    run = jax.jit(partial(plane.over, plane.grid(sizes.side), curve))
+    return run(jnp.asarray(sizes.rates))
 
 
 def _pictures(sizes: Sizes, tasks: Task) -> dict[str, jax.Array]:
     """The tasks' own support losses and minima."""
     fine = plane.grid(2 * sizes.side - 1)
-    losses = jax.vmap(lambda shape: plane.over(fine, partial(plane.valley, shape=shape)))
     return {
-        "task_losses": losses(tasks.support.targets),
+        "task_losses": plane.over(fine, plane.valley, tasks.support.targets),
         "support_centres": tasks.support.targets[:, :2],
         "query_centres": tasks.query.targets[:, :2],
     }
@@ -150,7 +136,7 @@ def _runs(sizes: Sizes, tasks: Task, steps: int) -> Any:
     tx = optax.sgd(OUTER_RATE)
     rates, strengths = jnp.asarray(sizes.rates), jnp.asarray(sizes.strengths)
 
-    def train(name, start, rate, strength):
+    def train(name, rate, strength, start):
         def step(carry, _):
             theta, state = carry
             grads, _ = arrow(name, theta, tasks, rate, steps, strength)
@@ -166,17 +152,13 @@ def _runs(sizes: Sizes, tasks: Task, steps: int) -> Any:
         carry = (start, tx.init(start))
         path = jax.lax.scan(stretch, carry, None, length=count + 1)[1]
         learner = plane.make_learner(name, rate, steps, strength)
-        return path, plane.query_loss(learner, path[-1], tasks)
+        return {"paths": path, "losses": plane.query_loss(learner, path[-1], tasks)}
 
     def each(name):
-        by_start = jax.vmap(partial(train, name), (0, None, None))
         if name == "imaml":
-            by_strength = jax.vmap(by_start, (None, None, 0))
-            return jax.vmap(lambda rate: by_strength(starts(sizes), rate, strengths))(rates)
-        return jax.vmap(lambda rate: by_start(starts(sizes), rate, None))(rates)
+            return plane.at_all(partial(train, name), rates, strengths, starts(sizes))
+        without = partial(train, name, strength=None)
+        return plane.at_all(lambda rate, start: without(rate, start=start), rates, starts(sizes))
 
     found = jax.device_get(jax.jit(lambda: {name: each(name) for name in plane.ALGORITHMS})())
-    return {
-        "paths": {name: pair[0] for name, pair in found.items()},
-        "losses": {name: pair[1] for name, pair in found.items()},
-    }
+    return {kind: {name: own[kind] for name, own in found.items()} for kind in ("paths", "losses")}
