@@ -49,7 +49,7 @@ def measure(sizes: Sizes, seed: int) -> dict[str, dict[str, list[float]]]:
     images = jax.random.uniform(keys[0], (2, WAYS * SHOTS, PIXELS))
     task = Task(Batch(images[0], labels), Batch(images[1], labels))
     theta = mlp([WIDTH, WIDTH, WAYS]).init(keys[1], images[0])
-    programs = {
+    programs: dict[tuple[str, int], Any] = {
         (name, steps): jax.jit(learner.meta_grad).lower(theta, task, keys[2], 0).compile()
         for steps in sizes.num_steps
         for name, learner in learners(steps).items()

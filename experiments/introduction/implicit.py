@@ -52,14 +52,16 @@ def inner_problem(sizes: Sizes, strengths: tuple[float, ...], seed: int) -> dict
         def meta_grad(steps, start, strength, rate):
             learner = plane.make_learner("imaml", rate, steps, strength)
             grads, info = plane.meta_gradient(learner, start, task)
-            report = ("inner_residual", "solve_residual", "min_curvature")
-            return {"grads": grads} | {name: getattr(info, name) for name in report}
+            report = _named(info, "inner_residual", "solve_residual", "min_curvature")
+            return {"grads": grads} | report
 
         def exact(start, strength):
             learner = plane.exact_learner(strength)
             grads, _ = plane.meta_gradient(learner, start, task)
             minimum = learner.adapt(start, task.support, plane.KEY)[0].params
-            return {"exact": grads, "minimum": minimum, "hessian": _hessian(minimum, task)}
+            hessian = imaml_jax.hessian(lambda p: plane.valley(p, task.support.targets), minimum)
+            matrix = jax.vmap(hessian.matvec)(jnp.eye(2))
+            return {"exact": grads, "minimum": minimum, "hessian": matrix}
 
         @jax.jit
         def run():
@@ -73,9 +75,8 @@ def inner_problem(sizes: Sizes, strengths: tuple[float, ...], seed: int) -> dict
     return found | {"rate_limit": 2 / (largest + np.asarray(strengths))}
 
 
-def _hessian(params: jax.Array, task: imaml_jax.Task) -> jax.Array:
-    operator = imaml_jax.hessian(lambda p: plane.valley(p, task.support.targets), params)
-    return jax.vmap(operator.matvec)(jnp.eye(2))
+def _named(info: Any, *names: str) -> dict[str, Any]:
+    return {name: getattr(info, name) for name in names}
 
 
 def solver_errors(sizes: Sizes, seed: int) -> dict[str, Any]:
@@ -105,11 +106,7 @@ def solver_errors(sizes: Sizes, seed: int) -> dict[str, Any]:
             )
             grads, info = plane.meta_gradient(learner, start, task)
             error = jnp.linalg.norm(grads - exact) / jnp.linalg.norm(exact)
-            return {
-                "error": error,
-                "solve_residual": info.solve_residual,
-                "inner_residual": info.inner_residual,
-            }
+            return {"error": error} | _named(info, "solve_residual", "inner_residual")
 
         @jax.jit
         def run():

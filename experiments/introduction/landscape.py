@@ -60,11 +60,10 @@ def _at_steps(sizes: Sizes, tasks: Task, steps: int) -> dict[str, np.ndarray]:
 
     @jax.jit
     def run():
-        points, fine = plane.grid(sizes.side), plane.grid(2 * sizes.side - 1)
         return {
-            **plane.over(points, unrolled, rates),
-            **plane.over(points, implicit, rates, strengths),
-            "unrolled_loss": plane.over(fine, loss, rates),
+            **plane.over(sizes.side, unrolled, rates),
+            **plane.over(sizes.side, implicit, rates, strengths),
+            "unrolled_loss": plane.over(sizes.fine, loss, rates),
         }
 
     return jax.device_get(run())
@@ -82,8 +81,7 @@ def _at_the_minimum(sizes: Sizes, tasks: Task) -> dict[str, np.ndarray]:
             "minima": plane.adapt(learner, theta, tasks),
         }
 
-    fine = plane.grid(2 * sizes.side - 1)
-    run = jax.jit(partial(plane.over, fine, at))
+    run = jax.jit(partial(plane.over, sizes.fine, at))
     found = jax.device_get(run(jnp.asarray(sizes.strengths)))
     return {k: v if k == "implicit_loss" else v[:, ::2, ::2] for k, v in found.items()}
 
@@ -98,15 +96,14 @@ def _curves(sizes: Sizes, tasks: Task) -> jax.Array:
 
         return jax.vmap(of_task)(tasks.support.targets, tasks.query.targets).mean(0)
 
-    run = jax.jit(partial(plane.over, plane.grid(sizes.side), curve))
+    run = jax.jit(partial(plane.over, sizes.side, curve))
     return run(jnp.asarray(sizes.rates))
 
 
 def _pictures(sizes: Sizes, tasks: Task) -> dict[str, jax.Array]:
     """The tasks' own support losses and minima."""
-    fine = plane.grid(2 * sizes.side - 1)
     return {
-        "task_losses": plane.over(fine, plane.valley, tasks.support.targets),
+        "task_losses": plane.over(sizes.fine, plane.valley, tasks.support.targets),
         "support_centres": tasks.support.targets[:, :2],
         "query_centres": tasks.query.targets[:, :2],
     }

@@ -28,7 +28,7 @@ class Sizes(NamedTuple):
     """How much is computed.
 
     Attributes:
-      side: points a side of the grid of meta-parameters; `2 side - 1` for the contours.
+      side: points a side of the grid of meta-parameters.
       rates: inner learning rates.
       steps: inner steps.
       strengths: lambdas.
@@ -44,6 +44,11 @@ class Sizes(NamedTuple):
     starts_side: int = 3
     meta_steps: int = 60
     record_every: int = 3
+
+    @property
+    def fine(self) -> int:
+        """Points a side of the grid of the contours."""
+        return 2 * self.side - 1
 
 
 plane = Network(lambda key, inputs: jnp.zeros(2), lambda theta, inputs: theta)
@@ -163,10 +168,10 @@ def at_all(fun: Callable[..., Any], *axes: Any) -> Any:
     return fun(*axes)
 
 
-def over(points: jax.Array, fun: Callable[..., Any], *axes: Any) -> Any:
-    """`fun(point, ...)` at every point of a grid `[side, side, 2]`; `axes` come before its own."""
+def over(side: int, fun: Callable[..., Any], *axes: Any) -> Any:
+    """`fun(point, ...)` at every point of `grid(side)`, whose axes come after `axes`."""
 
-    def over_grid(*settings):
-        return jax.vmap(jax.vmap(lambda point: fun(point, *settings)))(points)
+    def at_points(*settings):
+        return jax.vmap(jax.vmap(lambda point: fun(point, *settings)))(grid(side))
 
-    return at_all(over_grid, *axes)
+    return at_all(at_points, *axes)
