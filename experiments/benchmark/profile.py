@@ -22,6 +22,7 @@ import jax
 
 from experiments.benchmark import ours, workload
 from experiments.shared import common
+from imaml_jax.learners.settings import Count, Record
 
 _INSTRUCTION = re.compile(r"\s*(?:ROOT )?%?([\w.-]+) = .*? ([\w-]+)\(")
 _HEADER = re.compile(r"(?:ENTRY )?%?([\w.-]+) .*\{$")
@@ -42,13 +43,18 @@ CONTAINERS = {"while", "call", "conditional"}
 
 
 @dataclasses.dataclass(frozen=True)
-class Config:
+class Config(Record):
     """What is profiled."""
 
     contender: str = workload.CONTENDERS[0].name
     """Name of one of our contenders in the benchmark."""
-    largest: int = 10
+    largest: Count = 10
     """Single operations to print, those that took longest; at least 1."""
+
+    def check_together(self) -> None:
+        names = [each.name for each in workload.CONTENDERS if each.library is None]
+        if self.contender not in names:
+            raise ValueError(f"contender={self.contender!r} must be one of {names}")
 
 
 def main(config: Config) -> dict[str, Any]:
@@ -56,14 +62,7 @@ def main(config: Config) -> dict[str, Any]:
 
     Returns:
       Seconds of the run, and `{kind: (seconds, count)}`.
-
-    Raises:
-      ValueError: an unknown contender, or nothing to print.
     """
-    common.check_least(config, largest=1)
-    names = list(ours.learners())
-    if config.contender not in names:
-        raise ValueError(f"contender={config.contender!r} must be one of {names}")
     flags = os.environ.get("XLA_FLAGS", "")
     os.environ["XLA_FLAGS"] = f"{flags} --xla_gpu_enable_command_buffer="
     common.cache_compilations()

@@ -25,10 +25,10 @@ def compute(sizes: Sizes, seed: int) -> dict[str, np.ndarray]:
     """
     with jax.enable_x64(True):
         tasks = plane.sample_tasks(jax.random.key(seed))
-        per_steps = [_at_steps(sizes, tasks, steps) for steps in sizes.steps]
+        at_steps = jax.jit(partial(_at_steps, sizes), static_argnums=1)
+        per_steps = [jax.device_get(at_steps(tasks, steps)) for steps in sizes.steps]
         found = jax.tree.map(lambda *x: np.stack(x, axis=1), *per_steps)
-        found |= _at_the_minimum(sizes, tasks)
-        return found | jax.device_get({"curves": _curves(sizes, tasks), **_pictures(sizes, tasks)})
+        return found | jax.device_get(jax.jit(partial(_at_any_steps, sizes))(tasks))
 
 
 def arrow(name: str, theta: jax.Array, tasks: Task, rate: Any, steps: int, strength: Any) -> Any:
@@ -38,7 +38,7 @@ def arrow(name: str, theta: jax.Array, tasks: Task, rate: Any, steps: int, stren
     return (mean / (rate * steps) if name == "reptile" else mean), info
 
 
-def _at_steps(sizes: Sizes, tasks: Task, steps: int) -> dict[str, np.ndarray]:
+def _at_steps(sizes: Sizes, tasks: Task, steps: int) -> dict[str, Any]:
     """At one number of inner steps, for every rate and strength."""
     rates, strengths = jnp.asarray(sizes.rates), jnp.asarray(sizes.strengths)
 
@@ -58,36 +58,22 @@ def _at_steps(sizes: Sizes, tasks: Task, steps: int) -> dict[str, np.ndarray]:
             "min_curvature": info.min_curvature.min(),
         }
 
-    @jax.jit
-    def run():
-        return {
-            **plane.over(sizes.side, unrolled, rates),
-            **plane.over(sizes.side, implicit, rates, strengths),
-            "unrolled_loss": plane.over(sizes.fine, loss, rates),
-        }
-
-    return jax.device_get(run())
+    return {
+        **plane.over(sizes.side, unrolled, rates),
+        **plane.over(sizes.side, implicit, rates, strengths),
+        "unrolled_loss": plane.over(sizes.fine, loss, rates),
+    }
 
 
-def _at_the_minimum(sizes: Sizes, tasks: Task) -> dict[str, np.ndarray]:
-    """Where the inner problem is solved, for every strength."""
+def _at_any_steps(sizes: Sizes, tasks: Task) -> dict[str, Any]:
+    """What no number of inner steps plays a part in: `curves` are over all of them."""
+    rates, strengths = jnp.asarray(sizes.rates), jnp.asarray(sizes.strengths)
 
-    def at(theta, strength):
+    def solved(theta, strength):
         learner = plane.exact_learner(strength)
         grad, info = plane.mean_gradient(learner, theta, tasks)
-        return {
-            "exact_implicit": grad,
-            "implicit_loss": info.query_loss.mean(),
-            "minima": plane.adapt(learner, theta, tasks),
-        }
-
-    run = jax.jit(partial(plane.over, sizes.fine, at))
-    found = jax.device_get(run(jnp.asarray(sizes.strengths)))
-    return {k: v if k == "implicit_loss" else v[:, ::2, ::2] for k, v in found.items()}
-
-
-def _curves(sizes: Sizes, tasks: Task) -> jax.Array:
-    """`[rates, side, side, steps + 1]`: the query loss after 0, 1, ... inner steps."""
+        minima = plane.adapt(learner, theta, tasks)
+        return {"exact_implicit": grad, "minima": minima}, info.query_loss.mean()
 
     def curve(theta, rate):
         def of_task(support, query):
@@ -96,13 +82,11 @@ def _curves(sizes: Sizes, tasks: Task) -> jax.Array:
 
         return jax.vmap(of_task)(tasks.support.targets, tasks.query.targets).mean(0)
 
-    run = jax.jit(partial(plane.over, sizes.side, curve))
-    return run(jnp.asarray(sizes.rates))
-
-
-def _pictures(sizes: Sizes, tasks: Task) -> dict[str, jax.Array]:
-    """The tasks' own support losses and minima."""
+    fine, losses = plane.over(sizes.fine, solved, strengths)
     return {
+        **{name: values[:, ::2, ::2] for name, values in fine.items()},
+        "implicit_loss": losses,
+        "curves": plane.over(sizes.side, curve, rates),
         "task_losses": plane.over(sizes.fine, plane.valley, tasks.support.targets),
         "support_centres": tasks.support.targets[:, :2],
         "query_centres": tasks.query.targets[:, :2],

@@ -106,14 +106,13 @@ def _row(group: Group) -> dict[str, str]:
     steps = ", ".join(f"{each:,}" for each in trained if each is not None)
     full = f" of {group.full_steps:,}" if group.full_steps else ""
     protocol = str(settings.get("name") or results.get("protocol") or "")
+    value = accuracy_table.printed(*published[:2]) if published else ""
     seconds = [each for run in group.runs if (each := _seconds(run)) is not None]
     return {
         "task": _cell(group.task),
         "algorithm": _cell(algorithm_name(results), *(run.name for run in group.runs)),
         "ours": _ours(group),
-        "published": _cell(accuracy_table.printed(*published[:2]), published.kind)
-        if published
-        else "",
+        "published": _cell(value, published.kind if published else ""),
         "status": _cell(group.status),
         "tasks and seeds": _cell("; ".join(filter(None, counted))),
         "protocol": _cell(protocol, str(settings.get("source", ""))),

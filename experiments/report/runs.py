@@ -1,5 +1,6 @@
 """Runs as they are found on the disk: finished, going on, stopped, or committed as JSON."""
 
+import contextlib
 import json
 import math
 import os
@@ -221,15 +222,10 @@ def _load(path: Path, notes: list[str]) -> Any:
 
 def _is_alive(folder: Path) -> bool:
     """Whether the process that last held the folder lives, as far as this machine can tell."""
-    if os.name != "posix":  # elsewhere the signal 0 is a real one
-        return False
-    try:
+    with contextlib.suppress(OSError, ValueError, OverflowError):
         process, _, host = (folder / ".lock").read_text(encoding="utf-8").strip().split(" ")
-        if host != platform.node():
-            return False
-        os.kill(int(process), 0)
-    except PermissionError:
-        return True  # another user's
-    except (OSError, ValueError, OverflowError):
-        return False
-    return True
+        if os.name == "posix" and host == platform.node():  # elsewhere the signal 0 is a real one
+            with contextlib.suppress(PermissionError):  # of another user's
+                os.kill(int(process), 0)
+            return True
+    return False
