@@ -1,12 +1,12 @@
 """Arrows, losses and reports at every point of a grid; whole runs of meta-training."""
 
+from collections.abc import Callable
 from functools import partial
 from typing import Any
 
 import jax
 import jax.numpy as jnp
 import numpy as np
-import optax
 
 from experiments.introduction import plane
 from experiments.introduction.plane import Sizes
@@ -25,10 +25,15 @@ def compute(sizes: Sizes, seed: int) -> dict[str, np.ndarray]:
     """
     with jax.enable_x64(True):
         tasks = plane.sample_tasks(jax.random.key(seed))
-        at_steps = jax.jit(partial(_at_steps, sizes), static_argnums=1)
-        per_steps = [jax.device_get(at_steps(tasks, steps)) for steps in sizes.steps]
-        found = jax.tree.map(lambda *x: np.stack(x, axis=1), *per_steps)
-        return found | jax.device_get(jax.jit(partial(_at_any_steps, sizes))(tasks))
+        of_all = jax.jit(partial(_at_any_steps, sizes))(tasks)
+        return _over_steps(_at_steps, sizes, tasks) | jax.device_get(of_all)
+
+
+def _over_steps(fun: Callable[..., Any], sizes: Sizes, tasks: Task) -> dict[str, Any]:
+    """`fun(sizes, tasks, steps)` for every number of inner steps, which are the second axis."""
+    run = jax.jit(partial(fun, sizes), static_argnums=1)
+    found = [jax.device_get(run(tasks, steps)) for steps in sizes.steps]
+    return jax.tree.map(lambda *x: np.stack(x, axis=1), *found)
 
 
 def arrow(name: str, theta: jax.Array, tasks: Task, rate: Any, steps: int, strength: Any) -> Any:
@@ -104,8 +109,8 @@ def trajectories(sizes: Sizes, seed: int) -> dict[str, dict[str, np.ndarray]]:
     """
     with jax.enable_x64(True):
         tasks = plane.sample_tasks(jax.random.key(seed))
-        runs = [_runs(sizes, tasks, steps) for steps in sizes.steps]
-        return jax.tree.map(lambda *x: np.stack(x, axis=1), *runs)
+        found = _over_steps(_runs, sizes, tasks)
+    return {kind: {name: own[kind] for name, own in found.items()} for kind in ("paths", "losses")}
 
 
 def starts(sizes: Sizes) -> jax.Array:
@@ -113,33 +118,27 @@ def starts(sizes: Sizes) -> jax.Array:
     return 0.9 * plane.grid(sizes.starts_side).reshape(-1, 2)
 
 
-def _runs(sizes: Sizes, tasks: Task, steps: int) -> Any:
-    tx = optax.sgd(OUTER_RATE)
+def _runs(sizes: Sizes, tasks: Task, steps: int) -> dict[str, Any]:
     rates, strengths = jnp.asarray(sizes.rates), jnp.asarray(sizes.strengths)
 
     def train(name, rate, strength, start):
-        def step(carry, _):
-            theta, state = carry
-            grads, _ = arrow(name, theta, tasks, rate, steps, strength)
-            updates, state = tx.update(grads, state, theta)
-            moved = jnp.asarray(optax.apply_updates(theta, updates))
-            within = jnp.all(jnp.abs(moved) <= REACH)
-            return (jnp.where(within, moved, theta), state), None
+        def step(theta, _):
+            moved = theta - OUTER_RATE * arrow(name, theta, tasks, rate, steps, strength)[0]
+            return jnp.where(jnp.all(jnp.abs(moved) <= REACH), moved, theta), None
 
-        def stretch(carry, _):
-            return jax.lax.scan(step, carry, None, length=sizes.record_every)[0], carry[0]
+        def stretch(theta, _):
+            return jax.lax.scan(step, theta, None, length=sizes.record_every)[0], theta
 
         count = sizes.meta_steps // sizes.record_every
-        carry = (start, tx.init(start))
-        path = jax.lax.scan(stretch, carry, None, length=count + 1)[1]
+        path = jax.lax.scan(stretch, start, None, length=count + 1)[1]
         learner = plane.make_learner(name, rate, steps, strength)
         return {"paths": path, "losses": plane.query_loss(learner, path[-1], tasks)}
 
     def each(name):
         if name == "imaml":
             return plane.at_all(partial(train, name), rates, strengths, starts(sizes))
-        without = partial(train, name, strength=None)
-        return plane.at_all(lambda rate, start: without(rate, start=start), rates, starts(sizes))
+        return plane.at_all(
+            lambda rate, start: train(name, rate, None, start), rates, starts(sizes)
+        )
 
-    found = jax.device_get(jax.jit(lambda: {name: each(name) for name in plane.ALGORITHMS})())
-    return {kind: {name: own[kind] for name, own in found.items()} for kind in ("paths", "losses")}
+    return {name: each(name) for name in plane.ALGORITHMS}
