@@ -32,10 +32,6 @@ class Config(Record):
     output: Path = Path("runs/comparison")
     """Where to write, without an ending."""
 
-    def check_together(self) -> None:
-        if not self.runs:
-            raise ValueError("runs: name at least one working directory")
-
 
 def main(config: Config) -> list[dict[str, Any]]:
     """Writes the comparison and prints its table.
@@ -44,8 +40,10 @@ def main(config: Config) -> list[dict[str, Any]]:
       One row a run, best first.
 
     Raises:
-      ValueError: a run that is not finished, or runs with different test tasks.
+      ValueError: no run, a run that is not finished, or runs with different test tasks.
     """
+    if not config.runs:
+        raise ValueError("runs: name at least one working directory")
     rows = [row for run in config.runs for row in _rows(run)]
     tasks = {json.dumps(row["test_tasks"], sort_keys=True) for row in rows}
     if len(tasks) > 1:

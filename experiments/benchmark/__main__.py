@@ -79,7 +79,7 @@ def main(config: Config) -> dict[str, Any]:
         for name in names:
             ask[name](0)  # compiles
         runs = [{name: ask[name](seed) for name in names} for seed in range(1, rounds + 1)]
-        memory = {name: ask[name](None) for name in names}
+        memory = {name: ask[name]("memory") for name in names}
     results = summary(contenders, runs, memory, disagreement, devices)
     results |= {"config": dataclasses.asdict(config), **common.provenance()}
     results["versions"] |= {
@@ -158,10 +158,8 @@ def difference(gradients: dict[str, np.ndarray], reference: dict[str, np.ndarray
 
 
 def _gradients(name: str, devices: int) -> dict[str, np.ndarray]:
-    with tempfile.TemporaryDirectory() as folder, process(name, devices) as ask:
-        ask(f"{folder}/gradients.npz")
-        with np.load(f"{folder}/gradients.npz") as arrays:
-            return dict(arrays)
+    with process(name, devices) as ask:
+        return {path: np.asarray(values) for path, values in ask("gradients").items()}
 
 
 def summary(

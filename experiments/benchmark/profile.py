@@ -9,6 +9,7 @@ took. On a GPU these are kernels, and command buffers, which would hide them, ar
 
 import collections
 import dataclasses
+import itertools
 import os
 import re
 import tempfile
@@ -118,24 +119,23 @@ def traced(run: Callable[[], Any]) -> tuple[float, dict[str, list[float]]]:
 
 def parsed(text: str) -> Iterator[tuple[str, str, str]]:
     """Name, kind and source of every instruction of a compiled program."""
-    bodies, computation = collections.defaultdict(set), ""
-    instructions = []
+    bodies, computation = collections.defaultdict(list), ""
     for line in text.splitlines():
-        header = _HEADER.match(line)
-        if header:
+        if header := _HEADER.match(line):
             computation = header[1]
-        found = _INSTRUCTION.match(line)
-        if found:
+        if found := _INSTRUCTION.match(line):
             name, opcode = found.groups()
             target = _TARGET.search(line)
-            if target and _PRODUCT.search(target[1]):
-                opcode = "dot"
-            bodies[computation].add(opcode)
-            called, source = _CALLED.search(line), _SOURCE.search(line)
-            instructions.append((name, opcode, called and called[1], source[1] if source else ""))
-    for name, opcode, called, source in instructions:
-        inside = bodies[called] if opcode == "fusion" else {opcode}
-        yield name, opcode if opcode in CONTAINERS else _kind(inside), source
+            is_product = target and _PRODUCT.search(target[1])
+            bodies[computation].append((name, "dot" if is_product else opcode, line))
+    opcodes = {
+        computation: {opcode for _, opcode, _ in body} for computation, body in bodies.items()
+    }
+    for name, opcode, line in itertools.chain.from_iterable(bodies.values()):
+        called, source = _CALLED.search(line), _SOURCE.search(line)
+        inside = opcodes.get(called[1], set()) if opcode == "fusion" and called else {opcode}
+        kind = opcode if opcode in CONTAINERS else _kind(inside)
+        yield name, kind, source[1] if source else ""
 
 
 def _kind(opcodes: set[str]) -> str:

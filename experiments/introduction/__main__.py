@@ -10,7 +10,7 @@ looks values up. It takes a minute or two on one core.
 import dataclasses
 import time
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import Any
 
 import numpy as np
 
@@ -38,22 +38,8 @@ class Config(Record):
             raise ValueError(f"output={self.output} must be a file that ends in .html")
 
 
-class Sizes(NamedTuple):
-    """How much is computed, of every figure."""
-
-    tasks: plane.Sizes = plane.Sizes()
-    lens: implicit.Sizes = implicit.Sizes()
-    fits: sinusoids.Sizes = sinusoids.Sizes()
-    rounds: game.Sizes = game.Sizes()
-    measured: costs.Sizes = costs.Sizes()
-
-
-def main(config: Config, sizes: Sizes | None = None) -> dict[str, Any]:
+def main(config: Config) -> dict[str, Any]:
     """Computes the figures and writes the page.
-
-    Args:
-      config: the settings.
-      sizes: how much is computed; default what the page is made for.
 
     Returns:
       The data in the page.
@@ -63,16 +49,17 @@ def main(config: Config, sizes: Sizes | None = None) -> dict[str, Any]:
     """
     reports.begin(config)
     started = time.perf_counter()
-    data = compute(config.seed, sizes or Sizes())
+    data = compute(config.seed)
     size = page.write(config.output, data)
     seconds = time.perf_counter() - started
     common.say(f"{config.output}: {size / 1e6:.2f} MB, computed in {seconds:.0f} s")
     return data
 
 
-def compute(seed: int, sizes: Sizes) -> dict[str, Any]:
+def compute(seed: int) -> dict[str, Any]:
     """All figures' data, packed."""
-    tasks, lens, fits = sizes.tasks, sizes.lens, sizes.fits
+    tasks, lens, fits = plane.Sizes(), implicit.Sizes(), sinusoids.Sizes()
+    rounds, measured = game.Sizes(), costs.Sizes()
     figures = {
         "seed": seed,
         **common.provenance(),
@@ -103,8 +90,8 @@ def compute(seed: int, sizes: Sizes) -> dict[str, Any]:
             "inputs": sinusoids.curve_inputs(fits).tolist(),
             **sinusoids.fits(fits, seed),
         },
-        "game": {**sizes.rounds._asdict(), **_game(game.play(sizes.rounds, seed))},
-        "costs": {"steps": sizes.measured.num_steps, **costs.measure(sizes.measured, seed)},
+        "game": {**rounds._asdict(), **_game(game.play(rounds, seed))},
+        "costs": {"steps": measured.num_steps, **costs.measure(measured, seed)},
     }
     return _packed(figures)
 

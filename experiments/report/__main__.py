@@ -35,10 +35,6 @@ class Config(Record):
     watch: Positive | None = None
     """Write it anew every so many seconds, above 0, until all runs are finished or Ctrl-C."""
 
-    def check_together(self) -> None:
-        if not self.runs:
-            raise ValueError("runs: name at least one workdir or JSON file of results")
-
 
 def main(config: Config) -> list[Group]:
     """Writes the report; with `watch` again and again.
@@ -47,8 +43,10 @@ def main(config: Config) -> list[Group]:
       What was written last.
 
     Raises:
-      ValueError: a path that is no run, or a file that cannot be written.
+      ValueError: no run, a path that is none, or a file that cannot be written.
     """
+    if not config.runs:
+        raise ValueError("runs: name at least one workdir or JSON file of results")
     common.check_output(config.output)
     groups = _write(config, config.watch)
     with contextlib.suppress(KeyboardInterrupt):
