@@ -89,12 +89,9 @@ def sample_tasks(key: jax.Array) -> Task:
 
 def make_learner(name: str, rate: Any, steps: int, strength: Any = None) -> MetaLearner:
     """One of the four, with plain gradient descent inside."""
-    settings: dict[str, Any] = {"inner": optax.sgd(rate), "num_steps": steps}
-    if name == "imaml":
-        return imaml_jax.imaml(plane, valley, **settings, reg_strength=strength)
-    if name == "reptile":
-        return imaml_jax.reptile(plane, valley, **settings, statistics="batch")
-    return {"maml": imaml_jax.maml, "fomaml": imaml_jax.fomaml}[name](plane, valley, **settings)
+    factory = getattr(imaml_jax, name)
+    own = {"imaml": {"reg_strength": strength}, "reptile": {"statistics": "batch"}}.get(name, {})
+    return factory(plane, valley, inner=optax.sgd(rate), num_steps=steps, **own)
 
 
 def exact_learner(strength: Any) -> MetaLearner:
