@@ -11,16 +11,20 @@ import json
 from pathlib import Path
 from typing import Any
 
-from experiments.shared import common
+from experiments.shared import common, reports
+from imaml_jax.learners.settings import Record
 from imaml_jax.training import json_lines
-from imaml_jax.training.plots import new_figure
 
 _SAME = ("dataset", "ways", "shots")
+_KEPT = (
+    *("algorithm", "test_accuracy", "test_ci95", "best_step", "trained_meta_steps", "seconds"),
+    *("command", "date", "device", "cores", "versions", "settings"),
+)
 _SAME_SETTINGS = ("split", "test_rotations", "test_queries", "test_tasks", "invert")
 
 
 @dataclasses.dataclass(frozen=True)
-class Config:
+class Config(Record):
     """What is compared."""
 
     runs: tuple[Path, ...] = ()
@@ -40,7 +44,7 @@ def main(config: Config) -> list[dict[str, Any]]:
     """
     if not config.runs:
         raise ValueError("runs: name at least one working directory")
-    rows = [row for run in config.runs for row in _rows(Path(run))]
+    rows = [row for run in config.runs for row in _rows(run)]
     tasks = {json.dumps(row["test_tasks"], sort_keys=True) for row in rows}
     if len(tasks) > 1:
         raise ValueError(f"runs were tested on different tasks: {sorted(tasks)}")
@@ -54,22 +58,21 @@ def main(config: Config) -> list[dict[str, Any]]:
 def _rows(run: Path) -> list[dict[str, Any]]:
     if run.suffix != ".json":
         return [_row(run)]
-    try:
-        rows = json.loads(run.read_text(encoding="utf-8"))
-    except (OSError, ValueError) as error:
-        raise ValueError(f"{run} cannot be read ({error})") from None
+    rows = _read(run)
     if not isinstance(rows, list) or not all(isinstance(r, dict) and "curve" in r for r in rows):
         raise ValueError(f"{run} is no comparison that this program wrote")
     return rows
 
 
-def _row(run: Path) -> dict[str, Any]:
+def _read(path: Path, remedy: str = "") -> Any:
     try:
-        results = json.loads((run / "results.json").read_text(encoding="utf-8"))
-    except (OSError, json.JSONDecodeError) as error:
-        raise ValueError(
-            f"{run}/results.json cannot be read ({error}): finish that run first"
-        ) from None
+        return json.loads(path.read_text(encoding="utf-8"))
+    except (OSError, ValueError) as error:
+        raise ValueError(f"{path} cannot be read ({error}){remedy}") from None
+
+
+def _row(run: Path) -> dict[str, Any]:
+    results = _read(run / "results.json", ": finish that run first")
     missing = [name for name in (*_SAME, "settings", "test_accuracy") if name not in results]
     if missing:
         raise ValueError(
@@ -82,13 +85,9 @@ def _row(run: Path) -> dict[str, Any]:
         for row in history
         if row.get("validation") is not None
     ]
-    names = ("algorithm", "test_accuracy", "test_ci95", "best_step", "trained_meta_steps")
     return {
         "run": run.name,
-        **{name: results[name] for name in (*names, "seconds", "command", "date", "device")},
-        "cores": results["cores"],
-        "versions": results["versions"],
-        "settings": results["settings"],
+        **{name: results[name] for name in _KEPT},
         "test_tasks": {name: results[name] for name in _SAME}
         | {name: results["settings"][name] for name in _SAME_SETTINGS},
         "last_inner_residual": history[-1].get("inner_residual") if history else None,
@@ -112,17 +111,15 @@ def _table(rows: list[dict[str, Any]]) -> str:
 
 
 def _draw(rows: list[dict[str, Any]], path: Path) -> None:
-    figure = new_figure(10, 4.5)
-    for axes, abscissa in zip(figure.subplots(1, 2, sharey=True), ("step", "seconds"), strict=True):
-        for row in rows:
-            points = row["curve"]
-            errors = [100 * (1 - point["validation"]) for point in points]
-            axes.plot([point[abscissa] for point in points], errors, label=row["run"])
-        axes.set(xlabel={"step": "meta-steps"}.get(abscissa, abscissa), yscale="log")
-        axes.grid(alpha=0.3, which="both")
-    figure.axes[0].set(ylabel="validation error (%)")
-    figure.legend(*figure.axes[0].get_legend_handles_labels(), loc="outside upper center", ncols=2)
-    figure.savefig(path, dpi=110)
+    labels = {"step": "meta-steps", "seconds": "seconds"}
+    with reports.panels(path, 2, (10, 4.5), shared_legend=True, yscale="log") as panels:
+        for axes, (abscissa, label) in zip(panels, labels.items(), strict=True):
+            for row in rows:
+                points = row["curve"]
+                errors = [100 * (1 - point["validation"]) for point in points]
+                axes.plot([point[abscissa] for point in points], errors, label=row["run"])
+            axes.set(xlabel=label, ylabel="validation error (%)")
+            axes.grid(alpha=0.3, which="both")
 
 
 if __name__ == "__main__":

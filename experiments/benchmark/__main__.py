@@ -30,18 +30,23 @@ import numpy as np
 
 from experiments.benchmark import workload
 from experiments.benchmark.workload import CONTENDERS, MATMUL, Contender, reference_of
-from experiments.shared import common
-from imaml_jax.training.plots import new_figure
+from experiments.shared import common, reports
+from imaml_jax.learners.settings import Count, Record
 
 AGREEMENT = 1e-10
+_LIBRARIES = {contender.name: contender.library for contender in CONTENDERS if contender.library}
 _ROOT = Path(__file__).parents[2]
+_COLUMNS = {
+    **{"one meta-gradient": "", "seconds": ".3f", "ratio (spread)": "", "ceiling": ".0%"},
+    **{"temp MiB": ".1f", "peak MiB": ".0f", "residual": ".3f", "float64": ".0e"},
+}
 
 
 @dataclasses.dataclass(frozen=True)
-class Config:
+class Config(Record):
     """What is timed."""
 
-    rounds: int | None = None
+    rounds: Count | None = None
     """Interleaved rounds, at least 1; default 5, or 3 where it is to be quick."""
     quick: bool = False
     """Fewer contenders."""
@@ -59,13 +64,11 @@ def main(config: Config) -> dict[str, Any]:
       For each contender the seconds of every round, memory, and what follows from them.
 
     Raises:
-      ValueError: a setting out of its range.
+      ValueError: more devices than there are, or a report that cannot be written.
       RuntimeError: a contender failed, two disagree on the meta-gradient, or CG did not take the
         steps that it was to take.
     """
-    rounds = (3 if config.quick else 5) if config.rounds is None else config.rounds
-    if rounds < 1:
-        raise ValueError(f"rounds={rounds} must be at least 1")
+    rounds = config.rounds or (3 if config.quick else 5)
     devices = len(common.task_devices(config.devices, workload.TASKS) or [None])
     common.check_output(config.output)
     contenders = [c for c in CONTENDERS if available(c) and (c.quick or not config.quick)]
@@ -76,12 +79,12 @@ def main(config: Config) -> dict[str, Any]:
         for name in names:
             ask[name](0)  # compiles
         runs = [{name: ask[name](seed) for name in names} for seed in range(1, rounds + 1)]
-        memory = {name: ask[name](None) for name in names}
+        memory = {name: ask[name]("memory") for name in names}
     results = summary(contenders, runs, memory, disagreement, devices)
     results |= {"config": dataclasses.asdict(config), **common.provenance()}
     results["versions"] |= {
         name: importlib.metadata.version(name)
-        for name in sorted({"torch", *(c.library for c in CONTENDERS if c.library)})
+        for name in sorted({"torch", *_LIBRARIES.values()})
         if importlib.util.find_spec(name)
     }
     common.write_report(config.output, results, table, draw)
@@ -98,8 +101,7 @@ def available(contender: Contender) -> bool:
 @contextlib.contextmanager
 def process(name: str, devices: int) -> Iterator[Any]:
     """A contender in a process of its own: yields `order -> answer`, see `workload.serve`."""
-    ours = name not in {c.name for c in CONTENDERS if c.library}
-    module = f"experiments.benchmark.{'ours' if ours else 'peers'}"
+    module = f"experiments.benchmark.{'peers' if name in _LIBRARIES else 'ours'}"
     with tempfile.TemporaryFile("w+") as log:
         child = subprocess.Popen(
             [sys.executable, "-m", module, name, str(devices)],
@@ -156,10 +158,8 @@ def difference(gradients: dict[str, np.ndarray], reference: dict[str, np.ndarray
 
 
 def _gradients(name: str, devices: int) -> dict[str, np.ndarray]:
-    with tempfile.TemporaryDirectory() as folder, process(name, devices) as ask:
-        ask(f"{folder}/gradients.npz")
-        with np.load(f"{folder}/gradients.npz") as arrays:
-            return dict(arrays)
+    with process(name, devices) as ask:
+        return {path: np.asarray(values) for path, values in ask("gradients").items()}
 
 
 def summary(
@@ -175,11 +175,9 @@ def summary(
       RuntimeError: a Hessian solve took fewer CG steps than were asked for.
     """
 
-    def seconds(name: str) -> list[float]:
-        return [run[name]["seconds"] for run in runs]
-
+    seconds = {name: [run[name]["seconds"] for run in runs] for name in runs[0]}
     products = 2 * workload.MATRIX**3 * workload.PRODUCTS * devices
-    ceiling = products / statistics.median(seconds(MATMUL))
+    ceiling = products / statistics.median(seconds[MATMUL])
     rows = {}
     for contender in contenders:
         name, reference = contender.name, reference_of(contender).name
@@ -187,12 +185,12 @@ def summary(
         taken = {info.get("solve_steps", workload.CG_STEPS) for info in infos}
         if contender.same and taken != {workload.CG_STEPS}:
             raise RuntimeError(f"{name} took {sorted(taken)} CG steps on average")
-        median = statistics.median(seconds(name))
-        ratios = [a / b for a, b in zip(seconds(name), seconds(reference), strict=True)]
+        median = statistics.median(seconds[name])
+        ratios = [a / b for a, b in zip(seconds[name], seconds[reference], strict=True)]
         flops = workload.flops(contender.algorithm) if contender.same else None
         rows[name] = {
             "seconds": median,
-            "all_seconds": seconds(name),
+            "all_seconds": seconds[name],
             "ratio": [statistics.median(ratios), min(ratios), max(ratios)],
             "ratio_to": reference,
             "flops": flops,
@@ -206,37 +204,29 @@ def summary(
 
 def table(results: dict[str, Any]) -> str:
     """The measurements as text."""
-    lines = [
+    rows = [
+        (
+            name,
+            row["seconds"],
+            "{:.2f} ({:.2f}-{:.2f})".format(*row["ratio"]),
+            row["share_of_ceiling"],
+            row["temp_bytes"] and row["temp_bytes"] / 2**20,
+            row["peak_resident_bytes"] and row["peak_resident_bytes"] / 2**20,
+            row["inner_residual"],
+            row["disagreement"],
+        )
+        for name, row in results["contenders"].items()
+    ]
+    missing = [c.name for c in CONTENDERS if not available(c)]
+    return (
         f"{results['device']}, {results['machine']}, {results['cores']} cores; "
         f"{results['devices']} device(s) or threads; float32 matrix products "
-        f"{results['ceiling_flops'] / 1e9:.0f} GFLOP/s",
-        f"{'one meta-gradient':40}{'seconds':>9}  {'ratio (spread)':20}{'ceiling':>8}"
-        f"{'temp MiB':>10}{'peak MiB':>10}{'residual':>10}{'float64':>9}",
-    ]
-    for name, row in results["contenders"].items():
-        median, low, high = row["ratio"]
-        ratio = f"{median:.2f} ({low:.2f}-{high:.2f})"
-        lines.append(
-            f"{name:40}{row['seconds']:9.3f}  {ratio:20}"
-            f"{_shown(row['share_of_ceiling'], 100, '.0f', '%'):>8}"
-            f"{_shown(row['temp_bytes'], 2**-20, '.1f'):>10}"
-            f"{_shown(row['peak_resident_bytes'], 2**-20, '.0f'):>10}"
-            f"{_shown(row['inner_residual'], 1, '.3f'):>10}"
-            f"{_shown(row['disagreement'], 1, '.0e'):>9}"
-        )
-    missing = [c.name for c in CONTENDERS if not available(c)]
-    lines.append(
+        f"{results['ceiling_flops'] / 1e9:.0f} GFLOP/s\n{reports.text_table(_COLUMNS, rows)}\n"
         "ratio: to the first of the same algorithm, median and range over rounds; peak: of the "
         "whole process, library and compiler included; residual: of the inner problem; float64: "
         "difference of the meta-gradient from the first of the same algorithm"
+        + (f"\nnot installed, or not for this device: {missing}" if missing else "")
     )
-    if missing:
-        lines.append(f"not installed, or not for this device: {missing}")
-    return "\n".join(lines)
-
-
-def _shown(value: float | None, scale: float, form: str, unit: str = "") -> str:
-    return "" if value is None else f"{scale * value:{form}}{unit}"
 
 
 def draw(results: dict[str, Any], path: Path) -> None:
@@ -246,14 +236,11 @@ def draw(results: dict[str, Any], path: Path) -> None:
     medians = [rows[name]["seconds"] for name in names]
     low = [rows[name]["seconds"] - min(rows[name]["all_seconds"]) for name in names]
     high = [max(rows[name]["all_seconds"]) - rows[name]["seconds"] for name in names]
-    libraries = {contender.name: contender.library for contender in CONTENDERS}
-    figure = new_figure(9, 0.4 * len(names) + 1)
-    axes = figure.subplots()
-    colors = ["tab:gray" if libraries[name] else "tab:blue" for name in names]
-    axes.barh(names, medians, xerr=[low, high], color=colors)
-    axes.set(xlabel="seconds a meta-gradient", title=f"{results['machine']}, {results['date']}")
-    axes.grid(axis="x", alpha=0.3)
-    figure.savefig(path, dpi=120)
+    colors = ["tab:gray" if name in _LIBRARIES else "tab:blue" for name in names]
+    size, title = (9, 0.4 * len(names) + 1), f"{results['machine']}, {results['date']}"
+    with reports.panels(path, 1, size, xlabel="seconds a meta-gradient", title=title) as (axes,):
+        axes.barh(names, medians, xerr=[low, high], color=colors)
+        axes.grid(visible=False, axis="y")
 
 
 if __name__ == "__main__":

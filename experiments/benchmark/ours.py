@@ -1,5 +1,6 @@
 """Our contenders: `python -m experiments.benchmark.ours NAME DEVICES`, run by the benchmark."""
 
+import functools
 import sys
 from functools import partial
 from typing import Any
@@ -22,26 +23,28 @@ def learners() -> dict[str, MetaLearner]:
     """The learners timed, by name."""
     network = conv4(workload.WAYS, filters=workload.FILTERS, epsilon=workload.EPSILON)
     loss = imaml_jax.cross_entropy
+    cg: dict[str, Any] = {"tol": 0.0, "max_steps": workload.CG_STEPS}
+    steihaug = partial(imaml_jax.solve_cg_steihaug, **cg)
+    newton = imaml_jax.newton_cg(max_cg_steps=workload.CG_STEPS)
     descent: dict[str, Any] = {
         "inner": optax.sgd(workload.INNER_RATE),
         "num_steps": workload.INNER_STEPS,
     }
-    newton: dict[str, Any] = {
-        "inner": imaml_jax.newton_cg(max_cg_steps=workload.CG_STEPS),
-        "num_steps": 3,
-    }
-    cg: dict[str, Any] = {"tol": 0.0, "max_steps": workload.CG_STEPS}
-    steihaug: dict[str, Any] = {"solve": partial(imaml_jax.solve_cg_steihaug, **cg)}
-    gauss_newton: dict[str, Any] = {"curvature": "gauss_newton"}
-    imaml = partial(imaml_jax.imaml, network, loss, reg_strength=workload.REG_STRENGTH)
+    imaml = partial(
+        imaml_jax.imaml,
+        network,
+        loss,
+        **descent,
+        reg_strength=workload.REG_STRENGTH,
+        solve=steihaug,
+    )
+    gauss_newton = partial(imaml, curvature="gauss_newton")
     return {
-        "iMAML, Hessian, solve_cg_steihaug": imaml(**descent, **steihaug),
-        "iMAML, Hessian, solve_cg": imaml(**descent, solve=partial(imaml_jax.solve_cg, **cg)),
-        "iMAML, Gauss-Newton, solve_cg_steihaug": imaml(**descent, **steihaug, **gauss_newton),
-        "iMAML, Gauss-Newton, solve_woodbury": imaml(
-            **descent, solve=imaml_jax.solve_woodbury, **gauss_newton
-        ),
-        "iMAML, Hessian-free, 3 Newton steps": imaml(**newton, **steihaug, **gauss_newton),
+        "iMAML, Hessian, solve_cg_steihaug": imaml(),
+        "iMAML, Hessian, solve_cg": imaml(solve=partial(imaml_jax.solve_cg, **cg)),
+        "iMAML, Gauss-Newton, solve_cg_steihaug": gauss_newton(),
+        "iMAML, Gauss-Newton, solve_woodbury": gauss_newton(solve=imaml_jax.solve_woodbury),
+        "iMAML, Hessian-free, 3 Newton steps": gauss_newton(inner=newton, num_steps=3),
         "MAML": imaml_jax.maml(network, loss, **descent),
         "MAML, no recomputation": imaml_jax.maml(network, loss, **descent, remat=False),
         "first-order MAML": imaml_jax.fomaml(network, loss, **descent),
@@ -52,22 +55,19 @@ def learners() -> dict[str, MetaLearner]:
 def meta_gradient(name: str, num_devices: int) -> workload.Program:
     """The meta-gradient averaged over tasks, sharded over the devices, and the mean report."""
     learner = learners()[name]
-    devices = jax.local_devices()[:num_devices] if num_devices > 1 else None
-    place = replicated(devices) if devices else None
+    devices, place = _places(num_devices)
     params = jax.device_put(unflatten_dict(workload.params(), sep="/"), place)
-    program = None
 
     def prepare(tasks):
-        nonlocal program
-        inputs = jax.block_until_ready(jax.device_put(_task(tasks), place))
-        if program is None:
-            mapped = jax.jit(partial(_means, learner, devices))
-            program = mapped.lower(params, inputs).compile()
-        return inputs
+        return jax.block_until_ready(jax.device_put(_task(tasks), place))
+
+    @functools.cache
+    def program():
+        example = prepare(workload.tasks(0))
+        return jax.jit(partial(_means, learner, devices)).lower(params, example).compile()
 
     def run(inputs):
-        assert program is not None
-        _, info = jax.block_until_ready(program(params, inputs))
+        _, info = jax.block_until_ready(program()(params, inputs))
         return {name: float(value) for name, value in info._asdict().items() if value is not None}
 
     def gradients(tasks):
@@ -80,28 +80,22 @@ def meta_gradient(name: str, num_devices: int) -> workload.Program:
         return {path: np.asarray(leaf) for path, leaf in flatten_dict(grads, sep="/").items()}
 
     def temp_bytes():
-        analysis = program and program.memory_analysis()
+        analysis = program().memory_analysis()
         return num_devices * analysis.temp_size_in_bytes if analysis else None
 
-    def text():
-        assert program is not None
-        return program.as_text()
-
-    return workload.Program(prepare, run, gradients, temp_bytes, text)
+    return workload.Program(prepare, run, gradients, temp_bytes, lambda: program().as_text())
 
 
 def matmul(num_devices: int) -> workload.Program:
     """Matrix products one after another on every device, all devices at once: the ceiling."""
-    devices = jax.local_devices()[:num_devices] if num_devices > 1 else None
+    devices, place = _places(num_devices)
     product = partial(jnp.matmul, precision=jax.lax.Precision.HIGHEST)
     mapped = map_over_tasks(lambda a, _: product(a, a), None, devices)
     program = jax.jit(lambda a: mapped(a, jnp.zeros(num_devices)))
 
     def prepare(tasks):
         matrix = jnp.resize(jnp.asarray(tasks[1][0]), (workload.MATRIX, workload.MATRIX))
-        return jax.block_until_ready(
-            jax.device_put(matrix, replicated(devices) if devices else None)
-        )
+        return jax.block_until_ready(jax.device_put(matrix, place))
 
     def run(a):
         for _ in range(workload.PRODUCTS):
@@ -111,7 +105,13 @@ def matmul(num_devices: int) -> workload.Program:
     return workload.Program(prepare, run)
 
 
-def _means(learner: MetaLearner, devices, params: Any, tasks: Task) -> Any:
+def _places(num_devices: int) -> tuple[Any, Any]:
+    """The devices and where arrays are on them; None twice for one alone."""
+    devices = jax.local_devices()[:num_devices] if num_devices > 1 else None
+    return devices, replicated(devices) if devices else None
+
+
+def _means(learner: MetaLearner, devices: Any, params: Any, tasks: Task) -> Any:
     def of_task(params, task):
         return learner.meta_grad(params, task, jax.random.key(0), jnp.zeros((), jnp.int32))
 

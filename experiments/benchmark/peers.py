@@ -21,8 +21,9 @@ from experiments.benchmark import workload
 def meta_gradient(name: str) -> workload.Program:
     """The meta-gradient averaged over tasks, one task after another, on all threads."""
 
-    def make_run(dtype: str, exact: bool) -> Callable[[Any], list[Any]]:
-        net = _network(workload.params(), exact).to(_dtype(dtype))
+    def make_run(exact: bool) -> Callable[[Any], list[Any]]:
+        net = _network(workload.params(), exact)
+        net = net.double() if exact else net
         query_loss = _QUERY_LOSSES[name](net)
 
         def run(inputs):
@@ -33,32 +34,26 @@ def meta_gradient(name: str) -> workload.Program:
 
         return run
 
-    timed = make_run("float32", exact=False)
+    timed = make_run(exact=False)
 
     def run(inputs):
         timed(inputs)
         return {}
 
     def gradients(tasks):
-        return _to_jax(make_run("float64", exact=True)(_tensors(tasks, "float64")))
+        return _to_jax(make_run(exact=True)(_tensors(tasks, exact=True)))
 
-    return workload.Program(lambda tasks: _tensors(tasks, "float32"), run, gradients)
-
-
-def _dtype(name: str):
-    import torch
-
-    return getattr(torch, name)
+    return workload.Program(partial(_tensors, exact=False), run, gradients)
 
 
-def _tensors(tasks: workload.Tasks, dtype: str) -> list[Any]:
+def _tensors(tasks: workload.Tasks, exact: bool) -> list[Any]:
     """Support images and labels, query images and labels; images `[tasks, n, 1, 28, 28]`."""
     import torch
 
-    tensors = []
+    tensors, dtype = [], torch.float64 if exact else torch.float32
     for images, labels in tasks:
         channels_first = np.ascontiguousarray(np.moveaxis(images, -1, 2))
-        tensors += [torch.tensor(channels_first, dtype=_dtype(dtype)), torch.tensor(labels).long()]
+        tensors += [torch.tensor(channels_first, dtype=dtype), torch.tensor(labels).long()]
     return tensors
 
 

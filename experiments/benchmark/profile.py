@@ -9,6 +9,7 @@ took. On a GPU these are kernels, and command buffers, which would hide them, ar
 
 import collections
 import dataclasses
+import itertools
 import os
 import re
 import tempfile
@@ -22,6 +23,7 @@ import jax
 
 from experiments.benchmark import ours, workload
 from experiments.shared import common
+from imaml_jax.learners.settings import Count, Record
 
 _INSTRUCTION = re.compile(r"\s*(?:ROOT )?%?([\w.-]+) = .*? ([\w-]+)\(")
 _HEADER = re.compile(r"(?:ENTRY )?%?([\w.-]+) .*\{$")
@@ -42,13 +44,18 @@ CONTAINERS = {"while", "call", "conditional"}
 
 
 @dataclasses.dataclass(frozen=True)
-class Config:
+class Config(Record):
     """What is profiled."""
 
     contender: str = workload.CONTENDERS[0].name
     """Name of one of our contenders in the benchmark."""
-    largest: int = 10
+    largest: Count = 10
     """Single operations to print, those that took longest; at least 1."""
+
+    def check_together(self) -> None:
+        names = [each.name for each in workload.CONTENDERS if each.library is None]
+        if self.contender not in names:
+            raise ValueError(f"contender={self.contender!r} must be one of {names}")
 
 
 def main(config: Config) -> dict[str, Any]:
@@ -56,14 +63,7 @@ def main(config: Config) -> dict[str, Any]:
 
     Returns:
       Seconds of the run, and `{kind: (seconds, count)}`.
-
-    Raises:
-      ValueError: an unknown contender, or nothing to print.
     """
-    common.check_least(config, largest=1)
-    names = list(ours.learners())
-    if config.contender not in names:
-        raise ValueError(f"contender={config.contender!r} must be one of {names}")
     flags = os.environ.get("XLA_FLAGS", "")
     os.environ["XLA_FLAGS"] = f"{flags} --xla_gpu_enable_command_buffer="
     common.cache_compilations()
@@ -119,24 +119,23 @@ def traced(run: Callable[[], Any]) -> tuple[float, dict[str, list[float]]]:
 
 def parsed(text: str) -> Iterator[tuple[str, str, str]]:
     """Name, kind and source of every instruction of a compiled program."""
-    bodies, computation = collections.defaultdict(set), ""
-    instructions = []
+    bodies, computation = collections.defaultdict(list), ""
     for line in text.splitlines():
-        header = _HEADER.match(line)
-        if header:
+        if header := _HEADER.match(line):
             computation = header[1]
-        found = _INSTRUCTION.match(line)
-        if found:
+        if found := _INSTRUCTION.match(line):
             name, opcode = found.groups()
             target = _TARGET.search(line)
-            if target and _PRODUCT.search(target[1]):
-                opcode = "dot"
-            bodies[computation].add(opcode)
-            called, source = _CALLED.search(line), _SOURCE.search(line)
-            instructions.append((name, opcode, called and called[1], source[1] if source else ""))
-    for name, opcode, called, source in instructions:
-        inside = bodies[called] if opcode == "fusion" else {opcode}
-        yield name, opcode if opcode in CONTAINERS else _kind(inside), source
+            is_product = target and _PRODUCT.search(target[1])
+            bodies[computation].append((name, "dot" if is_product else opcode, line))
+    opcodes = {
+        computation: {opcode for _, opcode, _ in body} for computation, body in bodies.items()
+    }
+    for name, opcode, line in itertools.chain.from_iterable(bodies.values()):
+        called, source = _CALLED.search(line), _SOURCE.search(line)
+        inside = opcodes.get(called[1], set()) if opcode == "fusion" and called else {opcode}
+        kind = opcode if opcode in CONTAINERS else _kind(inside)
+        yield name, kind, source[1] if source else ""
 
 
 def _kind(opcodes: set[str]) -> str:

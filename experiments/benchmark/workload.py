@@ -185,26 +185,27 @@ def flops(
 def serve(program: Program) -> None:
     """Takes orders from standard input, one JSON value a line, and answers on standard output.
 
-    A number asks for one run on the tasks of that seed: its seconds and what it reports; a string
-    for a file of that name with the gradients of the check tasks; null for the memory used so far.
+    A number asks for one run on the tasks of that seed: its seconds and what it reports;
+    "gradients" for those of the check tasks by path; "memory" for that used so far.
     """
     answers = os.fdopen(os.dup(1), "w")
     os.dup2(2, 1)  # what a library prints is no answer
     for line in sys.stdin:
-        order = json.loads(line)
-        if order is None:
-            temp = program.temp_bytes() if program.temp_bytes else None
-            answer = {"temp_bytes": temp, "peak_resident_bytes": _peak_resident_bytes()}
-        elif isinstance(order, str):
-            assert program.gradients is not None
-            np.savez(order, allow_pickle=False, **program.gradients(tasks(0, CHECK_TASKS)))
-            answer = None
-        else:
-            inputs = program.prepare(tasks(order))
-            started = time.perf_counter()
-            info = program.run(inputs)
-            answer = {"seconds": time.perf_counter() - started, "info": info}
-        print(json.dumps(answer), file=answers, flush=True)
+        print(json.dumps(_answer(program, json.loads(line))), file=answers, flush=True)
+
+
+def _answer(program: Program, order: Any) -> dict[str, Any]:
+    if order == "memory":
+        temp = program.temp_bytes() if program.temp_bytes else None
+        return {"temp_bytes": temp, "peak_resident_bytes": _peak_resident_bytes()}
+    if order == "gradients":
+        assert program.gradients is not None
+        gradients = program.gradients(tasks(0, CHECK_TASKS))
+        return {path: array.tolist() for path, array in gradients.items()}
+    inputs = program.prepare(tasks(order))
+    started = time.perf_counter()
+    info = program.run(inputs)
+    return {"seconds": time.perf_counter() - started, "info": info}
 
 
 def _peak_resident_bytes() -> int | None:

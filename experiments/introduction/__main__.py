@@ -10,132 +10,101 @@ looks values up. It takes a minute or two on one core.
 import dataclasses
 import time
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import Any
 
 import numpy as np
 
 from experiments.introduction import costs, game, implicit, landscape, page, plane, sinusoids
-from experiments.shared import common
+from experiments.shared import common, reports
+from imaml_jax.learners.settings import Record, Seed
 
-_POSITION = 1 / 4096  # positions on the plane to 0.0002, up to 8 away from its middle
-_PREDICTION = 1e-3
+# What is kept to a fixed precision: positions on the plane, up to 8 away from its middle, and
+# predictions.
+_POSITIONS = ("ends", "minima", "support_centres", "query_centres", "paths", "minimum")
+_SCALES = {**dict.fromkeys(_POSITIONS, 1 / 4096), "fits": 1e-3}
 
 
 @dataclasses.dataclass(frozen=True)
-class Config:
+class Config(Record):
     """Where the page goes."""
 
     output: Path = Path("introduction.html")
     """The HTML file to write."""
-    seed: int = 0
+    seed: Seed = 0
     """Seed of the tasks, the initialisations and the training runs, at least 0."""
 
-
-class Sizes(NamedTuple):
-    """How much is computed, of every figure."""
-
-    tasks: plane.Sizes = plane.Sizes()
-    lens: implicit.Sizes = implicit.Sizes()
-    fits: sinusoids.Sizes = sinusoids.Sizes()
-    rounds: game.Sizes = game.Sizes()
-    measured: costs.Sizes = costs.Sizes()
+    def check_together(self) -> None:
+        if self.output.suffix != ".html":
+            raise ValueError(f"output={self.output} must be a file that ends in .html")
 
 
-def main(config: Config, sizes: Sizes | None = None) -> dict[str, Any]:
+def main(config: Config) -> dict[str, Any]:
     """Computes the figures and writes the page.
-
-    Args:
-      config: the settings.
-      sizes: how much is computed; default what the page is made for.
 
     Returns:
       The data in the page.
 
     Raises:
-      ValueError: a setting out of its range.
+      ValueError: the page cannot be written there.
     """
-    common.check_seed(config.seed)
-    if config.output.suffix != ".html":
-        raise ValueError(f"output={config.output} must be a file that ends in .html")
-    common.check_output(config.output)
-    common.cache_compilations()
+    reports.begin(config)
     started = time.perf_counter()
-    data = compute(config.seed, sizes or Sizes())
+    data = compute(config.seed)
     size = page.write(config.output, data)
     seconds = time.perf_counter() - started
     common.say(f"{config.output}: {size / 1e6:.2f} MB, computed in {seconds:.0f} s")
     return data
 
 
-def compute(seed: int, sizes: Sizes) -> dict[str, Any]:
+def compute(seed: int) -> dict[str, Any]:
     """All figures' data, packed."""
-    size = sizes.tasks
-    return {
+    tasks, lens, fits = plane.Sizes(), implicit.Sizes(), sinusoids.Sizes()
+    rounds, measured = game.Sizes(), costs.Sizes()
+    figures = {
         "seed": seed,
         **common.provenance(),
         "plane": {
-            **size._asdict(),
+            **tasks._asdict(),
             "extent": plane.EXTENT,
             "outer_rate": landscape.OUTER_RATE,
             "reach": landscape.REACH,
-            **_landscape(size, seed),
+            **landscape.compute(tasks, seed),
         },
-        "runs": _runs(size, seed),
+        "runs": landscape.trajectories(tasks, seed),
         "inner": {
             "task": implicit.TASK,
             "starts": implicit.STARTS,
-            "rates": sizes.lens.rates,
-            "steps": sizes.lens.steps,
-            **_inner_problem(sizes.lens, size.strengths, seed),
+            "rates": lens.rates,
+            "steps": lens.steps,
+            **implicit.inner_problem(lens, tasks.strengths, seed),
         },
         "solver": {
-            "conditions": sizes.lens.conditions,
-            "steps": sizes.lens.descent_steps,
-            **{k: page.pack(x) for k, x in implicit.solver_errors(sizes.lens, seed).items()},
+            "conditions": lens.conditions,
+            "steps": lens.descent_steps,
+            **implicit.solver_errors(lens, seed),
         },
-        "sinusoid": _sinusoids(sizes.fits, seed),
-        "game": _game(sizes.rounds, seed),
-        "costs": {"steps": sizes.measured.num_steps, **costs.measure(sizes.measured, seed)},
+        "sinusoid": {
+            **fits._asdict(),
+            "rate": sinusoids.RATE,
+            "strength": sinusoids.STRENGTH,
+            "inputs": sinusoids.curve_inputs(fits).tolist(),
+            **sinusoids.fits(fits, seed),
+        },
+        "game": {**rounds._asdict(), **_game(game.play(rounds, seed))},
+        "costs": {"steps": measured.num_steps, **costs.measure(measured, seed)},
     }
+    return _packed(figures)
 
 
-def _pack(found: dict[str, Any], positions: set[str]) -> dict[str, Any]:
-    return {k: page.pack(x, _POSITION if k in positions else None) for k, x in found.items()}
+def _packed(found: Any, scale: float | None = None) -> Any:
+    """With every array as text, to the precision of its name or that of the figure's part."""
+    if isinstance(found, dict):
+        return {name: _packed(each, _SCALES.get(name, scale)) for name, each in found.items()}
+    return page.pack(found, scale) if isinstance(found, np.ndarray) else found
 
 
-def _landscape(size: plane.Sizes, seed: int) -> dict[str, Any]:
-    positions = {"ends", "minima", "support_centres", "query_centres"}
-    return _pack(landscape.compute(size, seed), positions)
-
-
-def _runs(size: plane.Sizes, seed: int) -> dict[str, Any]:
-    found = landscape.trajectories(size, seed)
+def _game(found: dict[str, Any]) -> dict[str, Any]:
     return {
-        "paths": {name: page.pack(x, _POSITION) for name, x in found["paths"].items()},
-        "losses": {name: page.pack(x) for name, x in found["losses"].items()},
-    }
-
-
-def _inner_problem(size: implicit.Sizes, strengths: tuple[float, ...], seed: int) -> dict[str, Any]:
-    return _pack(implicit.inner_problem(size, strengths, seed), {"paths", "minimum"})
-
-
-def _sinusoids(size: sinusoids.Sizes, seed: int) -> dict[str, Any]:
-    found = sinusoids.fits(size, seed)
-    return {
-        **size._asdict(),
-        "rate": sinusoids.RATE,
-        "strength": sinusoids.STRENGTH,
-        "inputs": sinusoids.curve_inputs(size).tolist(),
-        "fits": page.pack(found["fits"], _PREDICTION),
-        "losses": page.pack(found["losses"]),
-    }
-
-
-def _game(size: game.Sizes, seed: int) -> dict[str, Any]:
-    found = game.play(size, seed)
-    return {
-        **size._asdict(),
         "sprite": page.sprite(found["images"]),
         "answers": found["answers"].tolist(),
         "probabilities": np.round(found["probabilities"].astype(float), 4).tolist(),

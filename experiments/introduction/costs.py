@@ -1,8 +1,6 @@
 """Memory and time of a meta-gradient against the number of inner steps, on this machine."""
 
 import statistics
-import time
-from collections.abc import Callable
 from functools import partial
 from typing import Any, NamedTuple
 
@@ -11,6 +9,7 @@ import jax.numpy as jnp
 import optax
 
 import imaml_jax
+from experiments.shared import reports
 from imaml_jax import Batch, MetaLearner, Task
 from imaml_jax.networks import mlp
 
@@ -50,30 +49,24 @@ def measure(sizes: Sizes, seed: int) -> dict[str, dict[str, list[float]]]:
     images = jax.random.uniform(keys[0], (2, WAYS * SHOTS, PIXELS))
     task = Task(Batch(images[0], labels), Batch(images[1], labels))
     theta = mlp([WIDTH, WIDTH, WAYS]).init(keys[1], images[0])
-    programs: dict[tuple[str, int], Any] = {}
-    for steps in sizes.num_steps:
-        for name, learner in learners(steps).items():
-            lowered = jax.jit(learner.meta_grad).lower(theta, task, keys[2], 0)
-            programs[name, steps] = lowered.compile()
-    times: dict[tuple[str, int], list[float]] = {cell: [] for cell in programs}
-    for _ in range(sizes.rounds):
-        for cell, program in programs.items():
-            times[cell].append(_seconds(partial(program, theta, task, keys[2], 0)))
+    programs: dict[tuple[str, int], Any] = {
+        (name, steps): jax.jit(learner.meta_grad).lower(theta, task, keys[2], 0).compile()
+        for steps in sizes.num_steps
+        for name, learner in learners(steps).items()
+    }
+
+    def run(program):
+        return [program(theta, task, keys[2], 0) for _ in range(CALLS)]
+
+    runs = {cell: partial(run, program) for cell, program in programs.items()}
+    times = reports.seconds_in_rounds(runs, sizes.rounds)
     return {
         name: {
             "bytes": [
                 programs[name, steps].memory_analysis().temp_size_in_bytes
                 for steps in sizes.num_steps
             ],
-            "seconds": [statistics.median(times[name, steps]) for steps in sizes.num_steps],
+            "seconds": [statistics.median(times[name, steps]) / CALLS for steps in sizes.num_steps],
         }
         for name in learners(2)
     }
-
-
-def _seconds(call: Callable[[], Any]) -> float:
-    started = time.perf_counter()
-    for _ in range(CALLS):
-        found = call()
-    jax.block_until_ready(found)
-    return (time.perf_counter() - started) / CALLS

@@ -43,58 +43,40 @@ def inner_problem(sizes: Sizes, strengths: tuple[float, ...], seed: int) -> dict
     with jax.enable_x64(True):
         tasks = plane.sample_tasks(jax.random.key(seed))
         task = jax.tree.map(lambda x: x[TASK], tasks)
-        starts, rates = jnp.asarray(STARTS), jnp.asarray(sizes.rates)
+        axes = jnp.asarray(STARTS), jnp.asarray(strengths), jnp.asarray(sizes.rates)
 
         def path(start, strength, rate):
-            objective = imaml_jax.proximal_objective(plane.valley)
-
-            def step(params, _):
-                moved, _ = imaml_jax.minimize(
-                    objective,
-                    params,
-                    start,
-                    strength,
-                    task.support.targets,
-                    tx=optax.sgd(rate),
-                    num_steps=1,
-                )
-                return moved, params
-
-            return jax.lax.scan(step, start, None, length=max(sizes.steps) + 1)[1]
+            shape, most = task.support.targets, max(sizes.steps)
+            return plane.descent(plane.valley, start, strength, shape, rate, most, lambda x: x)
 
         def meta_grad(steps, start, strength, rate):
             learner = plane.make_learner("imaml", rate, steps, strength)
-            grads, info = learner.meta_grad(start, task, plane.KEY, jnp.zeros((), jnp.int32))
-            report = ("inner_residual", "solve_residual", "min_curvature")
-            return {"grads": grads} | {name: getattr(info, name) for name in report}
+            grads, info = plane.meta_gradient(learner, start, task)
+            report = _named(info, "inner_residual", "solve_residual", "min_curvature")
+            return {"grads": grads} | report
 
         def exact(start, strength):
             learner = plane.exact_learner(strength)
-            grads, _ = learner.meta_grad(start, task, plane.KEY, jnp.zeros((), jnp.int32))
+            grads, _ = plane.meta_gradient(learner, start, task)
             minimum = learner.adapt(start, task.support, plane.KEY)[0].params
-            return {"exact": grads, "minimum": minimum, "hessian": _hessian(minimum, task)}
-
-        def all_of(fun):
-            by_rate = jax.vmap(fun, (None, None, 0))
-            by_strength = jax.vmap(by_rate, (None, 0, None))
-            return jax.vmap(by_strength, (0, None, None))(starts, jnp.asarray(strengths), rates)
+            hessian = imaml_jax.hessian(lambda p: plane.valley(p, task.support.targets), minimum)
+            matrix = jax.vmap(hessian.matvec)(jnp.eye(2))
+            return {"exact": grads, "minimum": minimum, "hessian": matrix}
 
         @jax.jit
         def run():
-            reports = [all_of(partial(meta_grad, steps)) for steps in sizes.steps]
-            by_strength = jax.vmap(exact, (None, 0))
-            at_minimum = jax.vmap(by_strength, (0, None))(starts, jnp.asarray(strengths))
+            reports = [plane.at_all(partial(meta_grad, steps), *axes) for steps in sizes.steps]
             stacked = jax.tree.map(lambda *x: jnp.stack(x, 3), *reports)
-            return stacked | at_minimum | {"paths": all_of(path)}
+            at_minimum = plane.at_all(exact, *axes[:2])
+            return stacked | at_minimum | {"paths": plane.at_all(path, *axes)}
 
         found = jax.device_get(run())
     largest = np.linalg.eigvalsh(found.pop("hessian"))[..., -1]
     return found | {"rate_limit": 2 / (largest + np.asarray(strengths))}
 
 
-def _hessian(params: jax.Array, task: imaml_jax.Task) -> jax.Array:
-    operator = imaml_jax.hessian(lambda p: plane.valley(p, task.support.targets), params)
-    return jax.vmap(operator.matvec)(jnp.eye(2))
+def _named(info: Any, *names: str) -> dict[str, Any]:
+    return {name: getattr(info, name) for name in names}
 
 
 def solver_errors(sizes: Sizes, seed: int) -> dict[str, Any]:
@@ -106,13 +88,14 @@ def solver_errors(sizes: Sizes, seed: int) -> dict[str, Any]:
     """
     with jax.enable_x64(True):
         problems = [regression.regression(condition, 1, seed) for condition in sizes.conditions]
-        task, exact = jax.tree.map(
+        tasks, exact = jax.tree.map(
             lambda *x: jnp.stack(x)[:, 0], *((p.tasks, p.exact) for p in problems)
         )
         network, start = problems[0].network, problems[0].params
         rates = jnp.asarray([2 / (p.smallest + p.largest) for p in problems])
 
-        def measure(steps, task, exact, rate, max_steps):
+        def measure(steps, problem, max_steps):
+            task, exact, rate = problem
             learner = imaml_jax.imaml(
                 network,
                 regression.half_squared_error,
@@ -121,22 +104,15 @@ def solver_errors(sizes: Sizes, seed: int) -> dict[str, Any]:
                 reg_strength=regression.REG_STRENGTH,
                 solve=partial(imaml_jax.solve_cg_steihaug, tol=0.0, max_steps=max_steps),
             )
-            grads, info = learner.meta_grad(start, task, plane.KEY, jnp.zeros((), jnp.int32))
+            grads, info = plane.meta_gradient(learner, start, task)
             error = jnp.linalg.norm(grads - exact) / jnp.linalg.norm(exact)
-            return error, info.solve_residual, info.inner_residual
+            return {"error": error} | _named(info, "solve_residual", "inner_residual")
 
         @jax.jit
         def run():
-            rows = []
-            for steps in sizes.descent_steps:
-                by_cg = jax.vmap(partial(measure, steps), (None, None, None, 0))
-                by_condition = jax.vmap(by_cg, (0, 0, 0, None))
-                rows.append(by_condition(task, exact, rates, jnp.arange(1, sizes.cg_steps + 1)))
-            return [jnp.stack(x, 1) for x in zip(*rows, strict=True)]
+            axes = (tasks, exact, rates), jnp.arange(1, sizes.cg_steps + 1)
+            rows = [plane.at_all(partial(measure, steps), *axes) for steps in sizes.descent_steps]
+            return jax.tree.map(lambda *x: jnp.stack(x, 1), *rows)
 
-        error, solve_residual, inner_residual = jax.device_get(run())
-    return {
-        "error": error,
-        "solve_residual": solve_residual,
-        "inner_residual": inner_residual[..., 0],
-    }
+        found = jax.device_get(run())
+    return found | {"inner_residual": found["inner_residual"][..., 0]}

@@ -1,12 +1,12 @@
 """Arrows, losses and reports at every point of a grid; whole runs of meta-training."""
 
+from collections.abc import Callable
 from functools import partial
 from typing import Any
 
 import jax
 import jax.numpy as jnp
 import numpy as np
-import optax
 
 from experiments.introduction import plane
 from experiments.introduction.plane import Sizes
@@ -25,30 +25,35 @@ def compute(sizes: Sizes, seed: int) -> dict[str, np.ndarray]:
     """
     with jax.enable_x64(True):
         tasks = plane.sample_tasks(jax.random.key(seed))
-        per_steps = [_at_steps(sizes, tasks, steps) for steps in sizes.steps]
-        found = {name: np.stack([each[name] for each in per_steps], 1) for name in per_steps[0]}
-        found |= _at_the_minimum(sizes, tasks)
-        found["curves"] = np.asarray(_curves(sizes, tasks))
-        found |= jax.device_get(_pictures(sizes, tasks))
-    return found
+        of_all = jax.jit(partial(_at_any_steps, sizes))(tasks)
+        return _over_steps(_at_steps, sizes, tasks) | jax.device_get(of_all)
+
+
+def _over_steps(fun: Callable[..., Any], sizes: Sizes, tasks: Task) -> dict[str, Any]:
+    """`fun(sizes, tasks, steps)` for every number of inner steps, which are the second axis."""
+    run = jax.jit(partial(fun, sizes), static_argnums=1)
+    found = [jax.device_get(run(tasks, steps)) for steps in sizes.steps]
+    return jax.tree.map(lambda *x: np.stack(x, axis=1), *found)
 
 
 def arrow(name: str, theta: jax.Array, tasks: Task, rate: Any, steps: int, strength: Any) -> Any:
     """A mean meta-gradient `[2]`; Reptile's is of a gradient's length; and its report."""
     learner = plane.make_learner(name, rate, steps, strength)
-    mean, info = plane.meta_gradient(learner, theta, tasks)
+    mean, info = plane.mean_gradient(learner, theta, tasks)
     return (mean / (rate * steps) if name == "reptile" else mean), info
 
 
-def _at_steps(sizes: Sizes, tasks: Task, steps: int) -> dict[str, np.ndarray]:
+def _at_steps(sizes: Sizes, tasks: Task, steps: int) -> dict[str, Any]:
     """At one number of inner steps, for every rate and strength."""
     rates, strengths = jnp.asarray(sizes.rates), jnp.asarray(sizes.strengths)
 
+    def loss(theta, rate):
+        return plane.query_loss(plane.make_learner("maml", rate, steps), theta, tasks)
+
     def unrolled(theta, rate):
-        maml = plane.make_learner("maml", rate, steps)
         arrows = {name: arrow(name, theta, tasks, rate, steps, None)[0] for name in _UNROLLED}
-        exact = jax.jacfwd(lambda x: plane.query_loss(maml, x, tasks))(theta)
-        return arrows | {"exact_unrolled": exact, "ends": plane.adapt(maml, theta, tasks)}
+        ends = plane.adapt(plane.make_learner("maml", rate, steps), theta, tasks)
+        return arrows | {"exact_unrolled": jax.jacfwd(loss)(theta, rate), "ends": ends}
 
     def implicit(theta, rate, strength):
         mean, info = arrow("imaml", theta, tasks, rate, steps, strength)
@@ -58,69 +63,36 @@ def _at_steps(sizes: Sizes, tasks: Task, steps: int) -> dict[str, np.ndarray]:
             "min_curvature": info.min_curvature.min(),
         }
 
-    def loss(theta, rate):
-        return plane.query_loss(plane.make_learner("maml", rate, steps), theta, tasks)
-
-    @jax.jit
-    def run():
-        points, fine = plane.grid(sizes.side), plane.grid(2 * sizes.side - 1)
-
-        def at(rate):
-            by_strength = jax.vmap(
-                lambda strength: plane.over(points, lambda x: implicit(x, rate, strength))
-            )
-            losses = plane.over(fine, lambda x: loss(x, rate))
-            by_rate = plane.over(points, lambda x: unrolled(x, rate))
-            return by_rate | by_strength(strengths) | {"unrolled_loss": losses}
-
-        return jax.vmap(at)(rates)
-
-    return jax.device_get(run())
+    return {
+        **plane.over(sizes.side, unrolled, rates),
+        **plane.over(sizes.side, implicit, rates, strengths),
+        "unrolled_loss": plane.over(sizes.fine, loss, rates),
+    }
 
 
-def _at_the_minimum(sizes: Sizes, tasks: Task) -> dict[str, np.ndarray]:
-    """Where the inner problem is solved, for every strength."""
+def _at_any_steps(sizes: Sizes, tasks: Task) -> dict[str, Any]:
+    """What no number of inner steps plays a part in: `curves` are over all of them."""
+    rates, strengths = jnp.asarray(sizes.rates), jnp.asarray(sizes.strengths)
 
-    def at(theta, strength):
+    def solved(theta, strength):
         learner = plane.exact_learner(strength)
-        grad, info = plane.meta_gradient(learner, theta, tasks)
-        return {
-            "exact_implicit": grad,
-            "implicit_loss": info.query_loss.mean(),
-            "minima": plane.adapt(learner, theta, tasks),
-        }
-
-    fine = plane.grid(2 * sizes.side - 1)
-    run = jax.jit(jax.vmap(lambda strength: plane.over(fine, lambda x: at(x, strength))))
-    found = jax.device_get(run(jnp.asarray(sizes.strengths)))
-    return {k: v if k == "implicit_loss" else v[:, ::2, ::2] for k, v in found.items()}
-
-
-def _curves(sizes: Sizes, tasks: Task) -> jax.Array:
-    """`[rates, side, side, steps + 1]`: the query loss after 0, 1, ... inner steps."""
+        grad, info = plane.mean_gradient(learner, theta, tasks)
+        minima = plane.adapt(learner, theta, tasks)
+        return {"exact_implicit": grad, "minima": minima}, info.query_loss.mean()
 
     def curve(theta, rate):
-        one = plane.make_learner("maml", rate, 1)
+        def of_task(support, query):
+            loss = partial(plane.valley, shape=query)
+            return plane.descent(plane.valley, theta, 0.0, support, rate, max(sizes.steps), loss)
 
-        def step(params, _):
-            loss = jax.vmap(plane.valley)(params, tasks.query.targets).mean()
-            adapted = jax.vmap(one.adapt, (0, 0, None))(params, tasks.support, plane.KEY)[0]
-            return adapted.params, loss
+        return jax.vmap(of_task)(tasks.support.targets, tasks.query.targets).mean(0)
 
-        start = jnp.broadcast_to(theta, (plane.NUM_TASKS, 2))
-        return jax.lax.scan(step, start, None, length=max(sizes.steps) + 1)[1]
-
-    points = plane.grid(sizes.side)
-    run = jax.vmap(lambda rate: plane.over(points, lambda x: curve(x, rate)))
-    return jax.jit(run)(jnp.asarray(sizes.rates))
-
-
-def _pictures(sizes: Sizes, tasks: Task) -> dict[str, jax.Array]:
-    """The tasks' own support losses and minima."""
-    fine = plane.grid(2 * sizes.side - 1)
-    losses = jax.vmap(lambda shape: plane.over(fine, partial(plane.valley, shape=shape)))
+    fine, losses = plane.over(sizes.fine, solved, strengths)
     return {
-        "task_losses": losses(tasks.support.targets),
+        **{name: values[:, ::2, ::2] for name, values in fine.items()},
+        "implicit_loss": losses,
+        "curves": plane.over(sizes.side, curve, rates),
+        "task_losses": plane.over(sizes.fine, plane.valley, tasks.support.targets),
         "support_centres": tasks.support.targets[:, :2],
         "query_centres": tasks.query.targets[:, :2],
     }
@@ -137,8 +109,8 @@ def trajectories(sizes: Sizes, seed: int) -> dict[str, dict[str, np.ndarray]]:
     """
     with jax.enable_x64(True):
         tasks = plane.sample_tasks(jax.random.key(seed))
-        runs = [_runs(sizes, tasks, steps) for steps in sizes.steps]
-        return jax.tree.map(lambda *x: np.stack(x, axis=1), *runs)
+        found = _over_steps(_runs, sizes, tasks)
+    return {kind: {name: own[kind] for name, own in found.items()} for kind in ("paths", "losses")}
 
 
 def starts(sizes: Sizes) -> jax.Array:
@@ -146,37 +118,27 @@ def starts(sizes: Sizes) -> jax.Array:
     return 0.9 * plane.grid(sizes.starts_side).reshape(-1, 2)
 
 
-def _runs(sizes: Sizes, tasks: Task, steps: int) -> Any:
-    tx = optax.sgd(OUTER_RATE)
+def _runs(sizes: Sizes, tasks: Task, steps: int) -> dict[str, Any]:
     rates, strengths = jnp.asarray(sizes.rates), jnp.asarray(sizes.strengths)
 
-    def train(name, start, rate, strength):
-        def step(carry, _):
-            theta, state = carry
-            grads, _ = arrow(name, theta, tasks, rate, steps, strength)
-            updates, state = tx.update(grads, state, theta)
-            moved = jnp.asarray(optax.apply_updates(theta, updates))
-            within = jnp.all(jnp.abs(moved) <= REACH)
-            return (jnp.where(within, moved, theta), state), None
+    def train(name, rate, strength, start):
+        def step(theta, _):
+            moved = theta - OUTER_RATE * arrow(name, theta, tasks, rate, steps, strength)[0]
+            return jnp.where(jnp.all(jnp.abs(moved) <= REACH), moved, theta), None
 
-        def stretch(carry, _):
-            return jax.lax.scan(step, carry, None, length=sizes.record_every)[0], carry[0]
+        def stretch(theta, _):
+            return jax.lax.scan(step, theta, None, length=sizes.record_every)[0], theta
 
         count = sizes.meta_steps // sizes.record_every
-        carry = (start, tx.init(start))
-        path = jax.lax.scan(stretch, carry, None, length=count + 1)[1]
+        path = jax.lax.scan(stretch, start, None, length=count + 1)[1]
         learner = plane.make_learner(name, rate, steps, strength)
-        return path, plane.query_loss(learner, path[-1], tasks)
+        return {"paths": path, "losses": plane.query_loss(learner, path[-1], tasks)}
 
     def each(name):
-        by_start = jax.vmap(partial(train, name), (0, None, None))
         if name == "imaml":
-            by_strength = jax.vmap(by_start, (None, None, 0))
-            return jax.vmap(lambda rate: by_strength(starts(sizes), rate, strengths))(rates)
-        return jax.vmap(lambda rate: by_start(starts(sizes), rate, None))(rates)
+            return plane.at_all(partial(train, name), rates, strengths, starts(sizes))
+        return plane.at_all(
+            lambda rate, start: train(name, rate, None, start), rates, starts(sizes)
+        )
 
-    found = jax.device_get(jax.jit(lambda: {name: each(name) for name in plane.ALGORITHMS})())
-    return {
-        "paths": {name: pair[0] for name, pair in found.items()},
-        "losses": {name: pair[1] for name, pair in found.items()},
-    }
+    return {name: each(name) for name in plane.ALGORITHMS}

@@ -28,7 +28,7 @@ class Sizes(NamedTuple):
     """How much is computed.
 
     Attributes:
-      side: points a side of the grid of meta-parameters; `2 side - 1` for the contours.
+      side: points a side of the grid of meta-parameters.
       rates: inner learning rates.
       steps: inner steps.
       strengths: lambdas.
@@ -44,6 +44,11 @@ class Sizes(NamedTuple):
     starts_side: int = 3
     meta_steps: int = 60
     record_every: int = 3
+
+    @property
+    def fine(self) -> int:
+        """Points a side of the grid of the contours."""
+        return 2 * self.side - 1
 
 
 plane = Network(lambda key, inputs: jnp.zeros(2), lambda theta, inputs: theta)
@@ -84,12 +89,9 @@ def sample_tasks(key: jax.Array) -> Task:
 
 def make_learner(name: str, rate: Any, steps: int, strength: Any = None) -> MetaLearner:
     """One of the four, with plain gradient descent inside."""
-    settings: dict[str, Any] = {"inner": optax.sgd(rate), "num_steps": steps}
-    if name == "imaml":
-        return imaml_jax.imaml(plane, valley, **settings, reg_strength=strength)
-    if name == "reptile":
-        return imaml_jax.reptile(plane, valley, **settings, statistics="batch")
-    return {"maml": imaml_jax.maml, "fomaml": imaml_jax.fomaml}[name](plane, valley, **settings)
+    factory = getattr(imaml_jax, name)
+    own = {"imaml": {"reg_strength": strength}, "reptile": {"statistics": "batch"}}.get(name, {})
+    return factory(plane, valley, inner=optax.sgd(rate), num_steps=steps, **own)
 
 
 def exact_learner(strength: Any) -> MetaLearner:
@@ -104,10 +106,14 @@ def exact_learner(strength: Any) -> MetaLearner:
     )
 
 
-def meta_gradient(learner: MetaLearner, theta: jax.Array, tasks: Task) -> tuple[jax.Array, Any]:
+def meta_gradient(learner: MetaLearner, theta: jax.Array, task: Task) -> tuple[jax.Array, Any]:
+    """That of one task, and its report."""
+    return learner.meta_grad(theta, task, KEY, jnp.zeros((), jnp.int32))
+
+
+def mean_gradient(learner: MetaLearner, theta: jax.Array, tasks: Task) -> tuple[jax.Array, Any]:
     """The mean over the tasks, `[2]`, and the report on each."""
-    mapped = jax.vmap(learner.meta_grad, (None, 0, None, None))
-    grads, info = mapped(theta, tasks, KEY, jnp.zeros((), jnp.int32))
+    grads, info = jax.vmap(lambda task: meta_gradient(learner, theta, task))(tasks)
     return grads.mean(0), info
 
 
@@ -121,12 +127,48 @@ def query_loss(learner: MetaLearner, theta: jax.Array, tasks: Task) -> jax.Array
     return jax.vmap(valley)(adapt(learner, theta, tasks), tasks.query.targets).mean()
 
 
+def descent(
+    loss: Callable[[Any, Any], jax.Array],
+    theta: Any,
+    strength: Any,
+    data: Any,
+    rate: Any,
+    num_steps: int,
+    shown: Callable[[Any], Any],
+) -> Any:
+    """What is `shown` of the parameters after 0 to `num_steps` steps of iMAML's inner problem."""
+    objective = imaml_jax.proximal_objective(loss)
+
+    def step(params, _):
+        moved, _ = imaml_jax.minimize(
+            objective, params, theta, strength, data, tx=optax.sgd(rate), num_steps=1
+        )
+        return moved, shown(params)
+
+    return jax.lax.scan(step, theta, None, length=num_steps + 1)[1]
+
+
 def grid(side: int) -> jax.Array:
     """`[side, side, 2]`: rows are the second coordinate."""
     line = jnp.linspace(-EXTENT, EXTENT, side)
     return jnp.stack(jnp.meshgrid(line, line), axis=-1)
 
 
-def over(points: jax.Array, fun: Callable[[jax.Array], Any]) -> Any:
-    """`fun` at every point of a grid `[side, side, 2]`."""
-    return jax.vmap(jax.vmap(fun))(points)
+def at_all(fun: Callable[..., Any], *axes: Any) -> Any:
+    """`fun` of one entry each of several arrays, or trees of arrays, in all combinations.
+
+    Returns:
+      What `fun` returns, with one leading axis for each of `axes`, in their order.
+    """
+    for place in reversed(range(len(axes))):
+        fun = jax.vmap(fun, [0 if place == other else None for other in range(len(axes))])
+    return fun(*axes)
+
+
+def over(side: int, fun: Callable[..., Any], *axes: Any) -> Any:
+    """`fun(point, ...)` at every point of `grid(side)`, whose axes come after `axes`."""
+
+    def at_points(*settings):
+        return jax.vmap(jax.vmap(lambda point: fun(point, *settings)))(grid(side))
+
+    return at_all(at_points, *axes)

@@ -10,6 +10,7 @@ import numpy as np
 import optax
 
 import imaml_jax
+from experiments.introduction import plane
 from imaml_jax.data import sinusoid
 from imaml_jax.networks import mlp
 from imaml_jax.training import train
@@ -88,30 +89,20 @@ def fits(sizes: Sizes, seed: int) -> dict[str, np.ndarray]:
     stacked = jax.tree.map(lambda *x: jnp.stack(x), *trained.values())
     strengths = jnp.asarray([STRENGTH if name == "imaml" else 0.0 for name in trained])
     targets = jnp.asarray(list(itertools.product(sizes.levels, repeat=len(sizes.points))))
-    inputs = jnp.asarray(sizes.points)[:, None]
-    shown = jnp.asarray(curve_inputs(sizes))[:, None]
+    inputs, of_curve = (jnp.asarray(x)[:, None] for x in (sizes.points, curve_inputs(sizes)))
 
     def loss(params, batch):
         return imaml_jax.mean_squared_error(NETWORK.apply(params, batch.inputs), batch.targets)
 
-    def fit(theta, strength, targets):
+    def fit(start, targets):
+        theta, strength = start
         support = imaml_jax.Batch(inputs, targets[:, None])
 
-        def step(params, _):
-            seen = NETWORK.apply(params, shown)[:, 0], loss(params, support)
-            moved, _ = imaml_jax.minimize(
-                imaml_jax.proximal_objective(loss),
-                params,
-                theta,
-                strength,
-                support,
-                tx=optax.sgd(RATE),
-                num_steps=1,
-            )
-            return moved, seen
+        def shown(params):
+            predictions = NETWORK.apply(params, of_curve)[:, 0]
+            return {"fits": predictions, "losses": loss(params, support)}
 
-        return jax.lax.scan(step, theta, None, length=STEPS + 1)[1]
+        return plane.descent(loss, theta, strength, support, RATE, STEPS, shown)
 
-    run = jax.jit(jax.vmap(jax.vmap(fit, (None, None, 0)), (0, 0, None)))
-    predictions, losses = jax.device_get(run(stacked, strengths, targets))
-    return {"fits": predictions, "losses": losses}
+    run = jax.jit(partial(plane.at_all, fit))
+    return jax.device_get(run((stacked, strengths), targets))

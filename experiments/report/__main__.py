@@ -8,8 +8,8 @@ RUNS are workdirs, folders of workdirs, and JSON files of results. Runs that dif
 only share a row of the table and a colour. The file needs no network and no other file.
 """
 
+import contextlib
 import dataclasses
-import math
 import sys
 import time
 from pathlib import Path
@@ -20,18 +20,19 @@ from experiments.report.page import page
 from experiments.report.rows import Group, group
 from experiments.report.runs import read
 from experiments.shared import common
+from imaml_jax.learners.settings import Positive, Record
 from imaml_jax.training.workdir import write_whole
 
 
 @dataclasses.dataclass(frozen=True)
-class Config:
+class Config(Record):
     """What is reported, and where to."""
 
     runs: tyro.conf.Positional[tuple[Path, ...]] = ()
     """Workdirs of runs, folders of such, or JSON files of results; at least one."""
     output: Path = Path("runs/report.html")
     """The file to write."""
-    watch: float | None = None
+    watch: Positive | None = None
     """Write it anew every so many seconds, above 0, until all runs are finished or Ctrl-C."""
 
 
@@ -42,20 +43,16 @@ def main(config: Config) -> list[Group]:
       What was written last.
 
     Raises:
-      ValueError: no run, a path that is none, or a setting out of its range.
+      ValueError: no run, a path that is none, or a file that cannot be written.
     """
     if not config.runs:
         raise ValueError("runs: name at least one workdir or JSON file of results")
-    if config.watch is not None and not 0 < config.watch < math.inf:
-        raise ValueError(f"watch={config.watch} must be above 0 and finite")
     common.check_output(config.output)
     groups = _write(config, config.watch)
-    try:
+    with contextlib.suppress(KeyboardInterrupt):
         while config.watch is not None and not _finished(groups):
             time.sleep(config.watch)
             groups = _write(config, config.watch)
-    except KeyboardInterrupt:
-        pass
     if config.watch is not None:
         groups = _write(config, None)  # which no browser loads again
     runs = sum(len(each.runs) for each in groups)
@@ -64,8 +61,8 @@ def main(config: Config) -> list[Group]:
 
 
 def _write(config: Config, refresh: float | None) -> list[Group]:
-    found: dict[Path, None] = dict.fromkeys(config.runs)  # each path once
-    groups = group([run for path in found for run in read(path)])
+    paths: dict[Path, None] = dict.fromkeys(config.runs)  # each once
+    groups = group([run for path in paths for run in read(path)])
     command = " ".join(["python -m experiments.report", *sys.argv[1:]])
     write_whole(config.output, page(groups, command=command, refresh=refresh))
     return groups

@@ -1,13 +1,13 @@
 """Line charts as SVG that takes its colours from the page's style."""
 
-import html
 import math
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
+from html import escape
 from typing import NamedTuple
 
 COLOURS = 8  # classes c0 to c7 of the page's style; then dashes
 _WIDTH, _HEIGHT = 420, 270
-_LEFT, _RIGHT, _TOP, _BOTTOM = 52, 22, 28, 40
+_LEFT, _RIGHT, _TOP, _BOTTOM = 52, 398, 28, 230  # edges of what is drawn in
 
 
 class Line(NamedTuple):
@@ -29,45 +29,33 @@ def line_chart(title: str, x_label: str, lines: Sequence[Line]) -> str:
     lines = [line for line in lines if line.points]
     if not lines:
         return ""
-    ys = [y for line in lines for _, y in line.points]
+    xs, ys = zip(*(point for line in lines for point in line.points), strict=True)
     is_log = min(ys) > 0 and max(ys) > 100 * min(ys)
-    x_low, x_high = _range([x for line in lines for x, _ in line.points])
-    y_low, y_high = _range([math.log10(y) for y in ys] if is_log else ys)
-
-    def at(x: float, y: float) -> str:
-        y = math.log10(y) if is_log else y
-        across = (x - x_low) / (x_high - x_low) * (_WIDTH - _LEFT - _RIGHT)
-        up = (y - y_low) / (y_high - y_low) * (_HEIGHT - _TOP - _BOTTOM)
-        return f"{_LEFT + across:.1f},{_HEIGHT - _BOTTOM - up:.1f}"
-
+    across, x_ticks = _scale(xs, _LEFT, _RIGHT)
+    up, y_ticks = _scale([math.log10(y) for y in ys] if is_log else ys, _BOTTOM, _TOP)
     heading = title + ", logarithmic" * is_log
     parts = [
-        f'<svg viewBox="0 0 {_WIDTH} {_HEIGHT}" role="img" aria-label="{_safe(title)}">',
-        f'<text x="{_LEFT}" y="16" class="title">{_safe(heading)}</text>',
+        f'<svg viewBox="0 0 {_WIDTH} {_HEIGHT}" role="img" aria-label="{escape(title)}">',
+        f'<text x="{_LEFT}" y="16" class="title">{escape(heading)}</text>',
     ]
-    for tick in _ticks(x_low, x_high):
-        x, y = at(tick, ys[0]).split(",")[0], _HEIGHT - _BOTTOM
-        parts.append(f'<path class="grid" d="M{x},{_TOP}V{y}"/>')
-        parts.append(f'<text x="{x}" y="{y + 15}" text-anchor="middle">{_short(tick)}</text>')
-    for tick in _ticks(y_low, y_high):
-        value = 10.0**tick if is_log else tick
-        y = at(x_low, value).split(",")[1]
-        parts.append(f'<path class="grid" d="M{_LEFT},{y}H{_WIDTH - _RIGHT}"/>')
-        said = _short(value)
-        parts.append(
-            f'<text x="{_LEFT - 5}" y="{float(y) + 4:.1f}" text-anchor="end">{said}</text>'
-        )
-    middle = (_LEFT + _WIDTH - _RIGHT) / 2
-    parts.append(
-        f'<text x="{middle}" y="{_HEIGHT - 6}" text-anchor="middle">{_safe(x_label)}</text>'
-    )
+    for tick in x_ticks:
+        x = across(tick)
+        parts.append(f'<path class="grid" d="M{x},{_TOP}V{_BOTTOM}"/>')
+        parts.append(_text(x, _BOTTOM + 15, "middle", _short(tick)))
+    for tick in y_ticks:
+        y = up(tick)
+        parts.append(f'<path class="grid" d="M{_LEFT},{y}H{_RIGHT}"/>')
+        value = _short(10.0**tick if is_log else tick)
+        parts.append(_text(_LEFT - 5, f"{float(y) + 4:.1f}", "end", value))
+    parts.append(_text((_LEFT + _RIGHT) / 2, _HEIGHT - 6, "middle", x_label))
     for line in lines:
-        shown = f'class="line {style(line.group)}"><title>{_safe(line.name)}</title>'
-        if len(line.points) == 1:
-            x, y = at(*line.points[0]).split(",")
+        shown = f'class="line {style(line.group)}"><title>{escape(line.name)}</title>'
+        places = [(across(x), up(math.log10(y) if is_log else y)) for x, y in line.points]
+        if len(places) == 1:
+            x, y = places[0]
             parts.append(f'<circle cx="{x}" cy="{y}" r="3" {shown}</circle>')
         else:
-            path = "M" + "L".join(at(*point) for point in line.points)
+            path = "M" + "L".join(map(",".join, places))
             parts.append(f'<path d="{path}" {shown}</path>')
     return "\n".join([*parts, "</svg>"])
 
@@ -77,12 +65,23 @@ def style(group: int) -> str:
     return f"c{group % COLOURS} d{group // COLOURS % 3}"
 
 
-def _range(values: Sequence[float]) -> tuple[float, float]:
+def _scale(
+    values: Sequence[float], start: int, end: int
+) -> tuple[Callable[[float], str], list[float]]:
+    """Where a value is drawn between two edges, and the numbers to be marked."""
     low, high = min(values), max(values)
-    if high - low > max(1e-12 * max(abs(low), abs(high)), 1e-300):
-        return low, high
-    margin = abs(low) / 10 or 1.0
-    return low - margin, high + margin
+    if high - low <= max(1e-12 * max(abs(low), abs(high)), 1e-300):
+        margin = abs(low) / 10 or 1.0
+        low, high = low - margin, high + margin
+
+    def place(value: float) -> str:
+        return f"{start + (value - low) / (high - low) * (end - start):.1f}"
+
+    return place, _ticks(low, high)
+
+
+def _text(x: float | str, y: float | str, anchor: str, said: str) -> str:
+    return f'<text x="{x}" y="{y}" text-anchor="{anchor}">{escape(said)}</text>'
 
 
 def _ticks(low: float, high: float) -> list[float]:
@@ -98,7 +97,3 @@ def _short(value: float) -> str:
     if value and not 1e-3 <= abs(value) < 1e5:
         return f"{value:.0e}".replace("e-0", "e-").replace("e+0", "e")
     return f"{value:.3g}" if abs(value) < 1000 else f"{value:,.0f}"
-
-
-def _safe(text: str) -> str:
-    return html.escape(text)

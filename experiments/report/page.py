@@ -1,29 +1,22 @@
 """The report as one HTML file that needs nothing else: no network, no other file."""
 
 import base64
+import collections
+import contextlib
 import datetime
-import html
-import json
 import math
 import statistics
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Iterator, Sequence
+from html import escape
 from pathlib import Path
 from typing import Any
 
 import imaml_jax
 from experiments.report import charts
 from experiments.report.rows import Group, algorithm_name, mean, tasks_scored, trained_steps
-from experiments.report.runs import Run, number, provenance
+from experiments.report.runs import Run, mapping, number, provenance
 from experiments.shared import accuracy_table, common
 
-_HEAD = """<!doctype html>
-<html lang="en">
-<head>
-<meta charset="utf-8">
-<meta name="viewport" content="width=device-width, initial-scale=1">
-<link rel="icon" href="data:,">
-<title>Runs of imaml_jax</title>
-"""
 _STYLE = Path(__file__).with_name("style.css")
 _HOW = (
     "An interval is 1.96 standard errors over test tasks, the spread that of several seeds; the "
@@ -31,10 +24,6 @@ _HOW = (
     "than both half-widths together. Budget too small: ours is below and has fewer meta-steps "
     "than its protocol; not known: the record does not tell them. Numbers of different protocols "
     "do not compare: see the deviations."
-)
-_COLUMNS = (
-    *("task", "algorithm", "ours", "published", "status", "tasks and seeds", "protocol"),
-    *("budget", "training", "memory", "device", "commit", "command"),
 )
 _CURVES = ("loss", "accuracy", "validation", "return", "mse")
 _NOT_DRAWN = ("step", "seconds", "validation_ci95")
@@ -52,90 +41,92 @@ def page(groups: Sequence[Group], *, command: str, refresh: float | None = None)
     others = [g for g in groups if g.runs[0].raw is not None]
     now = datetime.datetime.now().astimezone().isoformat(timespec="seconds")
     runs = [run for group in groups for run in group.runs]
-    states = [f"{n} {s}" for s in ("finished", "running", "unfinished") if (n := _count(runs, s))]
+    counts = collections.Counter(run.state for run in runs)
+    states = [f"{counts[s]} {s}" for s in ("finished", "running", "unfinished") if counts[s]]
     body = [
-        f"<h1>Runs of imaml_jax {_safe(imaml_jax.__version__)}</h1>",
-        f"<p>{_safe(', '.join(states))}; written {now}</p>\n{_command(command)}",
-        *(["<h2>Ours beside published</h2>", _results(judged)] if judged else []),
+        f"<h1>Runs of imaml_jax {escape(imaml_jax.__version__)}</h1>",
+        f"<p>{escape(', '.join(states))}; written {now}</p>\n{_command(command)}",
+        *_section("Ours beside published", _results(judged)),
         *_all_charts(judged),
-        *(["<h2>Other results</h2>", _others(others)] if others else []),
-        *_pictures(runs),
-        *_deviations(judged),
-        *_systems(runs),
+        *_section("Other results", _table(map(_other, others))),
+        *_section("Pictures", _pictures(runs)),
+        *_section("Deviations", _deviations(judged)),
+        *_section("Systems", _table(_systems(runs))),
         "<h2>Data</h2>",
         "<p>All numbers of this page, and those of the files it is made of, are in it as JSON: "
         '<code>JSON.parse(document.getElementById("runs").textContent)</code></p>',
         f'<script type="application/json" id="runs">{_json(groups)}</script>',
     ]
-    reload = "" if refresh is None else f'<meta http-equiv="refresh" content="{refresh:g}">\n'
-    style = f"<style>\n{_STYLE.read_text(encoding='utf-8')}</style>\n"
-    text = _HEAD + style + reload + "</head>\n<body>\n" + "\n".join(body) + "\n</body>\n</html>\n"
+    text = "\n".join(
+        [
+            '<!doctype html>\n<html lang="en">\n<head>\n<meta charset="utf-8">',
+            '<meta name="viewport" content="width=device-width, initial-scale=1">',
+            '<link rel="icon" href="data:,">\n<title>Runs of imaml_jax</title>',
+            f"<style>\n{_STYLE.read_text(encoding='utf-8')}</style>",
+            *([] if refresh is None else [f'<meta http-equiv="refresh" content="{refresh:g}">']),
+            "</head>\n<body>",
+            *body,
+            "</body>\n</html>\n",
+        ]
+    )
     return text.encode("utf-8", "backslashreplace").decode()  # half a surrogate pair has no UTF-8
 
 
-def _count(runs: Sequence[Run], state: str) -> int:
-    return sum(run.state == state for run in runs)
+def _section(title: str, content: Iterable[str]) -> list[str]:
+    """Under a heading, or nothing where there is nothing."""
+    parts = list(content)
+    return [f"<h2>{title}</h2>", *parts] if parts else []
 
 
-def _table(columns: Sequence[str], lines: Iterable[Sequence[str]]) -> str:
-    """Cells are HTML already."""
-    head = "".join(f'<th scope="col">{_safe(column)}</th>' for column in columns)
-    body = "\n".join(
-        "<tr>"
-        + "".join(
-            f'<td data-label="{_safe(column)}">{cell}</td>'
-            for column, cell in zip(columns, line, strict=True)
-        )
-        + "</tr>"
-        for line in lines
-    )
-    return (
-        f'<div class="wide"><table>\n<thead><tr>{head}</tr></thead>\n<tbody>\n{body}\n'
-        "</tbody>\n</table></div>"
-    )
+def _table(rows: Iterable[dict[str, str]]) -> Iterator[str]:
+    """Rows of cells, which are HTML already, by the heads of their columns."""
+    head = ""
+    for row in rows:
+        if not head:
+            head = "".join(f'<th scope="col">{escape(column)}</th>' for column in row)
+            yield f'<div class="wide"><table>\n<thead><tr>{head}</tr></thead>\n<tbody>'
+        cells = (f'<td data-label="{escape(name)}">{cell}</td>' for name, cell in row.items())
+        yield f"<tr>{''.join(cells)}</tr>"
+    if head:
+        yield "</tbody>\n</table></div>"
 
 
-def _results(groups: Sequence[Group]) -> str:
-    return _table(_COLUMNS, [_line(group) for group in groups]) + f"\n<p>{_safe(_HOW)}</p>"
+def _results(groups: Sequence[Group]) -> list[str]:
+    return [*_table(map(_row, groups)), f"<p>{escape(_HOW)}</p>"] if groups else []
 
 
-def _line(group: Group) -> list[str]:
+def _row(group: Group) -> dict[str, str]:
     results, published = group.runs[0].results, group.published
     made = [provenance(run.results) for run in group.runs]
     seeds = [run.results.get("seed") for run in group.runs]
-    tasks = tasks_scored(group)
-    counted = ([tasks] if tasks else []) + [
-        f"{len(seeds)} seed{'s' * (len(seeds) > 1)}: {', '.join(map(str, seeds))}"
-        if None not in seeds
-        else "seed not told"
-    ]
-    settings = results.get("settings")
-    settings = settings if isinstance(settings, dict) else {}
+    told = f"{len(seeds)} seed{'s' * (len(seeds) > 1)}: {', '.join(map(str, seeds))}"
+    counted = [tasks_scored(group), "seed not told" if None in seeds else told]
+    settings = mapping(results, "settings")
     trained = [trained_steps(run) for run in group.runs]
-    steps = [f"{each:,}" for each in trained if each is not None]
+    steps = ", ".join(f"{each:,}" for each in trained if each is not None)
     full = f" of {group.full_steps:,}" if group.full_steps else ""
     protocol = str(settings.get("name") or results.get("protocol") or "")
-    value = "" if published is None else accuracy_table.printed(*published[:2])
+    value = accuracy_table.printed(*published[:2]) if published else ""
     seconds = [each for run in group.runs if (each := _seconds(run)) is not None]
-    return [
-        _cell(group.task),
-        _cell(algorithm_name(results), *(run.name for run in group.runs)),
-        _ours(group),
-        _cell(value, "" if published is None else published.kind),
-        _cell(group.status),
-        _cell("; ".join(counted)),
-        _cell(protocol, str(settings.get("source", ""))),
-        _cell(f"{', '.join(steps)}{full} meta-steps" if steps else ""),
-        _cell(", ".join(f"{each:,.0f} s" for each in seconds)),
-        _memory(results),
-        _cell(_each(made, "device")),
-        _command(_each(made, "commit")),
-        _command(_each(made, "command")),
-    ]
+    return {
+        "task": _cell(group.task),
+        "algorithm": _cell(algorithm_name(results), *(run.name for run in group.runs)),
+        "ours": _ours(group),
+        "published": _cell(value, published.kind if published else ""),
+        "status": _cell(group.status),
+        "tasks and seeds": _cell("; ".join(filter(None, counted))),
+        "protocol": _cell(protocol, str(settings.get("source", ""))),
+        "budget": _cell(f"{steps}{full} meta-steps" if steps else ""),
+        "training": _cell(", ".join(f"{each:,.0f} s" for each in seconds)),
+        "memory": _memory(results),
+        "device": _cell(_each(made, "device")),
+        "commit": _command(_each(made, "commit")),
+        "command": _command(_each(made, "command")),
+    }
 
 
 def _cell(text: str, *notes: str) -> str:
-    return _safe(text) + "".join(f"<small>{_safe(note)}</small>" for note in notes if note)
+    return escape(text) + "".join(f"<small>{escape(note)}</small>" for note in notes if note)
 
 
 def _ours(group: Group) -> str:
@@ -143,15 +134,15 @@ def _ours(group: Group) -> str:
     average = mean(scores)
     if average is None:
         return ""
+    what, half = scores[0].what, scores[0].half_width
     if len(scores) == 1:
-        half = scores[0].half_width
         kind = "no interval" if half is None else "95% interval"
-        return _cell(_value(average, half), f"{scores[0].what}; {kind}")
+        return _cell(_value(average, half), f"{what}; {kind}")
     spread = statistics.stdev(score.value for score in scores)
     each = ", ".join(_value(score.value, score.half_width) for score in scores)
     return _cell(
         _value(average, None),
-        f"{scores[0].what}; standard deviation of {len(scores)} seeds {spread:.2g}",
+        f"{what}; standard deviation of {len(scores)} seeds {spread:.2g}",
         f"each with its 95% interval: {each}",
     )
 
@@ -180,32 +171,28 @@ def _each(made: Sequence[dict[str, Any]], name: str) -> str:
 
 
 def _command(text: str) -> str:
-    if not text:
-        return ""
-    if len(text) < 60:
-        return f"<code>{_safe(text)}</code>"
-    return f"<details><summary>command</summary><code>{_safe(text)}</code></details>"
+    code = f"<code>{escape(text)}</code>" if text else ""
+    return code if len(text) < 60 else _folded("command", code)
 
 
-def _all_charts(groups: Sequence[Group]) -> Iterable[str]:
+def _folded(summary: str, content: str) -> str:
+    return f"<details><summary>{escape(summary)}</summary>{content}</details>"
+
+
+def _all_charts(groups: Sequence[Group]) -> Iterator[str]:
     """Of each task: learning curves, then diagnostics, one line for each seed."""
     for task in dict.fromkeys(group.task for group in groups):
-        own = [
-            group for group in groups if group.task == task and any(r.history for r in group.runs)
-        ]
-        fields = sorted({
-            name for group in own for run in group.runs for row in run.history for name in row
-            if name not in _NOT_DRAWN and number(row[name]) is not None
-        })  # fmt: skip
+        own = [g for g in groups if g.task == task and any(run.history for run in g.runs)]
+        rows = [row for group in own for run in group.runs for row in run.history]
+        names = {name for row in rows for name in row if number(row[name]) is not None}
+        fields = sorted(names.difference(_NOT_DRAWN))
         curves = [name for name in fields if name.endswith(_CURVES)]
-        if not own:
-            continue
-        yield f"<h2>{_safe(task)}</h2>"
-        yield _legend(own)
-        drawn = [(name, "step") for name in curves]
-        drawn += [("validation", "seconds")] * ("validation" in fields)
-        yield "<h3>Learning curves</h3>"
-        yield _charts(own, drawn)
+        if own:
+            yield f"<h2>{escape(task)}</h2>"
+            yield _legend(own)
+            yield "<h3>Learning curves</h3>"
+            by_time = [("validation", "seconds")] * ("validation" in fields)
+            yield _charts(own, [(name, "step") for name in curves] + by_time)
         if len(curves) < len(fields):
             yield "<h3>Diagnostics</h3>"
             yield _charts(own, [(name, "step") for name in fields if name not in curves])
@@ -215,21 +202,18 @@ def _charts(groups: Sequence[Group], drawn: Sequence[tuple[str, str]]) -> str:
     found = []
     for name, abscissa in drawn:
         lines = [
-            charts.Line(
-                f"{group.name}, {run.name}",
-                index,
-                sorted(
-                    (x, y) for row in run.history
-                    if (x := number(row.get(abscissa))) is not None
-                    and (y := number(row.get(name))) is not None
-                ),
-            )
+            charts.Line(f"{group.name}, {run.name}", index, _points(run, abscissa, name))
             for index, group in enumerate(groups)
             for run in group.runs
-        ]  # fmt: skip
+        ]
         label = {"step": "meta-steps"}.get(abscissa, abscissa)
         found.append(charts.line_chart(name.replace("_", " "), label, lines))
     return f'<div class="charts">{"".join(f"<div>{each}</div>" for each in found if each)}</div>'
+
+
+def _points(run: Run, abscissa: str, name: str) -> list[tuple[float, float]]:
+    pairs = [(number(row.get(abscissa)), number(row.get(name))) for row in run.history]
+    return sorted((x, y) for x, y in pairs if x is not None and y is not None)
 
 
 def _legend(groups: Sequence[Group]) -> str:
@@ -240,71 +224,51 @@ def _legend(groups: Sequence[Group]) -> str:
         seeds = f", {len(group.runs)} seeds" if len(group.runs) > 1 else ""
         items.append(
             f'<li><svg viewBox="0 0 32 10" aria-hidden="true">{line}</svg> '
-            f"{_safe(group.name + seeds)}<small> {_safe(name)}</small></li>"
+            f"{escape(group.name + seeds)}<small> {escape(name)}</small></li>"
         )
     return f'<ul class="legend">{"".join(items)}</ul>'
 
 
-def _others(groups: Sequence[Group]) -> str:
-    made = [(group.runs[0].name, provenance(group.runs[0].results)) for group in groups]
-    columns = ("result", "command", "date", "device", "commit")
-    return _table(
-        columns,
-        [
-            [
-                _safe(name),
-                _command(str(each.get("command", ""))),
-                *(_safe(str(each.get(column) or "")) for column in columns[2:]),
-            ]
-            for name, each in made
-        ],
-    )
+def _other(group: Group) -> dict[str, str]:
+    made = provenance(group.runs[0].results)
+    return {
+        "result": escape(group.runs[0].name),
+        "command": _command(str(made.get("command", ""))),
+        **{name: escape(str(made.get(name) or "")) for name in ("date", "device", "commit")},
+    }
 
 
-def _pictures(runs: Sequence[Run]) -> Iterable[str]:
-    if any(run.pictures for run in runs):
-        yield "<h2>Pictures</h2>"
+def _pictures(runs: Sequence[Run]) -> Iterator[str]:
     for run in runs:
         for path in run.pictures:
-            try:
+            with contextlib.suppress(OSError):  # gone since it was listed
                 content = base64.b64encode(path.read_bytes()).decode()
-            except OSError:  # gone since it was listed
-                continue
-            said = _safe(f"{run.name}: {path.name}")
-            yield (
-                f"<details><summary>{said}</summary>"
-                f'<img alt="{said}" src="data:image/png;base64,{content}"></details>'
-            )
+                said = f"{run.name}: {path.name}"
+                image = f'<img alt="{escape(said)}" src="data:image/png;base64,{content}">'
+                yield _folded(said, image)
 
 
-def _deviations(groups: Sequence[Group]) -> Iterable[str]:
-    if any(group.deviations for group in groups):
-        yield "<h2>Deviations</h2>"
+def _deviations(groups: Sequence[Group]) -> Iterator[str]:
     for group in groups:
         if group.deviations:
-            items = "".join(f"<li>{_safe(each)}</li>" for each in group.deviations)
+            items = "".join(f"<li>{escape(each)}</li>" for each in group.deviations)
             title = f"{group.task}, {group.name}: {len(group.deviations)}"
-            yield f"<details><summary>{_safe(title)}</summary><ul>{items}</ul></details>"
+            yield _folded(title, f"<ul>{items}</ul>")
 
 
-def _systems(runs: Sequence[Run]) -> Iterable[str]:
+def _systems(runs: Sequence[Run]) -> Iterator[dict[str, str]]:
     names = ("device", "machine", "cores", "versions")
-    found: dict[str, list[str]] = {}
-    for run in runs:
-        made = provenance(run.results)
-        said = [_safe(_system(made.get(name))) for name in names]
+    made = [provenance(run.results) for run in runs]
+    found = collections.Counter(tuple(_system(each.get(name)) for name in names) for each in made)
+    for said, count in found.items():
         if any(said):
-            found.setdefault(json.dumps(said), []).append(run.name)
-    rows = [[*json.loads(said), str(len(named))] for said, named in found.items()]
-    if rows:
-        yield "<h2>Systems</h2>"
-        yield _table((*names, "runs"), rows)
+            yield {**dict(zip(names, said, strict=True)), "runs": str(count)}
 
 
 def _system(value: Any) -> str:
     if isinstance(value, dict):
-        return ", ".join(f"{name} {version}" for name, version in value.items())
-    return "" if value is None else str(value)
+        value = ", ".join(f"{name} {version}" for name, version in value.items())
+    return "" if value is None else escape(str(value))
 
 
 def _json(groups: Sequence[Group]) -> str:
@@ -334,7 +298,3 @@ def _json(groups: Sequence[Group]) -> str:
         ],
     }
     return common.json_for_html(content)
-
-
-def _safe(text: str) -> str:
-    return html.escape(text)

@@ -1,10 +1,12 @@
 """Runs as they are found on the disk: finished, going on, stopped, or committed as JSON."""
 
+import contextlib
 import json
 import math
 import os
 import platform
 import warnings
+from collections.abc import Iterable
 from pathlib import Path
 from typing import Any, Literal, NamedTuple
 
@@ -50,7 +52,7 @@ def read(path: Path) -> list[Run]:
       ValueError: no run is there.
     """
     if path.is_dir():
-        found = [run for folder in _folders(path) for run in _of_folder(folder)]
+        found = [run for folder in _folders(path, set()) for run in _of_folder(folder)]
         if found:
             return found
         raise ValueError(
@@ -64,74 +66,70 @@ def read(path: Path) -> list[Run]:
     return _of_file(path)
 
 
-def _folders(path: Path, seen: set[str] | None = None) -> list[Path]:
+def _folders(path: Path, seen: set[str]) -> list[Path]:
     """The runs' folders below `path`, itself included, each once; parts of a run are left to it."""
-    seen, real = set() if seen is None else seen, os.path.realpath(path)
+    real = os.path.realpath(path)
     if real in seen:  # by a link
         return []
     seen.add(real)
     inner = [each for each in path.iterdir() if each.is_dir() and each.name[0] != "."]
     inner.sort(key=lambda each: (each.is_symlink(), each.name))
     is_run = any((path / mark).exists() for mark in _MARKS)
-    if is_run and not (inner and isinstance(_load(path / "results.json")[0], list)):
+    if is_run and not (inner and isinstance(_load(path / "results.json", []), list)):
         return [path]  # else it is a summary of what is below
     return [found for each in inner for found in _folders(each, seen)]
 
 
 def _of_folder(folder: Path) -> list[Run]:
-    results, notes = _load(folder / "results.json")
-    config, more = _load(folder / "config.json")
-    notes += more
+    notes: list[str] = []
+    results = _load(folder / "results.json", notes)
+    config = _load(folder / "config.json", notes)
     config = config if isinstance(config, dict) else None
-    history, more = _history(folder)
-    notes += more
-    pictures = tuple(p for p in sorted(folder.glob("*.png")) if p.name != _OWN_PICTURE)
+    history = _history(folder, notes)
     if isinstance(results, list):
         return [
-            Run(f"{folder.name}: {row.get('name', index)}", row, notes=notes)
+            Run(f"{folder.name}: {row.get('name', index)}", row, notes=tuple(notes))
             for index, row in enumerate(results)
             if isinstance(row, dict)
         ]
+    pictures = tuple(p for p in sorted(folder.glob("*.png")) if p.name != _OWN_PICTURE)
+    name = folder.name or str(folder.resolve())
+    run = Run(name, results or {}, config, history, pictures=pictures, notes=tuple(notes))
     if not isinstance(results, dict):
         state = "running" if _is_alive(folder) else "unfinished"
-        name = folder.name or str(folder.resolve())
-        return [Run(name, dict(config or {}), config, history, state, pictures, notes)]
+        return [run._replace(results=config or {}, state=state)]
     trained = results.get("trained_meta_steps")
     if history and isinstance(trained, int) and history[-1]["step"] > trained and _is_alive(folder):
-        return [Run(folder.name, results, config, history, "running", pictures, notes)]
-    parts = _parts(folder.name, results, pictures)
-    if not parts:
-        return [Run(folder.name, results, config, history, "finished", pictures, notes)]
-    made = []
-    for key, run in parts.items():
-        history, more = _history(folder / key)
-        made.append(run._replace(history=history, notes=notes + more))
-    return made
+        return [run._replace(state="running")]
+    parts = []
+    for key, part in _parts(run).items():
+        more = list(notes)
+        part = part._replace(history=_history(folder / key, more), notes=tuple(more))
+        parts.append(part._replace(pictures=() if parts else pictures))
+    return parts or [run]
 
 
 def _of_file(path: Path) -> list[Run]:
-    value, notes = _load(path)
-    picture = path.with_suffix(".png")
-    pictures = (picture,) if picture.exists() else ()
+    notes: list[str] = []
+    value = _load(path, notes)
     if notes:
         raise ValueError(notes[0])
+    picture = path.with_suffix(".png")
+    pictures = (picture,) if picture.exists() else ()
     records = _records(value, path.stem)
-    if not any("command" in provenance(record) for record in records.values()):
+    made = [about for record in records.values() if "command" in (about := provenance(record))]
+    if not made:
         raise ValueError(
             f"{path} is no result of these experiments: none of its records has a command"
         )
     found = []
     for name, record in records.items():
         curve = record.get("curve")
-        rows = curve if isinstance(curve, list) else []
-        history = tuple(row for row in rows if isinstance(row, dict) and _is_step(row))
-        parts = _parts(name, record, ()).values()
-        found += parts or [Run(name, record, history=history)]
+        run = Run(name, record, history=_steps(curve if isinstance(curve, list) else []))
+        found += _parts(run).values() or [run]
     if not any(_has_score(run.results) for run in found):
-        about = next(p for record in records.values() if "command" in (p := provenance(record)))
-        return [Run(path.stem, about, pictures=pictures, raw=value)]
-    found[0] = found[0]._replace(pictures=pictures)
-    return found
+        return [Run(path.stem, made[0], pictures=pictures, raw=value)]
+    return [found[0]._replace(pictures=pictures), *found[1:]]
 
 
 def _records(value: Any, stem: str) -> dict[str, dict[str, Any]]:
@@ -147,17 +145,13 @@ def _records(value: Any, stem: str) -> dict[str, dict[str, Any]]:
     return {stem: value}
 
 
-def _parts(name: str, results: dict[str, Any], pictures: tuple[Path, ...]) -> dict[str, Run]:
-    """Results of several algorithms in one."""
-    rows = results.get("rows")
-    if not isinstance(rows, dict):
-        return {}
+def _parts(run: Run) -> dict[str, Run]:
+    """The results of several algorithms in one, without their histories."""
     return {
-        key: Run(f"{name}: {key}", results | {"algorithm": key, "rows": None} | row, None, (),
-                 "finished", () if index else pictures)
-        for index, (key, row) in enumerate(rows.items())
+        key: Run(f"{run.name}: {key}", run.results | {"algorithm": key, "rows": None} | row)
+        for key, row in mapping(run.results, "rows").items()
         if isinstance(row, dict)
-    }  # fmt: skip
+    }
 
 
 def provenance(record: dict[str, Any]) -> dict[str, Any]:
@@ -179,6 +173,12 @@ def word(record: dict[str, Any], name: str) -> str | None:
     return value if isinstance(value, str) else None
 
 
+def mapping(record: dict[str, Any], name: str) -> dict[str, Any]:
+    """The object of that name; empty where it is absent or no object."""
+    value = record.get(name)
+    return value if isinstance(value, dict) else {}
+
+
 def _strict(value: Any, depth: int = _DEPTH) -> Any:
     """With null for what JSON has no word for, and for what is nested too deeply."""
     if not depth or (isinstance(value, float) and not math.isfinite(value)):
@@ -194,43 +194,38 @@ def _has_score(results: dict[str, Any]) -> bool:
     return has or isinstance(results.get("test_return"), list)
 
 
-def _is_step(row: dict[str, Any]) -> bool:
-    return isinstance(row.get("step"), int)
+def _steps(rows: Iterable[Any]) -> tuple[dict[str, Any], ...]:
+    """Those of the rows that are of a step."""
+    return tuple(r for r in rows if isinstance(r, dict) and isinstance(r.get("step"), int))
 
 
-def _history(folder: Path) -> tuple[tuple[dict[str, Any], ...], tuple[str, ...]]:
+def _history(folder: Path, notes: list[str]) -> tuple[dict[str, Any], ...]:
+    """The rows of a run's log; to the notes goes what is wrong with it."""
     try:
         with warnings.catch_warnings(record=True) as caught:
             warnings.simplefilter("always")
             rows = json_lines.read(folder / "metrics.jsonl")
     except OSError as error:
-        return (), (f"metrics.jsonl cannot be read ({error})",)
-    return tuple(_strict(row) for row in rows if _is_step(row)), tuple(
-        str(w.message) for w in caught
-    )
+        notes.append(f"metrics.jsonl cannot be read ({error})")
+        return ()
+    notes += [str(warning.message) for warning in caught]
+    return _steps(map(_strict, rows))
 
 
-def _load(path: Path) -> tuple[Any, tuple[str, ...]]:
-    """The content of a JSON file, None where there is none, and what is wrong with it."""
-    if not path.exists():
-        return None, ()
+def _load(path: Path, notes: list[str]) -> Any:
+    """The content of a JSON file, None where there is none; to the notes what is wrong with it."""
     try:
-        return _strict(json.loads(path.read_text(encoding="utf-8"))), ()
+        return _strict(json.loads(path.read_text(encoding="utf-8"))) if path.exists() else None
     except (OSError, ValueError, RecursionError) as error:
-        return None, (f"{path} cannot be read ({error})",)
+        notes.append(f"{path} cannot be read ({error})")
 
 
 def _is_alive(folder: Path) -> bool:
     """Whether the process that last held the folder lives, as far as this machine can tell."""
-    if os.name != "posix":  # elsewhere the signal 0 is a real one
-        return False
-    try:
+    with contextlib.suppress(OSError, ValueError, OverflowError):
         process, _, host = (folder / ".lock").read_text(encoding="utf-8").strip().split(" ")
-        if host != platform.node():
-            return False
-        os.kill(int(process), 0)
-    except PermissionError:
-        return True  # another user's
-    except (OSError, ValueError, OverflowError):
-        return False
-    return True
+        if os.name == "posix" and host == platform.node():  # elsewhere the signal 0 is a real one
+            with contextlib.suppress(PermissionError):  # of another user's
+                os.kill(int(process), 0)
+            return True
+    return False

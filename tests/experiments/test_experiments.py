@@ -466,7 +466,7 @@ REFUSED_REPORTS = {
     "introduction --output .": ("output=.", "ends in .html"),
     "introduction --output page.txt": ("output=page.txt", "ends in .html"),
     "introduction --output /proc/introduction.html": ("output=/proc/introduction.html", "choose"),
-    "introduction --seed -1": ("seed=-1", "between 0 and"),
+    "introduction --seed -1": ("seed=-1", "at least 0 and at most"),
     "family --budget 0": ("budget=0.0", "above 0"),
     "family --algorithms mamal": ("algorithms='mamal'", "reptile"),
     "family --tasks": ("nothing to run",),
