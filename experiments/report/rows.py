@@ -248,7 +248,8 @@ def _published(results: dict[str, Any]) -> Published | None:
     if dataset == "navigation" or results.get("task") == "2D navigation":
         value = navigation.AFTER_ONE_UPDATE.get(algorithm)
         return None if value is None else Published(value, None, _NO_INTERVAL)
-    found = PUBLISHED.get(dataset.lower(), {}).get(algorithm, {}).get((ways, shots))
+    shape: Any = (ways, shots)
+    found = PUBLISHED.get(dataset.lower(), {}).get(algorithm, {}).get(shape)
     if not found:
         return None
     value, half = found

@@ -269,6 +269,8 @@ def _field(
         hint = (
             tuple[Literal[choices], ...] if typing.get_origin(hint) is tuple else Literal[choices]
         )
+    if tyro.conf.Positional in getattr(setting.hint, "__metadata__", ()):
+        hint = tyro.conf.Positional[hint]
     option = tyro.conf.arg(help=setting.doc + (f" Range: {bounds}." if bounds else ""))
     required = setting.value is dataclasses.MISSING
     default = dataclasses.field(**({} if required else {"default": setting.value}))
