@@ -45,7 +45,6 @@ from PIL import Image
 from imaml_jax import Batch, protocols
 from imaml_jax.data import class_splits, episodes, glyphs, images, own
 from imaml_jax.protocols import model_file
-from imaml_jax.protocols.build import build_learner, make_outer
 from imaml_jax.training import train
 from imaml_jax.training.evaluation import make_evaluate
 
@@ -82,11 +81,11 @@ split = class_splits.seeded_split(own.open_folder(folder).classes, counts=(95, 0
 data = own.load_folder(folder, split=split, image_size=28, channels=1)
 shape = dict(num_tasks=8, ways=5, shots=1, queries=5, invert=True)
 protocol = protocols.get("common", algorithm="fomaml", ways=5, shots=1)
-protocol = protocol._replace(network={"filters": 32})
-learner = build_learner(protocol, ways=5)
+protocol = protocol.with_settings({"filters": 32, "meta_steps": 200})
+learner = protocol.build(ways=5)
 result = train(
     learner,
-    make_outer(protocol, meta_steps=200),
+    protocol.build_outer(),
     lambda key: episodes.sample_tasks(key, data.train, **shape),
     key=jax.random.key(0),
     num_steps=200,
@@ -120,7 +119,7 @@ _ = plt.gca().set(xlabel="meta-step", ylabel="query accuracy", title="learning c
 
 # %%
 stored = model_file.rounded(result.meta_params)
-alone = build_learner(model_file.independent(protocol), ways=5)
+alone = model_file.independent(protocol).build(ways=5)
 score_alone = make_evaluate(
     alone, lambda key: episodes.sample_tasks(key, data.test, **shape), num_tasks=100
 )

@@ -193,13 +193,13 @@ class Protocol(Record):
     outer: OuterSettings
     learner: Any
 
-    def build(self, outputs: int = 1) -> MetaLearner:
-        """The learner on the network with so many outputs."""
-        return self._settings.build(self.network.build(outputs), self.tasks.loss_fn)
+    def build(self, ways: int = 1) -> MetaLearner:
+        """The learner on the network with so many outputs, one for a regressor."""
+        return self._settings.build(self.network.build(ways), self.tasks.loss_fn)
 
-    def build_samples(self, outputs: int = 1) -> MetaLearner:
+    def build_samples(self, ways: int = 1) -> MetaLearner:
         """The same; where it averages samples, `predict` returns the outputs of each."""
-        return self._settings.build_samples(self.network.build(outputs), self.tasks.loss_fn)
+        return self._settings.build_samples(self.network.build(ways), self.tasks.loss_fn)
 
     def build_outer(self) -> optax.GradientTransformation:
         """The outer optimiser."""
