@@ -252,5 +252,5 @@ _ = fit.legend(fontsize=8)
 # To train it by every command: a record of its settings whose `build` calls the factory, and
 # `imaml_jax.learners.registry.register`. To bring it into the library: both become
 # `imaml_jax/learners/ridge_head.py`, with one line in the registry; one row in
-# `tests/learners/test_contract.py` runs the whole contract on it, and the two checks of the gradient
-# become its own test. CONTRIBUTING.md has the rules.
+# `tests/learners/test_contract.py` runs the whole contract on it, and the two checks of the
+# gradient become its own test. CONTRIBUTING.md has the rules.
