@@ -128,7 +128,7 @@ def load_images(config: Config) -> episodes.Splits:
     if config.dataset == "omniglot":
         return omniglot.load(config.data_dir, image_size=config.image_size or 28)
     return mini_imagenet.load(
-        mini_imagenet.Config(
+        mini_imagenet.Config.of(
             dataset=config.dataset, data_dir=config.data_dir, image_size=config.image_size or 84
         )
     )
@@ -279,7 +279,7 @@ def _crop(key: jax.Array, images: jax.Array) -> jax.Array:
 
 def _recorded(config: Config) -> dict[str, Any]:
     """Without the output, which may move as the workdir of the other experiments may."""
-    return {name: x for name, x in common.recorded(config).items() if name != "output"}
+    return {name: x for name, x in common.lasting(config).items() if name != "output"}
 
 
 if __name__ == "__main__":

@@ -248,7 +248,7 @@ def _likelihood(chosen_on: Predictions, test: Predictions) -> dict[str, float]:
 
 def _draw(config: Config, learner: MetaLearner, meta_params: Any) -> None:
     """What the samples predict in one test task, in the workdir."""
-    ranges = _ranges(config) | {"relative_noise": 0.0}
+    ranges: dict[str, Any] = _ranges(config) | {"relative_noise": 0.0}
     key = common.fixed_key(common.TEST_KEY)
     drawn = sinusoid.sample_tasks(key, num_tasks=1, queries=200, **ranges)
     support, query = jax.tree.map(lambda x: x[0], drawn)

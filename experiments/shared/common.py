@@ -5,7 +5,6 @@ import dataclasses
 import datetime
 import functools
 import json
-import math
 import os
 import platform
 import subprocess
@@ -132,26 +131,6 @@ def fixed_key(seed: tuple[int, int]) -> jax.Array:
     return jax.random.fold_in(jax.random.key(seed[0]), seed[1])
 
 
-def check_seed(seed: int) -> None:
-    """Raises ValueError for a seed that is no key."""
-    if not 0 <= seed < 2**32:
-        raise ValueError(f"seed={seed} must lie between 0 and {2**32 - 1}")
-
-
-def check_least(config: Any, **least: int) -> None:
-    """Raises ValueError for the first setting that is below its least value."""
-    for name, value in least.items():
-        if not getattr(config, name) >= value:
-            raise ValueError(f"{name}={getattr(config, name)} must be at least {value}")
-
-
-def check_positive(config: Any, *names: str) -> None:
-    """Raises ValueError for the first setting that is not positive and finite."""
-    for name in names:
-        if not 0 < getattr(config, name) < math.inf:
-            raise ValueError(f"{name}={getattr(config, name)} must be positive")
-
-
 def best_validation(result: TrainResult) -> float | None:
     """The validation score of the best checkpoint; None where there was no validation."""
     return result.best[0].score if result.best else None
@@ -199,9 +178,13 @@ def cache_compilations() -> None:
 
 def recorded(config: ProtocolConfig, dataset: str) -> dict[str, Any]:
     """The settings that a resumed run must share with the one it continues."""
-    own = {field.name: getattr(config, field.name) for field in dataclasses.fields(config)}
-    own = {name: value for name, value in own.items() if name not in _CHANGEABLE}
-    return {"dataset": dataset, **own, "settings": config.settings.recorded()}
+    return {"dataset": dataset, **lasting(config), "settings": config.settings.recorded()}
+
+
+def lasting(config: Any) -> dict[str, Any]:
+    """The fields of a config that do not change between the parts of a run."""
+    names = [field.name for field in dataclasses.fields(config) if field.name not in _CHANGEABLE]
+    return {name: getattr(config, name) for name in names}
 
 
 def _read_older(workdir: Path, now: Mapping[str, Any]) -> None:

@@ -304,7 +304,7 @@ def _fits(value: Any, hint: Any) -> bool:
             and all(map(_fits, value, options))
         )
     if hint in (int, float):
-        kind = Integral if hint is int else Real
+        kind: Any = Integral if hint is int else Real
         if not isinstance(value, kind) or isinstance(value, bool):
             return False
         return hint is int or isinstance(value, float) or abs(value) <= sys.float_info.max

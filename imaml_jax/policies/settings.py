@@ -31,7 +31,7 @@ class PolicySettings(Record):
     """Updates at test, each of one inner step."""
 
     def build(
-        self, policy: Policy, environment: Environment, *, shrink: float = 1.0, **trajectories: int
+        self, policy: Policy, environment: Environment, *, shrink: float = 1.0, **trajectories: Any
     ) -> PolicyProblem:
         """The adaptation of a policy to tasks of an environment.
 
@@ -97,7 +97,7 @@ class ImamlPolicySettings(PolicySettings):
     """Of the weights in the inner problem; the lower, the more its best actions count."""
 
     def build(
-        self, policy: Policy, environment: Environment, *, shrink: float = 1.0, **trajectories: int
+        self, policy: Policy, environment: Environment, *, shrink: float = 1.0, **trajectories: Any
     ) -> PolicyProblem:
         """The adaptation, as of the others; `shrink` divides lambda."""
         return policy_problem(
