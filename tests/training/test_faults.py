@@ -7,7 +7,7 @@ from pathlib import Path
 
 import pytest
 
-ROOT = Path(__file__).resolve().parent.parent
+ROOT = Path(__file__).resolve().parents[2]
 IN_PROCESS = ["checkpoints", "interrupted writes", "full disks", "logs", "directories"]
 IN_PROCESS += ["settings", "hostile data"]
 

@@ -20,7 +20,7 @@ import optax
 import pytest
 
 from imaml_jax import training
-from imaml_jax.training import checkpoint, evaluation, json_lines, mapping, metrics, workdir
+from imaml_jax.training import checkpoint, evaluation, json_lines, loop, mapping, metrics, workdir
 from imaml_jax.training import step as train_step
 from imaml_jax.training.non_finite import NonFiniteError, replay
 from imaml_jax.training.workdir import InterruptedRunError
@@ -100,8 +100,8 @@ def compile_once():
 
     uncached = train_step.make_train_step
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(training, "make_train_step", make_train_step)
-        patch.setattr(training, "_make_chunk", functools.cache(training._make_chunk))
+        patch.setattr(loop, "make_train_step", make_train_step)
+        patch.setattr(loop, "_make_chunk", functools.cache(loop._make_chunk))
         yield
 
 
@@ -390,7 +390,7 @@ def test_a_report_that_nobody_reads_costs_nothing(tmp_path, monkeypatch):
 
         yield report
 
-    monkeypatch.setattr(training.plots, "reporter", reporter)
+    monkeypatch.setattr(loop.plots, "reporter", reporter)
     assert run(workdir=tmp_path, progress=True).state.step == 40
     assert checkpoint.steps(tmp_path / "checkpoints") == [20, 30, 40]
 
@@ -459,7 +459,7 @@ def test_changes_are_accepted_on_request(tmp_path):
 
 def test_other_versions_are_told(tmp_path, monkeypatch):
     run(workdir=tmp_path, num_steps=20)
-    monkeypatch.setattr(training, "_versions", lambda: {"jax": "9.9"})
+    monkeypatch.setattr(loop, "_versions", lambda: {"jax": "9.9"})
     with pytest.warns(UserWarning, match=r"jax .* -> 9.9"):
         run(workdir=tmp_path)
 
