@@ -5,14 +5,16 @@ checksum over both. It is written under another name and then moved, so a direct
 complete; what time or a disk does to it afterwards, the checksum shows.
 """
 
+import contextlib
 import functools
 import hashlib
 import json
+import logging
 import os
 import re
 import shutil
 import warnings
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
 from pathlib import Path
 from typing import Any
 
@@ -62,7 +64,8 @@ def save(
     arrays = _named(jax.device_get(tree))
     metadata = json.loads(json.dumps({**metadata, "step": step}))
     try:
-        _checkpointer().save(temporary / _ARRAYS, arrays)
+        with _quiet():
+            _checkpointer().save(temporary / _ARRAYS, arrays)
         described = {**metadata, _CHECKSUM: _checksum(temporary / _ARRAYS, metadata)}
         workdir.write_whole(temporary / _METADATA, json.dumps(described, indent=1))
         if final.exists():
@@ -128,7 +131,8 @@ def _read(path: Path) -> tuple[dict[str, np.ndarray], dict[str, Any]]:
     checksum = metadata.pop(_CHECKSUM)
     if _checksum(path / _ARRAYS, metadata) != checksum:
         raise ValueError("the checksum does not match")
-    arrays = _checkpointer().restore(path / _ARRAYS)
+    with _quiet():
+        arrays = _checkpointer().restore(path / _ARRAYS)
     return {name: np.asarray(array) for name, array in arrays.items()}, metadata
 
 
@@ -175,3 +179,16 @@ def _checkpointer() -> Any:
     )
     handler = ocp.PyTreeCheckpointHandler(multiprocessing_options=alone)
     return ocp.Checkpointer(handler, multiprocessing_options=alone)
+
+
+@contextlib.contextmanager
+def _quiet() -> Iterator[None]:
+    """Keeps Orbax's notes on its own workings out of the log and out of the warnings."""
+    logger = logging.getLogger("absl")
+    level = logger.level
+    logger.setLevel(logging.CRITICAL)
+    try:
+        with warnings.catch_warnings(action="ignore"):
+            yield
+    finally:
+        logger.setLevel(level)

@@ -162,7 +162,7 @@ def check(
         raise ValueError(
             f"{found}; go on with the old values, accept the changes, or choose another workdir"
         )
-    warnings.warn(f"{found}; it goes on with the new one", stacklevel=3)
+    warnings.warn(f"{found}; it goes on with the new one", stacklevel=4)
 
 
 def claim(workdir: str | os.PathLike, config: Mapping[str, Any]) -> None:

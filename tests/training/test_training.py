@@ -521,6 +521,13 @@ def test_nonsense_is_refused(changes, words):
     assert all(word in str(error.value) for word in words)
 
 
+def test_settings_that_are_unknown_or_missing_are_refused():
+    with pytest.raises(TypeError, match="log_evry"):
+        run(log_evry=10)
+    with pytest.raises(TypeError, match="num_steps"):
+        training.train(LEARNER, TX, sample, key=jax.random.key(0), example_inputs=jnp.zeros((1, 4)))
+
+
 # Resuming
 
 
