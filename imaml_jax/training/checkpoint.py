@@ -62,11 +62,11 @@ def save(
     final = _path(directory, step)
     temporary = directory / f"{_TEMPORARY}{final.name}"
     arrays = _named(jax.device_get(tree))
-    text = _canonical({**metadata, "step": step})
+    metadata = json.loads(json.dumps({**metadata, "step": step}))
     try:
         with _quiet():
             _checkpointer().save(temporary / _ARRAYS, arrays)
-        described = {**json.loads(text), _CHECKSUM: _checksum(temporary / _ARRAYS, text)}
+        described = {**metadata, _CHECKSUM: _checksum(temporary / _ARRAYS, metadata)}
         workdir.write_whole(temporary / _METADATA, json.dumps(described, indent=1))
         if final.exists():
             os.replace(final, directory / f"{_TEMPORARY}replaced")
@@ -96,24 +96,24 @@ def restore(directory: str | os.PathLike, like: PyTree) -> tuple[PyTree, dict[st
       ValueError: if a whole checkpoint has another structure, shape or dtype than `like`.
     """
     directory = Path(directory).absolute()
-    expected = _named(like)
     for step in reversed(steps(directory)):
         path = _path(directory, step)
         try:
             arrays, metadata = _read(path)
+            break
         except Exception as error:  # Whatever a damaged file makes Orbax, JSON or the system raise.
             reason = str(error).strip().partition("\n")[0][:200]
             warnings.warn(
                 f"skipped the damaged checkpoint {path} ({type(error).__name__}: {reason})",
                 stacklevel=2,
             )
-            continue
-        _check_like(path, arrays, expected)
-        names = [jax.tree_util.keystr(where) for where, _ in jax.tree.leaves_with_path(like)]
-        leaves = [arrays.get(n, x) for n, x in zip(names, jax.tree.leaves(like), strict=True)]
-        tree = jax.tree.unflatten(jax.tree.structure(like), map(jnp.asarray, leaves))
-        return tree, {**metadata, "path": path}
-    return None
+    else:
+        return None
+    _check_like(path, arrays, _named(like))
+    tree = jax.tree.map_with_path(
+        lambda where, x: jnp.asarray(arrays.get(jax.tree_util.keystr(where), x)), like
+    )
+    return tree, {**metadata, "path": path}
 
 
 def steps(directory: str | os.PathLike) -> list[int]:
@@ -129,7 +129,7 @@ def _path(directory: Path, step: int) -> Path:
 def _read(path: Path) -> tuple[dict[str, np.ndarray], dict[str, Any]]:
     metadata = json.loads((path / _METADATA).read_text(encoding="utf-8"))
     checksum = metadata.pop(_CHECKSUM)
-    if _checksum(path / _ARRAYS, _canonical(metadata)) != checksum:
+    if _checksum(path / _ARRAYS, metadata) != checksum:
         raise ValueError("the checksum does not match")
     with _quiet():
         arrays = _checkpointer().restore(path / _ARRAYS)
@@ -159,13 +159,9 @@ def _named(tree: PyTree) -> dict[str, Any]:
     return {jax.tree_util.keystr(path): x for path, x in leaves if x.size}
 
 
-def _canonical(metadata: Mapping[str, Any]) -> str:
-    return json.dumps(json.loads(json.dumps(metadata)), sort_keys=True)
-
-
-def _checksum(folder: Path, text: str) -> str:
+def _checksum(folder: Path, metadata: Mapping[str, Any]) -> str:
     """Of the files below `folder`, so that damage is found before Orbax meets it."""
-    digest = hashlib.sha256(text.encode())
+    digest = hashlib.sha256(json.dumps(metadata, sort_keys=True).encode())
     for path in sorted(path for path in folder.rglob("*") if path.is_file()):
         with path.open("rb") as file:
             content = hashlib.file_digest(file, "sha256").hexdigest()
@@ -192,8 +188,7 @@ def _quiet() -> Iterator[None]:
     level = logger.level
     logger.setLevel(logging.CRITICAL)
     try:
-        with warnings.catch_warnings():
-            warnings.simplefilter("ignore")
+        with warnings.catch_warnings(action="ignore"):
             yield
     finally:
         logger.setLevel(level)

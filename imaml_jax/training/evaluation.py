@@ -80,7 +80,7 @@ def make_evaluate(
         if per_task.ndim != 1:
             raise ValueError(f"score_fn must return a scalar; got {per_task.shape[1:]} for a task")
         mean, ci95 = metrics.mean_ci95(per_task)
-        return Evaluation(mean, ci95, per_task, {name: float(info[name]) for name in info})
+        return Evaluation(mean, ci95, per_task, info)
 
     return evaluate_params
 
@@ -90,11 +90,7 @@ def evaluate(
     meta_params: PyTree,
     sample: mapping.Sample,
     key: Array,
-    *,
-    num_tasks: int,
-    score_fn: Callable[[Any, Any], Array] = metrics.accuracy,
-    map_tasks: mapping.MapTasks = None,
-    devices: mapping.Devices = None,
+    **settings: Any,
 ) -> Evaluation:
     """Scores `meta_params` once; `make_evaluate`, which see, compiles once for many calls.
 
@@ -103,10 +99,8 @@ def evaluate(
       meta_params: what `learner.init` or training returned.
       sample: `key -> Task` with a leading task axis.
       key: decides the test tasks, whatever the learner.
-      num_tasks: how many tasks to score.
-      score_fn: `(outputs, targets) -> scalar` for one task.
-      map_tasks: how tasks are mapped.
-      devices: devices over which tasks are sharded.
+      **settings: `num_tasks`, which must be given, `score_fn`, `map_tasks` and `devices`, as
+        `make_evaluate` has them.
 
     Returns:
       The scores with their mean and confidence interval.
@@ -114,15 +108,7 @@ def evaluate(
     Raises:
       ValueError: as `make_evaluate`.
     """
-    run = make_evaluate(
-        learner,
-        sample,
-        num_tasks=num_tasks,
-        score_fn=score_fn,
-        map_tasks=map_tasks,
-        devices=devices,
-    )
-    return run(meta_params, key)
+    return make_evaluate(learner, sample, **settings)(meta_params, key)
 
 
 def make_predictions(
@@ -158,15 +144,13 @@ def make_predictions(
           confidences, correct = metrics.confidence_and_correct(outputs, labels)
           metrics.calibration_error(confidences, correct).ece
     """
-
-    def both(outputs: Any, targets: Any) -> tuple[Any, Any]:
-        return outputs, targets
-
-    predict_all = _over_test_tasks(learner, sample, num_tasks, both, map_tasks, devices)
+    predict_all = _over_test_tasks(
+        learner, sample, num_tasks, lambda *both: both, map_tasks, devices
+    )
 
     def collect(meta_params: PyTree, key: Array) -> Predictions:
         (outputs, targets), info = predict_all(meta_params, key)
-        return Predictions(outputs, targets, {name: float(info[name]) for name in info})
+        return Predictions(outputs, targets, info)
 
     return collect
 
@@ -219,7 +203,7 @@ def _over_test_tasks(
     score_fn: Callable[[Any, Any], Any],
     map_tasks: mapping.MapTasks,
     devices: mapping.Devices,
-) -> Callable[[PyTree, Array], tuple[Any, dict[str, np.ndarray]]]:
+) -> Callable[[PyTree, Array], tuple[Any, dict[str, float]]]:
     """`(meta_params, key) -> (scores [num_tasks, ...], info)`, compiled, on the host."""
     if not isinstance(num_tasks, int) or num_tasks < 1:
         raise ValueError(f"num_tasks must be an integer of at least 1; got {num_tasks!r}")
@@ -245,11 +229,12 @@ def _over_test_tasks(
 
     score_all = mapping.jit_lifted(score_all, devices=devices)
 
-    def run(meta_params: PyTree, key: Array) -> tuple[Any, dict[str, np.ndarray]]:
+    def run(meta_params: PyTree, key: Array) -> tuple[Any, dict[str, float]]:
         if devices is not None:
             meta_params, key = mapping.replicate((meta_params, key), devices)
         elif jax.process_count() > 1:
             meta_params = jax.device_get(meta_params)
-        return jax.device_get(score_all(meta_params, key))
+        scores, info = jax.device_get(score_all(meta_params, key))
+        return scores, {name: float(value) for name, value in info.items()}
 
     return run

@@ -15,15 +15,13 @@ from imaml_jax.training.workdir import write_whole
 
 def row_of(row: Mapping[str, Any]) -> dict[str, Any]:
     """`row` with JSON's types: array scalars become numbers, NaN and infinities become None."""
-    return {name: _json_value(value) for name, value in row.items()}
-
-
-def _json_value(value: Any) -> Any:
-    if isinstance(value, np.generic) or hasattr(value, "__array__"):
-        value = np.asarray(value).item()
-    if isinstance(value, float) and not math.isfinite(value):
-        return None
-    return value
+    found = {}
+    for name, value in row.items():
+        if hasattr(value, "__array__"):
+            value = np.asarray(value).item()
+        odd = isinstance(value, float) and not math.isfinite(value)
+        found[name] = None if odd else value
+    return found
 
 
 def append(path: str | os.PathLike, row: Mapping[str, Any]) -> None:

@@ -132,14 +132,13 @@ def _local_map(fn: Callable[..., Any], map_tasks: MapTasks, platform: str) -> Ca
         map_tasks = "map" if platform == "cpu" else "vmap"
     if map_tasks == "vmap":
         return lambda shared, *per_task: jax.vmap(lambda args: fn(shared, *args))(per_task)
-    if map_tasks == "map":
-        return lambda shared, *per_task: jax.lax.map(lambda args: fn(shared, *args), per_task)
-    if isinstance(map_tasks, int) and not isinstance(map_tasks, bool) and map_tasks >= 1:
-        return lambda shared, *per_task: jax.lax.map(
-            lambda args: fn(shared, *args), per_task, batch_size=map_tasks
+    size = None if map_tasks == "map" else map_tasks
+    if size is not None and (not isinstance(size, int) or isinstance(size, bool) or size < 1):
+        raise ValueError(
+            f'map_tasks must be None, "vmap", "map" or a chunk of at least 1 task; got {size!r}'
         )
-    raise ValueError(
-        f'map_tasks must be None, "vmap", "map" or a chunk of at least 1 task; got {map_tasks!r}'
+    return lambda shared, *per_task: jax.lax.map(
+        lambda args: fn(shared, *args), per_task, batch_size=size
     )
 
 

@@ -213,9 +213,8 @@ def reduce_scalars(stacked: Mapping[str, Array]) -> dict[str, Array]:
     `min_*` keeps the smallest and `max_*` the largest value, so that one bad task shows; all else
     is averaged.
     """
-    floats = {name: jnp.asarray(value, jnp.float32) for name, value in stacked.items()}
-    return {name: _reduction(name)(value) for name, value in floats.items()}
-
-
-def _reduction(name: str) -> Any:
-    return {"min": jnp.min, "max": jnp.max}.get(name.split("_")[0], jnp.mean)
+    reductions = {"min": jnp.min, "max": jnp.max}
+    return {
+        name: reductions.get(name.split("_")[0], jnp.mean)(jnp.asarray(value, jnp.float32))
+        for name, value in stacked.items()
+    }

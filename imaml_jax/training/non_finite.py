@@ -27,9 +27,7 @@ class NonFiniteError(FloatingPointError):
     """
 
     def __init__(self, step: int, task: int | None, key: Array, last_checkpoint: Path | None):
-        where = "the optimiser's update"
-        if task is not None:
-            where = f"task {task}"
+        where = "the optimiser's update" if task is None else f"task {task}"
         super().__init__(
             f"non-finite loss or gradient in {where} of meta-step {step}. Its tasks and their keys "
             f"are imaml_jax.training.mapping.draw_tasks(sample, key, {step}), drawn from the key "
@@ -43,12 +41,11 @@ class NonFiniteError(FloatingPointError):
         self.checkpoint = last_checkpoint
 
 
-def is_sound(grads: PyTree, scalars: Mapping[str, Array]) -> Array:
-    """Whether the gradients and losses of one task are finite."""
+def is_sound(tree: PyTree, scalars: Mapping[str, Array]) -> Array:
+    """Whether a tree, such as of gradients, and the scalars that end in `loss` are finite."""
     losses = [value for name, value in scalars.items() if name.endswith("loss")]
-    return jnp.all(
-        jnp.stack([jnp.all(jnp.isfinite(x)) for x in (*jax.tree.leaves(grads), *losses)])
-    )
+    watched = [*jax.tree.leaves(tree), *losses]
+    return jnp.all(jnp.stack([jnp.all(jnp.isfinite(x)) for x in watched]))
 
 
 def without(bad: Array, per_task: PyTree) -> PyTree:

@@ -10,6 +10,11 @@ from typing import Any
 import numpy as np
 from tqdm import tqdm
 
+Listener = Callable[[Mapping[str, Any]], None]  # takes each new row of a log
+# The endings of the fields of a row that a person sees while the run goes on.
+_SHOWN = ("loss", "accuracy", "residual", "curvature", "cosine", "error", "rounds", "tasks")
+_SHOWN += ("validation",)
+
 
 def new_figure(width: float, height: float) -> Any:
     """An empty Matplotlib figure of that many inches, without pyplot and its global state."""
@@ -32,19 +37,19 @@ def learning_curve(history: Sequence[Mapping[str, Any]], path: str | os.PathLike
     """
     figure = new_figure(9, 3.5)
     loss_axes, score_axes = figure.subplots(1, 2)
-    names = sorted({name for row in history for name in row})
-    for name in names:
+    for name in sorted({name for row in history for name in row}):
         if name.endswith("loss"):
-            loss_axes.plot(*_curve(history, name), label=name.replace("_", " "))
+            axes = loss_axes
         elif name.endswith("accuracy") or name == "validation":
-            steps, values = _curve(history, name)
-            score_axes.plot(steps, values, label=name.replace("_", " "))
-            if name == "validation":
-                half_widths = [row.get("validation_ci95") or 0.0 for row in history]
-                band = dict(zip((row["step"] for row in history), half_widths, strict=True))
-                low = [value - band[step] for step, value in zip(steps, values, strict=True)]
-                high = [value + band[step] for step, value in zip(steps, values, strict=True)]
-                score_axes.fill_between(steps, low, high, alpha=0.2)
+            axes = score_axes
+        else:
+            continue
+        rows = [row for row in history if row.get(name) is not None]
+        steps, values = [row["step"] for row in rows], np.array([row[name] for row in rows])
+        axes.plot(steps, values, label=name.replace("_", " "))
+        if name == "validation":
+            band = np.array([row.get("validation_ci95") or 0.0 for row in rows])
+            axes.fill_between(steps, values - band, values + band, alpha=0.2)
     for axes, title in ((loss_axes, "loss"), (score_axes, "score")):
         axes.set(xlabel="meta-step", title=title)
         if axes.lines:
@@ -113,58 +118,35 @@ def prediction_bands(
     figure.savefig(path, dpi=120)
 
 
-def _curve(history: Sequence[Mapping[str, Any]], name: str) -> tuple[list[int], list[float]]:
-    points = [(row["step"], row[name]) for row in history if row.get(name) is not None]
-    return [step for step, _ in points], [value for _, value in points]
-
-
 @contextlib.contextmanager
-def reporter(progress: bool, step: int, num_steps: int) -> Iterator[Callable[[dict], None]]:
+def reporter(step: int, num_steps: int) -> Iterator[Listener]:
     """Yields what shows a row: a progress bar on a terminal, else a line for each row.
 
     Args:
-      progress: whether to show anything.
       step: the meta-steps already done.
       num_steps: the meta-steps in all.
     """
-    if not progress:
-        yield lambda row: None
-        return
-    is_terminal = sys.stderr.isatty()
-    bar = tqdm(total=num_steps, initial=step, unit="step", file=sys.stderr, disable=not is_terminal)
     last_step, last_time = step, time.perf_counter()
 
-    def show(row: dict[str, Any]) -> None:
+    def show(row: Mapping[str, Any]) -> None:
         nonlocal last_step, last_time
-        now = time.perf_counter()
-        if is_terminal:
-            bar.set_postfix_str(_summary(row), refresh=False)
-            bar.update(row["step"] - last_step)
-        else:
-            rate = (row["step"] - last_step) / (now - last_time)
-            head = (
-                f"meta-step {row['step']}/{num_steps}  {row['seconds']:.1f} s  {rate:.3g} steps/s"
-            )
-            print(f"{head}  {_summary(row)}", file=sys.stderr, flush=True)
+        now, done = time.perf_counter(), row["step"] - last_step
+        with contextlib.suppress(OSError):  # whoever read it may be gone
+            if bar.disable:
+                speed = f"{row['seconds']:.1f} s  {done / (now - last_time):.3g} steps/s"
+                line = f"meta-step {row['step']}/{num_steps}  {speed}  {_summary(row)}"
+                print(line, file=sys.stderr, flush=True)
+            else:
+                bar.set_postfix_str(_summary(row), refresh=False)
+                bar.update(done)
         last_step, last_time = row["step"], now
 
-    with bar:
+    with tqdm(total=num_steps, initial=step, unit="step", disable=not sys.stderr.isatty()) as bar:
         yield show
 
 
 def _summary(row: Mapping[str, Any]) -> str:
-    endings = (
-        "loss",
-        "accuracy",
-        "residual",
-        "curvature",
-        "cosine",
-        "error",
-        "rounds",
-        "tasks",
-        "validation",
-    )
-    shown = [name for name in row if name.endswith(endings) and row[name] is not None]
+    shown = [name for name in row if name.endswith(_SHOWN) and row[name] is not None]
     parts = [f"{name} {row[name]:.4g}" for name in shown]
     if row.get("validation_ci95") is not None:
         parts[-1] += f" ± {row['validation_ci95']:.4f}"

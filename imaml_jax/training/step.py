@@ -114,8 +114,8 @@ def make_train_step(
             grads, infos = without(~sound, (grads, infos))
             skipped = {"skipped_tasks": jnp.sum(~sound)}
         grads = jax.tree.map(lambda g: jnp.mean(g, axis=0), grads)
-        scalars = metrics.reduce_scalars(infos) | {"gradient_norm": optax.tree.norm(grads)}
-        scalars |= skipped
+        norm = {"gradient_norm": optax.tree.norm(grads)}
+        scalars = metrics.reduce_scalars(infos) | norm | skipped
         updates, opt_state = tx.update(grads, state.opt_state, state.meta_params)
         meta_params = optax.apply_updates(state.meta_params, updates)
         return Update(meta_params, opt_state, grads, scalars)
@@ -138,11 +138,7 @@ def latched(update: Callable[[TrainState, Array], Update]) -> TrainStep:
 
     def train_step(state: TrainState, root_key: Array) -> tuple[TrainState, dict[str, Array]]:
         meta_params, opt_state, grads, scalars = update(state, root_key)
-        losses = [value for name, value in scalars.items() if name.endswith("loss")]
-        watched = [*jax.tree.leaves((grads, meta_params)), *losses]
-        finite = [jnp.all(jnp.isfinite(x)) for x in watched]
-        good = jnp.all(jnp.stack(finite)) & (state.failed_step < 0)
-
+        good = is_sound((grads, meta_params), scalars) & (state.failed_step < 0)
         new = TrainState(state.step + 1, meta_params, opt_state, state.failed_step)
         # A frozen state meets the same batch again, so `failed_step` keeps its first value.
         failed = state._replace(failed_step=state.step)

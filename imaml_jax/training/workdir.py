@@ -4,6 +4,7 @@ import contextlib
 import errno
 import json
 import os
+import platform
 import signal
 import threading
 import warnings
@@ -11,12 +12,14 @@ from collections.abc import Callable, Collection, Iterator, Mapping
 from pathlib import Path
 from typing import Any
 
+import jax
+
 try:
     import fcntl
 except ImportError:  # Windows
     fcntl = None
 
-_ABSENT = object()
+_ABSENT = repr("absent")
 _CONFIG = "config.json"
 _NO_LOCKS = (errno.ENOSYS, errno.ENOTSUP, errno.ENOLCK)
 _SIGNALS = (signal.SIGINT, signal.SIGTERM)
@@ -72,7 +75,7 @@ def lock(workdir: str | os.PathLike) -> Iterator[None]:
                     stacklevel=3,
                 )
         file.truncate(0)
-        file.write(f"{os.getpid()} on {os.uname().nodename if hasattr(os, 'uname') else ''}\n")
+        file.write(f"{os.getpid()} on {platform.node()}\n")
         file.flush()
         yield
 
@@ -133,23 +136,23 @@ def check(
     path = Path(workdir) / _CONFIG
     if not path.exists():
         return
-    wanted = _flat(json.loads(json.dumps(config)))
+    wanted = _said(json.loads(json.dumps(config)))
     try:
-        saved = _flat(dict(json.loads(path.read_text(encoding="utf-8"))))
+        saved = _said(dict(json.loads(path.read_text(encoding="utf-8"))))
     except (ValueError, TypeError) as error:
         raise ValueError(
             f"{path} is damaged ({error}): move it away to go on with the run, or choose another "
             "workdir"
         ) from None
-    differences = {
-        name: f"{name}: was {saved.get(name, 'absent')!r}, now {wanted.get(name, 'absent')!r}"
-        for name in {**saved, **wanted}
-        if repr(saved.get(name, _ABSENT)) != repr(wanted.get(name, _ABSENT))
-    }
-    if not differences:
+    changed = [name for name in saved | wanted if saved.get(name) != wanted.get(name)]
+    if not changed:
         return
-    found = f"workdir {workdir} holds a run of another config ({'; '.join(differences.values())})"
-    immovable = [name for name in differences if name in fixed]
+    differences = "; ".join(
+        f"{name}: was {saved.get(name, _ABSENT)}, now {wanted.get(name, _ABSENT)}"
+        for name in changed
+    )
+    found = f"workdir {workdir} holds a run of another config ({differences})"
+    immovable = [name for name in changed if name in fixed]
     if accept_changes and immovable:
         raise ValueError(
             f"{found}; {', '.join(immovable)} cannot change within a run: go on with the old value "
@@ -159,7 +162,7 @@ def check(
         raise ValueError(
             f"{found}; go on with the old values, accept the changes, or choose another workdir"
         )
-    warnings.warn(f"{found}; it goes on with the new one", stacklevel=3)
+    warnings.warn(f"{found}; it goes on with the new one", stacklevel=4)
 
 
 def claim(workdir: str | os.PathLike, config: Mapping[str, Any]) -> None:
@@ -188,10 +191,7 @@ def flush(path: Path) -> None:
             os.close(descriptor)
 
 
-def _flat(config: Any, prefix: str = "") -> dict[str, Any]:
-    if not isinstance(config, dict) or not config:
-        return {prefix: config}
-    fields = [
-        _flat(value, f"{prefix}.{name}" if prefix else name) for name, value in config.items()
-    ]
-    return {name: value for part in fields for name, value in part.items()}
+def _said(config: Any) -> dict[str, str]:
+    """The values of nested dicts by dotted name, as text."""
+    values = jax.tree.leaves_with_path(config, is_leaf=lambda x: not isinstance(x, dict) or not x)
+    return {jax.tree_util.keystr(at, simple=True, separator="."): repr(x) for at, x in values}

@@ -1,7 +1,7 @@
 """The training loop: what it computes, when it stops, and that nothing is lost by a kill."""
 
-import contextlib
 import functools
+import io
 import json
 import os
 import random
@@ -20,7 +20,7 @@ import optax
 import pytest
 
 from imaml_jax import training
-from imaml_jax.training import checkpoint, evaluation, json_lines, mapping, metrics, workdir
+from imaml_jax.training import checkpoint, evaluation, json_lines, loop, mapping, metrics, workdir
 from imaml_jax.training import step as train_step
 from imaml_jax.training.non_finite import NonFiniteError, replay
 from imaml_jax.training.workdir import InterruptedRunError
@@ -100,8 +100,8 @@ def compile_once():
 
     uncached = train_step.make_train_step
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(training, "make_train_step", make_train_step)
-        patch.setattr(training, "_make_chunk", functools.cache(training._make_chunk))
+        patch.setattr(loop, "make_train_step", make_train_step)
+        patch.setattr(loop, "_make_chunk", functools.cache(loop._make_chunk))
         yield
 
 
@@ -383,16 +383,15 @@ def test_an_ignored_signal_stays_ignored(tmp_path):
 
 
 def test_a_report_that_nobody_reads_costs_nothing(tmp_path, monkeypatch):
-    @contextlib.contextmanager
-    def reporter(*_):
-        def report(row):
+    class Gone(io.StringIO):
+        def write(self, text):
+            tried.append(text)
             raise BrokenPipeError
 
-        yield report
-
-    monkeypatch.setattr(training.plots, "reporter", reporter)
+    tried = []
+    monkeypatch.setattr(sys, "stderr", Gone())
     assert run(workdir=tmp_path, progress=True).state.step == 40
-    assert checkpoint.steps(tmp_path / "checkpoints") == [20, 30, 40]
+    assert checkpoint.steps(tmp_path / "checkpoints") == [20, 30, 40] and len(tried) == 4
 
 
 def test_where_a_run_was_stopped_does_not_decide_which_is_best(tmp_path):
@@ -459,7 +458,7 @@ def test_changes_are_accepted_on_request(tmp_path):
 
 def test_other_versions_are_told(tmp_path, monkeypatch):
     run(workdir=tmp_path, num_steps=20)
-    monkeypatch.setattr(training, "_versions", lambda: {"jax": "9.9"})
+    monkeypatch.setattr(training.run, "_versions", lambda: {"jax": "9.9"})
     with pytest.warns(UserWarning, match=r"jax .* -> 9.9"):
         run(workdir=tmp_path)
 
@@ -520,6 +519,13 @@ def test_nonsense_is_refused(changes, words):
     with pytest.raises(ValueError) as error:
         run(**changes)
     assert all(word in str(error.value) for word in words)
+
+
+def test_settings_that_are_unknown_or_missing_are_refused():
+    with pytest.raises(TypeError, match="log_evry"):
+        run(log_evry=10)
+    with pytest.raises(TypeError, match="num_steps"):
+        training.train(LEARNER, TX, sample, key=jax.random.key(0), example_inputs=jnp.zeros((1, 4)))
 
 
 # Resuming
