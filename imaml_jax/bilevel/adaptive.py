@@ -16,7 +16,7 @@ from imaml_jax.bilevel.gradient_error import (
     share_of,
 )
 from imaml_jax.bilevel.inner import minimize
-from imaml_jax.bilevel.linear_solve import SolveInfo
+from imaml_jax.bilevel.linear_system import Solve
 from imaml_jax.types import Array, LinearOperator, PyTree
 
 
@@ -60,7 +60,7 @@ def adaptive_gradient(
     strong_convexity: float | Array,
     inner: optax.GradientTransformation,
     num_steps: int,
-    solve: Callable[..., tuple[PyTree, SolveInfo]],
+    solve: Solve,
     curvature: Callable[..., LinearOperator] | None = None,
     max_rounds: int | Array = 50,
     key: Array | None = None,

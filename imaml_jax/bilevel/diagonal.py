@@ -6,7 +6,7 @@ import jax
 import jax.numpy as jnp
 from jax.flatten_util import ravel_pytree
 
-from imaml_jax.bilevel.linear_system import broadcast_to_leaves, ravel_system, raveled_damping
+from imaml_jax.bilevel.linear_system import broadcast_to_leaves, random_products, raveled_damping
 from imaml_jax.types import Array, LinearOperator, PyTree
 
 
@@ -75,11 +75,6 @@ def estimate_diagonal(
     """
     if num_probes < 1:
         raise ValueError(f"estimate_diagonal: num_probes={num_probes} must be at least 1")
-    flat, unravel = ravel_pytree(b)
-    _, matvec, _ = ravel_system(operator, b)
-    key = jax.random.key(0) if key is None else key
-    shape = (flat.size, min(num_probes, flat.size))
-    basis, _ = jnp.linalg.qr(jax.random.rademacher(key, shape, flat.dtype))
-    estimate = (basis * jax.vmap(matvec, 1, 1)(basis)).sum(1) / (basis**2).sum(1)
-    damping = raveled_damping(operator, b)
-    return unravel(jnp.maximum(estimate, damping))
+    basis, image = random_products(operator, b, key, num_probes, jax.random.rademacher)
+    estimate = (basis * image).sum(1) / (basis**2).sum(1)
+    return ravel_pytree(b)[1](jnp.maximum(estimate, raveled_damping(operator, b)))

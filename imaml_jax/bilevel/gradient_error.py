@@ -25,7 +25,7 @@ import jax.numpy as jnp
 import optax
 
 from imaml_jax.bilevel.curvature import hessian
-from imaml_jax.bilevel.linear_solve import SolveInfo
+from imaml_jax.bilevel.linear_system import Solve
 from imaml_jax.types import Array, LinearOperator, PyTree
 
 _SAFETY, _MOST_LEFT = 3.0, 0.9
@@ -55,7 +55,7 @@ def implicit_gradient_error(
     args: Sequence[PyTree],
     adjoint: PyTree,
     *,
-    solve: Callable[..., tuple[PyTree, SolveInfo]],
+    solve: Solve,
     strong_convexity: float | Array,
     curvature: Callable[..., LinearOperator] | None = None,
     key: Array | None = None,

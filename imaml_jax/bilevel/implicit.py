@@ -15,15 +15,13 @@ from typing import Any
 
 import jax
 import jax.numpy as jnp
-import numpy as np
 from jax import lax
-from jax.custom_derivatives import SymbolicZero
+from jax.custom_derivatives import SymbolicZero, zero_from_primal
 from jax.flatten_util import ravel_pytree
 
-from imaml_jax.bilevel.linear_solve import SolveInfo, solve_cg, solve_gmres
+from imaml_jax.bilevel.linear_solve import solve_cg, solve_gmres
+from imaml_jax.bilevel.linear_system import Solve, SolveInfo
 from imaml_jax.types import LinearOperator, PyTree
-
-Solve = Callable[..., tuple[PyTree, SolveInfo]]
 
 
 def root_jvp(
@@ -53,7 +51,7 @@ def root_jvp(
     def flat_optimality(x, *call_args):
         return ravel_pytree(optimality_fn(unravel(x), *call_args))[0]
 
-    right = jax.jvp(lambda *a: flat_optimality(flat_root, *a), tuple(args), tuple(tangents))[1]
+    right = jax.jvp(partial(flat_optimality, flat_root), tuple(args), tuple(tangents))[1]
     matvec = jax.linearize(lambda x: flat_optimality(x, *args), flat_root)[1]
 
     def solve_flat(operator, b):
@@ -94,7 +92,7 @@ def root_vjp(
       `(cotangents, info)`, one cotangent for each of `args`.
     """
     adjoint, info = solve(operator, cotangent, key=key)
-    _, pullback = jax.vjp(lambda *a: optimality_fn(root, *a), *args)
+    _, pullback = jax.vjp(partial(optimality_fn, root), *args)
     return jax.tree.map(jnp.negative, pullback(adjoint)), info
 
 
@@ -135,21 +133,28 @@ def custom_root(
 
         @partial(find_root.defjvp, symbolic_zeros=True)
         def rule(primals, tangents):
-            init, *args = primals
-            result = find_root(init, *args)
+            (_, *args), (_, *tangents) = primals, tangents
+            result = find_root(*primals)
             root, aux = result if has_aux else (result, None)
-            primals, tangents, rebuild = _split_zero_tangents(args, tangents[1:])
+
+            def moving(tree):  # with None for what has no tangent, as integers
+                return jax.tree.map(
+                    lambda _, t, x: None if isinstance(t, SymbolicZero) else x, args, tangents, tree
+                )
+
+            def optimality(x, *new_args):
+                all_args = jax.tree.map(
+                    lambda new, x: x if new is None else new,
+                    list(new_args),
+                    args,
+                    is_leaf=lambda new: new is None,
+                )
+                return optimality_fn(x, *all_args)
+
             tangent = root_jvp(
-                lambda x, *leaves: optimality_fn(x, *rebuild(leaves)),
-                root,
-                primals,
-                tangents,
-                solve,
-                symmetric=symmetric,
+                optimality, root, moving(args), moving(tangents), solve, symmetric=symmetric
             )
-            if not has_aux:
-                return root, tangent
-            return result, (tangent, jax.tree.map(_zero_tangent, aux))
+            return result, (tangent, zero_from_primal(aux)) if has_aux else tangent
 
         @wraps(solver, updated=())  # a solver that is itself a custom_jvp keeps its rule to itself
         def differentiable(init, *args):
@@ -190,25 +195,3 @@ def custom_argmin(
       [-0.25 -0.25]
     """
     return custom_root(jax.grad(objective), solve, symmetric=True, has_aux=has_aux)
-
-
-def _split_zero_tangents(args, tangents):
-    """Leaves of `args` that vary, their tangents, and a function that puts such leaves back."""
-    leaves, structure = jax.tree.flatten(tuple(args))
-    tangent_leaves = structure.flatten_up_to(tuple(tangents))
-    varies = [not isinstance(t, SymbolicZero) for t in tangent_leaves]
-    primals = [x for x, v in zip(leaves, varies, strict=True) if v]
-    moving = [t for t, v in zip(tangent_leaves, varies, strict=True) if v]
-
-    def rebuild(new_leaves):
-        new = iter(new_leaves)
-        filled = [next(new) if v else x for x, v in zip(leaves, varies, strict=True)]
-        return jax.tree.unflatten(structure, filled)
-
-    return primals, moving, rebuild
-
-
-def _zero_tangent(x):
-    if jnp.issubdtype(jnp.result_type(x), jnp.inexact):
-        return jnp.zeros_like(x)
-    return np.zeros(jnp.shape(x), jax.dtypes.float0)

@@ -1,8 +1,7 @@
 """Inner adaptation: `lax.scan` over any Optax transform, and transforms made for it."""
 
 from collections.abc import Callable
-from functools import partial
-from typing import Any, NamedTuple
+from typing import NamedTuple
 
 import jax
 import jax.numpy as jnp
@@ -29,6 +28,8 @@ class MinimizeInfo(NamedTuple):
 
 class CurvedFunction(NamedTuple):
     """A scalar function with the matrix that a Newton step is to take for its Hessian.
+
+    One argument of Optax's updates, whose line searches refuse others that they do not know.
 
     Attributes:
       fun: `params -> scalar`.
@@ -83,13 +84,15 @@ def minimize(
         raise ValueError("minimize: num_steps=0 leaves no batch to report on; leave batches out")
     update = optax.with_extra_args_support(tx).update
 
+    def given(batch, fun):
+        call_args = args if batches is None else (*args, batch)
+        return lambda params: fun(params, *call_args)
+
     def step(carry, batch):
         params, state = carry
-        call_args = args if batches is None else (*args, batch)
-
-        value_fn = partial(_with_args, objective, call_args)
+        value_fn = given(batch, objective)
         if curvature is not None:
-            value_fn = CurvedFunction(value_fn, partial(_with_args, curvature, call_args))
+            value_fn = CurvedFunction(value_fn, given(batch, curvature))
         value, grads = jax.value_and_grad(value_fn)(params)
         updates, state = update(grads, state, params, value=value, grad=grads, value_fn=value_fn)
         return (optax.apply_updates(params, updates), state), optax.tree.norm(grads)
@@ -98,17 +101,11 @@ def minimize(
         step = jax.checkpoint(step, prevent_cse=False)
     carry = (init_params, tx.init(init_params))
     (params, _), norms = lax.scan(step, carry, batches, length=num_steps)
-    last_args = args
-    if batches is not None:
-        last_args = (*args, jax.tree.map(lambda x: x[-1], batches))
-    loss, grads = jax.value_and_grad(objective)(params, *last_args)
+    last_batch = jax.tree.map(lambda x: x[-1], batches)
+    loss, grads = jax.value_and_grad(given(last_batch, objective))(params)
     norm = optax.tree.norm(grads)
     first = norms[0] if num_steps else norm
     return params, MinimizeInfo(loss, norm / jnp.where(first > 0, first, 1))
-
-
-def _with_args(fun: Callable[..., Any], args: tuple[PyTree, ...], params: PyTree) -> Any:
-    return fun(params, *args)
 
 
 def mini_batches(key: Array, examples: PyTree, num_batches: int, batch_size: int) -> PyTree:
@@ -224,25 +221,18 @@ def _norm(tree: PyTree) -> Array:
 
 
 def newton_cg(
-    *,
-    max_cg_steps: int = 5,
-    cg_tol: float = 1e-3,
-    max_backtracks: int = 10,
-    shrink: float = 0.5,
-    sufficient_decrease: float = 1e-4,
+    *, max_cg_steps: int = 5, cg_tol: float = 1e-3, max_backtracks: int = 10
 ) -> optax.GradientTransformationExtraArgs:
     """Hessian-free Newton steps: truncated CG for the direction, then a backtracking line search.
 
     The direction solves `H d = -g` by at most `max_cg_steps` of CG, stopped at negative curvature;
     where it does not descend, it is the negative gradient. The step halves until Armijo's condition
-    holds, up to rounding of the loss; where it never does, nothing moves.
+    holds with the constant 1e-4, up to rounding of the loss; where it never does, nothing moves.
 
     Args:
       max_cg_steps: CG steps a direction, at least 1.
       cg_tol: relative residual at which CG stops sooner.
       max_backtracks: most halvings.
-      shrink: factor of a backtrack, in (0, 1).
-      sufficient_decrease: Armijo's constant, in (0, 1/2).
 
     Returns:
       An Optax transform without state, whose `update` needs `value` and `value_fn`, as `minimize`
@@ -260,11 +250,6 @@ def newton_cg(
             f"newton_cg: max_cg_steps={max_cg_steps} must be at least 1 and "
             f"max_backtracks={max_backtracks} at least 0"
         )
-    if not 0 < shrink < 1 or not 0 < sufficient_decrease < 0.5:
-        raise ValueError(
-            f"newton_cg: shrink={shrink} must lie in (0, 1) and "
-            f"sufficient_decrease={sufficient_decrease} in (0, 0.5)"
-        )
 
     def update(updates, state, params=None, *, value, value_fn, **unused):
         del unused
@@ -279,25 +264,23 @@ def newton_cg(
         slope = jnp.where(descends, slope, jnp.asarray(optax.tree.vdot(steepest, grads)))
         rounding = 4 * jnp.finfo(value.dtype).eps * jnp.abs(value)
 
-        def accepted(length, trial):
-            return trial <= value + sufficient_decrease * length * slope + rounding
+        def try_length(length):
+            trial = value_fn(optax.tree.add_scale(params, length, direction))
+            return length, trial <= value + 1e-4 * length * slope + rounding
 
         def too_long(search):
-            length, trial, tries = search
-            return ~accepted(length, trial) & (tries < max_backtracks)
+            (_, accepted), tries = search
+            return ~accepted & (tries < max_backtracks)
 
         def backtrack(search):
-            length, _, tries = search
-            length = shrink * length
-            return length, value_fn(optax.tree.add_scale(params, length, direction)), tries + 1
+            (length, _), tries = search
+            return try_length(0.5 * length), tries + 1
 
-        one = jnp.ones((), value.dtype)
-        start = (one, value_fn(optax.tree.add_scale(params, one, direction)), 0)
-        length, trial, _ = lax.while_loop(too_long, backtrack, start)
-        length = jnp.where(accepted(length, trial), length, 0)
-        return optax.tree.scale(length, direction), state
+        start = try_length(jnp.ones((), value.dtype)), 0
+        (length, accepted), _ = lax.while_loop(too_long, backtrack, start)
+        return optax.tree.scale(jnp.where(accepted, length, 0), direction), state
 
     return optax.GradientTransformationExtraArgs(
-        lambda params: optax.EmptyState(),
+        optax.init_empty_state,
         update,  # pyright: ignore[reportArgumentType]
     )

@@ -25,7 +25,6 @@ preconditioners there and in `diagonal.py`.
 """
 
 from collections.abc import Callable
-from functools import partial
 from typing import NamedTuple
 
 import jax
@@ -34,32 +33,11 @@ from jax import lax
 from jax.flatten_util import ravel_pytree
 from jax.scipy.sparse.linalg import cg, gmres
 
-from imaml_jax.bilevel.linear_system import (
-    SolveInfo,
-    condition_bound,
-    confirmed,
-    dot,
-    in_range,
-    ravel_system,
-    relative_residual,
-    report,
-)
+from imaml_jax.bilevel.linear_system import Solve, SolveInfo, dot, in_range, ravel_system
 from imaml_jax.types import Array, LinearOperator, PyTree
 
 # `(operator, b, key) -> (r -> M^-1 r)` on raveled vectors.
 Precondition = Callable[[LinearOperator, PyTree, Array | None], Callable[[Array], Array]]
-
-
-class _CGState(NamedTuple):
-    x: Array
-    residual: Array
-    direction: Array
-    squared_residual: Array
-    product: Array  # of the residual and the preconditioned one
-    num_steps: Array
-    min_curvature: Array
-    max_stretch: Array  # largest `||A p|| / ||p||`
-    positive: Array
 
 
 def solve_cg(
@@ -86,7 +64,9 @@ def solve_cg(
       `(x, SolveInfo)`, with `num_steps` and `min_curvature` None.
     """
     del key
-    return _solve_with(cg, operator, b, tol=tol, maxiter=max_steps)
+    system = ravel_system(operator, b, tol)
+    x, _ = cg(system.matvec, system.b, tol=tol, maxiter=max_steps)
+    return system.report(x)
 
 
 def solve_gmres(
@@ -116,15 +96,17 @@ def solve_gmres(
       `(x, SolveInfo)`, with `num_steps` and `min_curvature` None.
     """
     del key
-    by_rotations = partial(gmres, solve_method="incremental")
-    return _solve_with(by_rotations, operator, b, tol=tol, restart=restart, maxiter=max_restarts)
+    system = ravel_system(operator, b, tol)
+    settings = {"restart": restart, "maxiter": max_restarts, "solve_method": "incremental"}
+    x, _ = gmres(system.matvec, system.b, tol=tol, **settings)
+    return system.report(x)
 
 
 def solve_right_preconditioned(
     operator: LinearOperator,
     b: PyTree,
     *,
-    solve: Callable[..., tuple[PyTree, SolveInfo]],
+    solve: Solve,
     inverse: Callable[[PyTree], PyTree],
     key: Array | None = None,
 ) -> tuple[PyTree, SolveInfo]:
@@ -197,56 +179,8 @@ def solve_cg_steihaug(
     References:
       Steihaug, "The conjugate gradient method and trust regions in large scale optimization", 1983.
     """
-    flat_b, matvec, unravel = ravel_system(operator, b)
-    squared_b = dot(flat_b, flat_b)
-    threshold = tol**2 * squared_b
     inverse = precondition(operator, b, key) if precondition else lambda r: r
-    first = inverse(flat_b)
-
-    def keep_going(state: _CGState) -> Array:
-        unfinished = (state.squared_residual > threshold) & (state.num_steps < max_steps)
-        return unfinished & state.positive
-
-    def step(state: _CGState) -> _CGState:
-        image = matvec(state.direction)
-        curvature = dot(state.direction, image)
-        positive = curvature > 0
-        length = jnp.where(positive, state.product / curvature, 0.0)
-        residual = state.residual - length * image
-        preconditioned = inverse(residual)
-        product = dot(residual, preconditioned)
-        squared_direction = dot(state.direction, state.direction)
-        stretch = jnp.sqrt(dot(image, image) / squared_direction)
-        return _CGState(
-            x=state.x + length * state.direction,
-            residual=residual,
-            direction=preconditioned + product / state.product * state.direction,
-            squared_residual=dot(residual, residual),
-            product=product,
-            num_steps=state.num_steps + 1,
-            min_curvature=jnp.minimum(state.min_curvature, curvature / squared_direction),
-            max_stretch=jnp.maximum(state.max_stretch, stretch),
-            positive=positive,
-        )
-
-    state = lax.while_loop(
-        keep_going,
-        step,
-        _CGState(
-            x=jnp.zeros_like(flat_b),
-            residual=flat_b,
-            direction=first,
-            squared_residual=squared_b,
-            product=dot(flat_b, first),
-            num_steps=jnp.zeros((), jnp.int32),
-            min_curvature=jnp.full((), jnp.inf, flat_b.dtype),
-            max_stretch=jnp.zeros((), flat_b.dtype),
-            positive=jnp.array(True),
-        ),
-    )
-    relative = confirmed(matvec, flat_b, state.x, state.residual, tol)
-    condition = condition_bound(state.max_stretch, state.min_curvature)
-    return report(unravel, state.x, relative, tol, state.num_steps, state.min_curvature, condition)
+    return _descend(operator, b, tol, max_steps, inverse)
 
 
 def solve_dense(
@@ -265,13 +199,15 @@ def solve_dense(
       `condition` the condition number itself.
     """
     del key
-    flat_b, matvec, unravel = ravel_system(operator, b)
-    matrix = jax.vmap(matvec, out_axes=1)(jnp.eye(flat_b.size, dtype=flat_b.dtype))
-    x = jnp.linalg.solve(matrix, flat_b)
-    relative = relative_residual(flat_b - dot(matrix, x), flat_b)
-    min_curvature = jnp.linalg.eigvalsh((matrix + matrix.T) / 2)[0]
-    condition = jnp.linalg.cond(matrix)
-    return report(unravel, x, relative, tol, min_curvature=min_curvature, condition=condition)
+    system = ravel_system(operator, b, tol)
+    matrix = jax.vmap(system.matvec, out_axes=1)(jnp.eye(system.b.size, dtype=system.b.dtype))
+    x = jnp.linalg.solve(matrix, system.b)
+    return system.report(
+        x,
+        system.relative(system.b - dot(matrix, x)),
+        min_curvature=jnp.linalg.eigvalsh((matrix + matrix.T) / 2)[0],
+        condition=jnp.linalg.cond(matrix),
+    )
 
 
 def solve_neumann(
@@ -304,39 +240,79 @@ def solve_neumann(
       differentiation", AISTATS 2020, Algorithm 3.
     """
     del key
-    flat_b, matvec, unravel = ravel_system(operator, b)
-    squared_b = dot(flat_b, flat_b)
+    return _descend(operator, b, tol, max_steps, step_size=step_size)
 
-    def keep_going(state) -> Array:
-        _, residual, num_steps, _, _ = state
-        return (dot(residual, residual) > tol**2 * squared_b) & (num_steps < max_steps)
 
-    def step(state):
-        x, residual, num_steps, min_curvature, max_stretch = state
-        product = matvec(residual)
-        squared_residual = dot(residual, residual)
-        return (
-            x + step_size * residual,
-            residual - step_size * product,
-            num_steps + 1,
-            jnp.minimum(min_curvature, dot(residual, product) / squared_residual),
-            jnp.maximum(max_stretch, jnp.sqrt(dot(product, product) / squared_residual)),
+class _Descent(NamedTuple):
+    x: Array
+    residual: Array
+    direction: Array | None  # None for the residual
+    squared_residual: Array
+    product: Array  # of the residual and the preconditioned one
+    num_steps: Array
+    min_curvature: Array
+    max_stretch: Array  # largest `||A p|| / ||p||`
+    positive: Array
+
+
+def _descend(
+    operator: LinearOperator,
+    b: PyTree,
+    tol: float | Array,
+    max_steps: int | Array,
+    inverse: Callable[[Array], Array] = lambda r: r,
+    step_size: float | None = None,
+) -> tuple[PyTree, SolveInfo]:
+    """Conjugate gradient; with a step size, descent along the residuals, whatever the curvature."""
+    system = ravel_system(operator, b, tol)
+    squared_b = dot(system.b, system.b)
+    first = inverse(system.b)
+
+    def keep_going(state: _Descent) -> Array:
+        unfinished = (state.squared_residual > tol**2 * squared_b) & (state.num_steps < max_steps)
+        return unfinished & state.positive
+
+    def step(state: _Descent) -> _Descent:
+        direction = state.residual if state.direction is None else state.direction
+        image = system.matvec(direction)
+        curvature = dot(direction, image)
+        if step_size is None:
+            positive = curvature > 0
+            length = jnp.where(positive, state.product / curvature, 0.0)
+        else:
+            positive, length = state.positive, step_size
+        residual = state.residual - length * image
+        product, next_direction = state.product, None
+        if step_size is None:
+            preconditioned = inverse(residual)
+            product = dot(residual, preconditioned)
+            next_direction = preconditioned + product / state.product * direction
+        squared_direction = dot(direction, direction)
+        stretch = jnp.sqrt(dot(image, image) / squared_direction)
+        return _Descent(
+            x=state.x + length * direction,
+            residual=residual,
+            direction=next_direction,
+            squared_residual=dot(residual, residual),
+            product=product,
+            num_steps=state.num_steps + 1,
+            min_curvature=jnp.minimum(state.min_curvature, curvature / squared_direction),
+            max_stretch=jnp.maximum(state.max_stretch, stretch),
+            positive=positive,
         )
 
-    start = (
-        jnp.zeros_like(flat_b),
-        flat_b,
-        jnp.zeros((), jnp.int32),
-        jnp.full((), jnp.inf, flat_b.dtype),
-        jnp.zeros((), flat_b.dtype),
+    start = _Descent(
+        x=jnp.zeros_like(system.b),
+        residual=system.b,
+        direction=first if step_size is None else None,
+        squared_residual=squared_b,
+        product=dot(system.b, first),
+        num_steps=jnp.zeros((), jnp.int32),
+        min_curvature=jnp.full((), jnp.inf, system.b.dtype),
+        max_stretch=jnp.zeros((), system.b.dtype),
+        positive=jnp.array(True),
     )
-    x, residual, num_steps, min_curvature, max_stretch = lax.while_loop(keep_going, step, start)
-    relative = confirmed(matvec, flat_b, x, residual, tol)
-    condition = condition_bound(max_stretch, min_curvature)
-    return report(unravel, x, relative, tol, num_steps, min_curvature, condition)
-
-
-def _solve_with(solver, operator: LinearOperator, b: PyTree, *, tol: float, **settings):
-    flat_b, matvec, unravel = ravel_system(operator, b)
-    x, _ = solver(matvec, flat_b, tol=tol, **settings)
-    return report(unravel, x, relative_residual(flat_b - matvec(x), flat_b), tol)
+    end = lax.while_loop(keep_going, step, start)
+    relative, curvature = system.confirmed(end.x, end.residual), end.min_curvature
+    bound = jnp.where(curvature > 0, jnp.maximum(end.max_stretch / curvature, 1), jnp.inf)
+    return system.report(end.x, relative, end.num_steps, curvature, bound)

@@ -39,28 +39,97 @@ class SolveInfo(NamedTuple):
     condition: Array | None = None
 
 
+# `solve_*` with its settings bound: `(operator, b, *, key=None) -> (x, SolveInfo)`.
+Solve = Callable[..., tuple[PyTree, SolveInfo]]
+
 dot = partial(jnp.matmul, precision=lax.Precision.HIGHEST)
 
 
-def ravel_system(
-    operator: LinearOperator, b: PyTree
-) -> tuple[Array, Callable[[Array], Array], Callable[[Array], PyTree]]:
-    """Right-hand side scaled to largest entry 1, the matrix, and back to a tree and its scale.
+class System(NamedTuple):
+    """`A x = b` on raveled vectors: what every solver makes of its arguments, and reports on.
 
-    Squares of tiny or huge numbers leave the range. What is not finite becomes NaN everywhere.
+    Attributes:
+      matvec: `x -> A x`.
+      b: `[P]`, scaled to largest entry 1, since squares of tiny or huge numbers leave the range.
+        NaN everywhere where an entry is not finite.
+      unravel: the tree of a vector, scaled back.
+      tol: relative residual up to which the system counts as solved.
     """
+
+    matvec: Callable[[Array], Array]
+    b: Array
+    unravel: Callable[[Array], PyTree]
+    tol: float | Array
+
+    def relative(self, residual: Array) -> Array:
+        """`||residual|| / ||b||`, 0 where both are 0. NaN stays NaN, also where `b` is 0."""
+        squared = dot(residual, residual)
+        return jnp.sqrt(squared / jnp.where(squared == 0, 1, dot(self.b, self.b)))
+
+    def confirmed(self, x: Array, residual: Array) -> Array:
+        """A recurrence's relative residual, or the true one where it claims to be within `tol`.
+
+        In rounding the recurrence goes to zero and the true residual does not. With a `tol` of 0.0
+        no solution of a system that is not zero is within it, so that the recurrence's is returned.
+        A loop of at most one turn, for under `vmap` a `lax.cond` would always spend the product.
+        """
+
+        def measure(_):
+            return self.relative(self.b - self.matvec(x)), False
+
+        claimed = self.relative(residual)
+        if isinstance(self.tol, float) and self.tol == 0:  # nothing is within it: no product
+            tiny = jnp.finfo(claimed.dtype).tiny
+            return jnp.where(dot(self.b, self.b) > 0, jnp.maximum(claimed, tiny), claimed)
+        start = claimed, claimed <= self.tol
+        return lax.while_loop(lambda state: state[1], measure, start)[0]
+
+    def report(
+        self,
+        x: Array,
+        relative: Array | None = None,
+        num_steps: Array | None = None,
+        min_curvature: Array | None = None,
+        condition: Array | None = None,
+    ) -> tuple[PyTree, SolveInfo]:
+        """The solution as a tree, and what its solver met; costs a product without the residual.
+
+        Scaled back, the solution may leave the range; then it has not converged.
+        """
+        if relative is None:
+            relative = self.relative(self.b - self.matvec(x))
+        solution = self.unravel(x)
+        converged = (relative <= self.tol) & in_range(solution, (x == 0).all())
+        return solution, SolveInfo(relative, num_steps, min_curvature, converged, condition)
+
+
+def ravel_system(operator: LinearOperator, b: PyTree, tol: float | Array) -> System:
+    """The `System` of an operator and a right-hand side."""
     flat_b, unravel = ravel_pytree(b)
     largest = lax.stop_gradient(jnp.max(jnp.abs(flat_b), initial=0))
     scale = jnp.where(largest == 0, 1, jnp.where(jnp.isfinite(largest), largest, jnp.nan))
-    return (
-        flat_b / scale,
+    return System(
         lambda flat: ravel_pytree(operator.matvec(unravel(flat)))[0],
+        flat_b / scale,
         lambda flat: unravel(scale * flat),
+        tol,
     )
 
 
-def raveled_damping(operator: LinearOperator, b: PyTree) -> Array:
-    """What was added to the operator's diagonal."""
+def random_products(
+    operator: LinearOperator, b: PyTree, key: Array | None, number: int, draw: Callable[..., Array]
+) -> tuple[Array, Array]:
+    """`Q [P, min(number, P)]`, drawn by `(key, shape, dtype)` and made orthonormal, and `A Q`."""
+    system = ravel_system(operator, b, 0.0)
+    size, key = system.b.size, jax.random.key(0) if key is None else key
+    basis, _ = jnp.linalg.qr(draw(key, (size, min(number, size)), system.b.dtype))
+    return basis, jax.vmap(system.matvec, 1, 1)(basis)
+
+
+def raveled_damping(operator: LinearOperator, b: PyTree, *, needed_by: str | None = None) -> Array:
+    """What was added to the operator's diagonal; ValueError where nothing was, but it is needed."""
+    if needed_by and not operator.dampings:
+        raise ValueError(f"{needed_by} needs damping > 0; wrap the operator in damped(...)")
     flat = [ravel_pytree(broadcast_to_leaves(damping, b))[0] for damping in operator.dampings]
     return sum(flat, jnp.zeros_like(ravel_pytree(b)[0]))
 
@@ -74,56 +143,8 @@ def broadcast_to_leaves(prefix: PyTree, tree: PyTree) -> PyTree:
     )
 
 
-def relative_residual(residual: Array, b: Array) -> Array:
-    """`||residual|| / ||b||`, 0 where both are 0. NaN stays NaN, also where `b` is 0."""
-    squared = dot(residual, residual)
-    return jnp.sqrt(squared / jnp.where(squared == 0, 1, dot(b, b)))
-
-
-def report(
-    unravel: Callable[[Array], PyTree],
-    x: Array,
-    relative: Array,
-    tol: float | Array,
-    num_steps: Array | None = None,
-    min_curvature: Array | None = None,
-    condition: Array | None = None,
-) -> tuple[PyTree, SolveInfo]:
-    """The solution of a raveled system as a tree, and what its solver met.
-
-    Scaled back, the solution may leave the range; then it has not converged.
-    """
-    solution = unravel(x)
-    converged = (relative <= tol) & in_range(solution, (x == 0).all())
-    return solution, SolveInfo(relative, num_steps, min_curvature, converged, condition)
-
-
 def in_range(solution: PyTree, is_zero: Array) -> Array:
     """Whether its largest entry neither left the range nor, unless it `is_zero`, lost digits."""
     flat = ravel_pytree(solution)[0]
     largest, limits = jnp.max(jnp.abs(flat), initial=0), jnp.finfo(flat.dtype)
     return (largest < jnp.inf) & ((largest > limits.tiny / limits.eps) | is_zero)
-
-
-def confirmed(
-    matvec: Callable[[Array], Array], b: Array, x: Array, residual: Array, tol: float | Array
-) -> Array:
-    """The relative residual of a recurrence, or the true one where it claims to be within `tol`.
-
-    In rounding the recurrence goes to zero and the true residual does not. With a `tol` of 0.0 no
-    solution of a system that is not zero is within it, so that the recurrence's is returned. A loop
-    of at most one turn, for under `vmap` a `lax.cond` would always spend the product.
-    """
-
-    def measure(_):
-        return relative_residual(b - matvec(x), b), False
-
-    claimed = relative_residual(residual, b)
-    if isinstance(tol, float) and tol == 0:  # nothing is within it, nor has to be compiled
-        return jnp.where(dot(b, b) > 0, jnp.maximum(claimed, jnp.finfo(b.dtype).tiny), claimed)
-    return lax.while_loop(lambda state: state[1], measure, (claimed, claimed <= tol))[0]
-
-
-def condition_bound(max_stretch: Array, min_curvature: Array) -> Array:
-    """From the largest `||A p|| / ||p||` and the smallest `p^T A p / p^T p`; else infinite."""
-    return jnp.where(min_curvature > 0, jnp.maximum(max_stretch / min_curvature, 1), jnp.inf)

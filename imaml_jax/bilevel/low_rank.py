@@ -13,10 +13,9 @@ from jax.scipy.linalg import lu_factor, lu_solve
 from imaml_jax.bilevel.linear_system import (
     SolveInfo,
     dot,
+    random_products,
     ravel_system,
     raveled_damping,
-    relative_residual,
-    report,
 )
 from imaml_jax.types import Array, LinearOperator, PyTree
 
@@ -27,8 +26,8 @@ def solve_woodbury(
     """Exact solve with a damped Gauss-Newton matrix `J^T S J + D` by an `m x m` system.
 
     `x = D^-1 (b - J^T (I + S J D^-1 J^T)^-1 S J D^-1 b)`, with `m` the number of outputs: `N^2 K`
-    for N-way K-shot classification, so it is small for small support sets. Needs
-    positive damping; `S` may be singular.
+    for N-way K-shot classification, so it is small for small support sets. Needs positive damping;
+    `S` may be singular.
 
     Args:
       operator: `damped(gauss_newton(...), damping)`.
@@ -52,12 +51,11 @@ def solve_woodbury(
             "damped(gauss_newton(...), damping); for a Hessian use solve_cg_steihaug"
         )
     jacobian, output_hessian = operator.factor()
-    flat_b, _, unravel = ravel_system(operator, b)
-    diagonal = _diagonal("solve_woodbury", operator, b)
-    x = _woodbury(jacobian, output_hessian, diagonal)(flat_b)
+    system = ravel_system(operator, b, tol)
+    diagonal = raveled_damping(operator, b, needed_by="solve_woodbury")
+    x = _woodbury(jacobian, output_hessian, diagonal)(system.b)
     product = diagonal * x + dot(dot(output_hessian, dot(jacobian, x)), jacobian)
-    relative = relative_residual(flat_b - product, flat_b)
-    return report(unravel, x, relative, tol)
+    return system.report(x, system.relative(system.b - product))
 
 
 def solve_nystrom(
@@ -95,10 +93,9 @@ def solve_nystrom(
       AISTATS 2023.
       Frangella, Tropp, Udell, "Randomized Nyström preconditioning", 2021.
     """
-    flat_b, matvec, unravel = ravel_system(operator, b)
-    x = nystrom_preconditioner(operator, b, key, rank=rank)(flat_b)
-    relative = relative_residual(flat_b - matvec(x), flat_b)
-    return report(unravel, x, relative, tol)
+    system = ravel_system(operator, b, tol)
+    x = nystrom_preconditioner(operator, b, key, rank=rank)(system.b)
+    return system.report(x)
 
 
 def nystrom_preconditioner(
@@ -123,18 +120,15 @@ def nystrom_preconditioner(
     """
     if rank < 1:
         raise ValueError(f"nystrom_preconditioner: rank={rank} must be at least 1")
-    flat_b, matvec, _ = ravel_system(operator, b)
-    diagonal = _diagonal("nystrom_preconditioner", operator, b)
-    shape = (flat_b.size, min(rank, flat_b.size))
-    key = jax.random.key(0) if key is None else key
-    basis, _ = jnp.linalg.qr(jax.random.normal(key, shape, flat_b.dtype))
-    image = jax.vmap(matvec, 1, 1)(basis) - diagonal[:, None] * basis
+    diagonal = raveled_damping(operator, b, needed_by="nystrom_preconditioner")
+    basis, image = random_products(operator, b, key, rank, jax.random.normal)
+    image = image - diagonal[:, None] * basis
     core = dot(basis.T, image)
     values, vectors = jnp.linalg.eigh((core + core.T) / 2)
-    positive = values > shape[1] * jnp.finfo(values.dtype).eps * jnp.abs(values).max()
+    positive = values > values.size * jnp.finfo(values.dtype).eps * jnp.abs(values).max()
     scales = jnp.where(positive, lax.rsqrt(jnp.where(positive, values, 1)), 0)
     root = dot(image, vectors) * scales[None, :]
-    return _woodbury(root.T, jnp.eye(shape[1], dtype=flat_b.dtype), diagonal)
+    return _woodbury(root.T, jnp.eye(values.size, dtype=root.dtype), diagonal)
 
 
 def _woodbury(jacobian: Array, output_hessian: Array, diagonal: Array) -> Callable[[Array], Array]:
@@ -148,14 +142,3 @@ def _woodbury(jacobian: Array, output_hessian: Array, diagonal: Array) -> Callab
         return (b - dot(lu_solve(factors, right), jacobian)) / diagonal
 
     return apply
-
-
-def _diagonal(name: str, operator: LinearOperator, b: PyTree) -> Array:
-    """What was added to the operator's diagonal, raveled.
-
-    Raises:
-      ValueError: nothing was.
-    """
-    if not operator.dampings:
-        raise ValueError(f"{name} needs damping > 0; wrap the operator in damped(...)")
-    return raveled_damping(operator, b)

@@ -5,7 +5,7 @@ from typing import NamedTuple
 import jax.numpy as jnp
 from jax import lax
 
-from imaml_jax.bilevel.linear_system import SolveInfo, dot, ravel_system, relative_residual, report
+from imaml_jax.bilevel.linear_system import SolveInfo, dot, ravel_system
 from imaml_jax.types import Array, LinearOperator, PyTree
 
 
@@ -55,8 +55,8 @@ def solve_minres(
       Paige and Saunders, "Solution of sparse indefinite systems of linear equations", 1975.
     """
     del key
-    flat_b, matvec, unravel = ravel_system(operator, b)
-    norm = jnp.sqrt(dot(flat_b, flat_b))
+    system = ravel_system(operator, b, tol)
+    norm = jnp.sqrt(dot(system.b, system.b))
     zero = jnp.zeros_like(norm)
 
     def keep_going(state: _MinresState) -> Array:
@@ -64,7 +64,7 @@ def solve_minres(
         return unfinished & (state.off_diagonal > 0)
 
     def step(state: _MinresState) -> _MinresState:
-        product = matvec(state.basis)
+        product = system.matvec(state.basis)
         curvature = dot(state.basis, product)
         product = product - curvature * state.basis - state.off_diagonal * state.last_basis
         off_diagonal = jnp.sqrt(dot(product, product))
@@ -94,13 +94,13 @@ def solve_minres(
             max_length=jnp.maximum(state.max_length, length),
         )
 
-    nothing = jnp.zeros_like(flat_b)
+    nothing = jnp.zeros_like(system.b)
     state = lax.while_loop(
         keep_going,
         step,
         _MinresState(
             x=nothing,
-            basis=_safe_ratio(flat_b, norm),
+            basis=_safe_ratio(system.b, norm),
             last_basis=nothing,
             direction=nothing,
             last_direction=nothing,
@@ -116,12 +116,12 @@ def solve_minres(
             max_length=zero,
         ),
     )
-    product = matvec(state.x)
-    relative = relative_residual(flat_b - product, flat_b)
+    product = system.matvec(state.x)
+    relative = system.relative(system.b - product)
     shrinkage = _safe_ratio(jnp.linalg.norm(state.x), jnp.linalg.norm(product))
     condition = state.max_length * jnp.maximum(shrinkage, 1 / state.min_length)
     condition = jnp.where(state.min_length == 0, jnp.inf, jnp.maximum(condition, 1))
-    return report(unravel, state.x, relative, tol, state.num_steps, state.min_curvature, condition)
+    return system.report(state.x, relative, state.num_steps, state.min_curvature, condition)
 
 
 def _safe_ratio(numerator: Array, denominator: Array) -> Array:

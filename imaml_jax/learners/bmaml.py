@@ -191,8 +191,7 @@ def bmaml(
         def loss(particles, slow):
             encoded = problem.encode(slow, task)
             adapted, info = descend(particles, encoded, task.support, tx=inner, num_steps=num_steps)
-            of_particles = meta_loss == "particles"
-            value, scores = problem.outer_loss(adapted, encoded, task, of_particles)
+            value, scores = problem.outer_loss(adapted, encoded, task, meta_loss == "particles")
             if meta_loss == "chaser":
                 value = chaser_loss(adapted, slow, task)
             return value, (*scores, info)

@@ -13,8 +13,6 @@ from jax.scipy.special import gammaln
 from imaml_jax.learners.base import FastPredicate, LossFn
 from imaml_jax.types import Array, Params
 
-LogDensity = Callable[[Params, Any, Any], Array]
-
 
 class InitApply(NamedTuple):
     """A network as pure functions, as `imaml_jax.networks.Network`."""
@@ -33,7 +31,7 @@ class Posterior(NamedTuple):
       compared: which parameters of the wrapped network the chaser loss compares, by path.
     """
 
-    log_density: LogDensity
+    log_density: Callable[[Params, Any, Any], Array]
     wrap: Callable[[Any], Any] = lambda network: network
     compared: FastPredicate = lambda path: True
 

@@ -15,6 +15,7 @@ from jax import lax
 from jax.core import Tracer
 from jax.flatten_util import ravel_pytree
 
+from imaml_jax.bilevel.linear_system import dot
 from imaml_jax.types import Array, PyTree
 
 Kernel = Literal["exact", "official"]
@@ -58,9 +59,9 @@ def svgd_direction(
         bandwidth = lax.stop_gradient(median_bandwidth(particles, kernel=kernel))
     k = jnp.exp(-_squared_distances(x) / bandwidth)
     centred = _centred(x)
-    repulsion = (k.sum(1, keepdims=True) * centred - _dot(k, centred)) / bandwidth
+    repulsion = (k.sum(1, keepdims=True) * centred - dot(k, centred)) / bandwidth
     factor = 1 if kernel == "official" else 2
-    return unravel((_dot(k, _ravel(scores)[0]) + factor * repulsion) / x.shape[0])
+    return unravel((dot(k, _ravel(scores)[0]) + factor * repulsion) / x.shape[0])
 
 
 def median_bandwidth(particles: PyTree, *, kernel: Kernel = "exact") -> Array:
@@ -178,7 +179,7 @@ def _squared_distances(x: Array) -> Array:
 def _squared_distances_rule(primals, tangents):
     """By matrix products, which are several times faster than differences in reverse mode."""
     (x,), (dx,) = primals, tangents
-    products = _dot(_centred(x), dx.T)
+    products = dot(_centred(x), dx.T)
     own = jnp.diagonal(products)
     both = own[:, None] + own[None]
     return _squared_distances(x), 2 * (both - products - products.T)
@@ -186,7 +187,3 @@ def _squared_distances_rule(primals, tangents):
 
 def _centred(x: Array) -> Array:
     return x - x.mean(0, keepdims=True)
-
-
-def _dot(a: Array, b: Array) -> Array:
-    return jnp.matmul(a, b, precision=lax.Precision.HIGHEST)

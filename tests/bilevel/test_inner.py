@@ -8,13 +8,8 @@ import numpy as np
 import optax
 import pytest
 
-from imaml_jax.bilevel.inner import (
-    adaptive_gd,
-    mini_batches,
-    minimize,
-    newton_cg,
-    proximal_objective,
-)
+from imaml_jax import adaptive_gd, minimize, newton_cg, proximal_objective
+from imaml_jax.bilevel.inner import mini_batches
 from imaml_jax.types import Batch
 
 pytestmark = pytest.mark.usefixtures("x64")
@@ -135,11 +130,9 @@ def test_no_steps_leave_the_start():
 def test_the_report_is_of_the_last_point(num_steps):
     solve = jax.jit(partial(minimize, quadratic, tx=optax.sgd(0.1), num_steps=num_steps))
     found, info = solve(jnp.zeros(4))
-    residual = np.linalg.norm(EIGENVALUES * (found - TARGET))
     np.testing.assert_allclose(info.loss, quadratic(found))
-    np.testing.assert_allclose(
-        info.relative_residual, residual / np.linalg.norm(EIGENVALUES * TARGET)
-    )
+    last, first = (np.linalg.norm(EIGENVALUES * (x - TARGET)) for x in (found, np.zeros(4)))
+    np.testing.assert_allclose(info.relative_residual, last / first)
 
 
 def test_the_residual_of_a_start_that_is_stationary_is_zero():
@@ -168,11 +161,9 @@ def test_reverse_mode_equals_unrolling_by_hand(momentum):
     args = (jnp.array([0.3, -1.2]), jnp.array([1.0, 2.0]))
     gradient = partial(jax.grad, argnums=(0, 1))
     expected = jax.jit(gradient(by_hand))(*args)
-    found = [
-        jax.jit(gradient(partial(through_minimize, remat=remat)))(*args) for remat in (True, False)
-    ]
-    for one in found:
-        np.testing.assert_allclose(one, expected, rtol=1e-12)
+    for remat in (True, False):
+        found = jax.jit(gradient(partial(through_minimize, remat=remat)))(*args)
+        np.testing.assert_allclose(found, expected, rtol=1e-12)
 
 
 @pytest.mark.parametrize("remat", [True, False])
@@ -195,10 +186,8 @@ def test_a_stationary_start_has_finite_derivatives(remat):
 def test_minimize_maps_over_tasks():
     targets = np.stack([TARGET, -2 * TARGET])
     for tx, steps in ((adaptive_gd(0.1), 60), (newton_cg(), 3)):
-        solve = jax.vmap(
-            lambda t, tx=tx, n=steps: minimize(quadratic, 0 * t, t, tx=tx, num_steps=n)
-        )
-        found, info = jax.jit(solve)(targets)
+        solve = partial(minimize, quadratic, tx=tx, num_steps=steps)
+        found, info = jax.jit(jax.vmap(solve))(0 * targets, targets)
         np.testing.assert_allclose(found, targets, atol=1e-6)
         assert info.relative_residual.shape == (2,)
 
@@ -247,7 +236,6 @@ def test_newton_cg_descends_from_negative_curvature():
 
 def test_newton_cg_does_not_move_where_no_step_helps():
     """The line search gives up at a value that is not finite, or where the loss does not fall."""
-
     tx = newton_cg(max_backtracks=3)
     state = tx.init(jnp.ones(1))
     for value_fn in (lambda x: jnp.full((), jnp.nan), lambda x: jnp.sum(x**2) * 0 + 5.0):
@@ -325,10 +313,6 @@ def test_adaptive_gd_follows_its_published_rule():
         (lambda: adaptive_gd(0.1, max_rate=0.01), "max_rate=0.01"),
         (lambda: newton_cg(max_cg_steps=0), "max_cg_steps=0"),
         (lambda: newton_cg(max_backtracks=-1), "max_backtracks=-1"),
-        (lambda: newton_cg(shrink=1.0), "shrink=1.0"),
-        (lambda: newton_cg(shrink=0.0), "shrink=0.0"),
-        (lambda: newton_cg(sufficient_decrease=0.5), "sufficient_decrease=0.5"),
-        (lambda: newton_cg(sufficient_decrease=0.0), "sufficient_decrease=0.0"),
     ],
 )
 def test_settings_out_of_range_are_named(make, value):

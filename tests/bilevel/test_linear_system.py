@@ -15,25 +15,13 @@ from imaml_jax.bilevel.linear_solve import (
     solve_gmres,
     solve_neumann,
 )
-from imaml_jax.bilevel.low_rank import nystrom_preconditioner, solve_nystrom, solve_woodbury
 from imaml_jax.bilevel.minres import solve_minres
 from imaml_jax.types import LinearOperator, LowRank
+from tests.bilevel.systems import make_solvers
 from tests.programs import jit
 
 SIZE, TOL = 4, 1e-5
-SOLVERS = {
-    "cg": solve_cg,
-    "cg_steihaug": solve_cg_steihaug,
-    "gmres": solve_gmres,
-    "dense": solve_dense,
-    "minres": solve_minres,
-    "neumann": partial(solve_neumann, step_size=0.4),
-    "nystrom": partial(solve_nystrom, rank=SIZE),
-    "woodbury": solve_woodbury,
-    "preconditioned": partial(
-        solve_cg_steihaug, precondition=partial(nystrom_preconditioner, rank=2)
-    ),
-}
+SOLVERS = make_solvers(SIZE, preconditioner_rank=2, step_size=0.4)
 DIAGONAL = np.array([1.0, 2.0, 4.0, 0.5], np.float32)
 SINGULAR = np.array([0.0, 2.0, 4.0, 0.5], np.float32)
 ONES = np.ones(SIZE, np.float32)
@@ -169,3 +157,45 @@ def test_condition_is_infinite_where_the_curvature_is_not_positive():
     # MINRES is for such matrices.
     _, info = solve_minres(LinearOperator(lambda v: diagonal * v), jnp.ones(2))
     assert 1 < info.condition <= 2.001 and info.converged
+
+
+@pytest.mark.usefixtures("x64")
+@pytest.mark.parametrize("scale", [1e-30, 1e30])
+@pytest.mark.parametrize(
+    "solve",
+    [solve_cg, solve_cg_steihaug, solve_gmres, solve_dense, partial(solve_neumann, step_size=0.4)],
+)
+def test_right_hand_sides_whose_squares_leave_the_range_are_solved(solve, scale):
+    b = jnp.array([1.0, -2.0, 3.0], jnp.float32) * scale
+    diagonal = jnp.array([1.0, 2.0, 4.0], jnp.float32)
+    x, info = solve(LinearOperator(lambda v: diagonal * v), b)
+    np.testing.assert_allclose(x / scale, np.array([1.0, -1.0, 0.75]), rtol=1e-5)
+    assert bool(info.converged)
+
+
+@pytest.mark.usefixtures("x64")
+@pytest.mark.parametrize(
+    "solve",
+    [solve_cg, solve_cg_steihaug, solve_gmres, solve_dense, partial(solve_neumann, step_size=0.1)],
+)
+@pytest.mark.parametrize("bad", [np.nan, np.inf])
+def test_a_right_hand_side_that_is_not_finite_is_never_solved(solve, bad):
+    x, info = solve(LinearOperator(lambda v: 2 * v), jnp.array([bad, 1.0]))
+    assert not np.isfinite(x).any()
+    assert not bool(info.converged)
+
+
+@pytest.mark.usefixtures("x64")
+def test_gmres_says_that_it_did_not_solve_a_singular_system():
+    diagonal = jnp.array([1.0, 2.0, 0.0, 3.0])
+    x, info = solve_gmres(LinearOperator(lambda v: diagonal * v), jnp.ones(4))
+    assert np.isfinite(x).all()
+    assert info.relative_residual < 0.6
+    assert not info.converged
+
+
+@pytest.mark.usefixtures("x64")
+def test_steihaug_does_not_hide_a_product_that_is_not_finite():
+    _, info = solve_cg_steihaug(LinearOperator(lambda v: v * jnp.nan), jnp.ones(3))
+    assert not info.converged
+    assert not np.isfinite(info.relative_residual)
