@@ -24,7 +24,7 @@ import optax
 import imaml_jax
 from experiments.shared import common
 from experiments.shared.cli import ProtocolConfig
-from imaml_jax.learners.settings import Count, words
+from imaml_jax.learners.settings import Count
 from imaml_jax.policies import Policy, navigation
 from imaml_jax.policies.problem import PolicyProblem
 from imaml_jax.policies.trajectories import mean_return, rollout
@@ -177,11 +177,9 @@ def make_score(config: Config, updates: int, num_tasks: int):
 
 def describe(config: Config) -> str:
     """The protocol in words, printed beside every number."""
-    protocol = config.settings
-    parts = (protocol.tasks, protocol.network, protocol.outer, protocol.learner)
     return (
-        f"2D navigation, {config.algorithm} ({protocol.source}): goals in [-0.5, 0.5]^2, "
-        f"{'; '.join(map(words, parts))}; {_TRAJECTORIES['num_trajectories']} trajectories "
+        f"2D navigation, goals in [-0.5, 0.5]^2, {config.algorithm}, "
+        f"{config.settings.in_words()}; {_TRAJECTORIES['num_trajectories']} trajectories "
         f"an inner step in training and {_TRAJECTORIES['eval_num_trajectories']} an update at "
         "test, after the first at half the rate, or twice the lambda"
     )

@@ -15,7 +15,7 @@ validation tasks choose; an algorithm without samples has one.
 
 import dataclasses
 import time
-from collections.abc import Callable, Mapping
+from collections.abc import Callable
 from functools import partial
 from typing import Any, ClassVar
 
@@ -28,8 +28,7 @@ from experiments.shared import common
 from experiments.shared.cli import ProtocolConfig
 from imaml_jax.data import sinusoid
 from imaml_jax.learners.base import Adapted, MetaInfo
-from imaml_jax.learners.registry import ALGORITHMS
-from imaml_jax.learners.settings import Count, words
+from imaml_jax.learners.settings import Count
 from imaml_jax.protocols import Protocol
 from imaml_jax.protocols import sinusoid as protocols
 from imaml_jax.training import metrics, plots
@@ -60,11 +59,6 @@ class Config(ProtocolConfig):
     def published(cls, **selectors: Any) -> Protocol:
         """The protocol that the selectors choose."""
         return protocols.get(**selectors)
-
-    @classmethod
-    def choices(cls) -> Mapping[str, tuple[str, ...]]:
-        """The values of selectors that are names."""
-        return {"algorithm": (*ALGORITHMS,)}
 
     def check_together(self) -> None:
         """Raises ValueError for meta-steps that do not fit the log points."""
@@ -137,12 +131,9 @@ def main(config: Config) -> dict[str, Any]:
 
 def describe(config: Config) -> str:
     """The protocol in words, printed beside every number."""
-    protocol = config.settings
-    parts = (protocol.tasks, protocol.network, protocol.outer, protocol.learner)
     return (
-        f"sinusoid {config.shots}-shot, {config.algorithm}, setting {config.setting} "
-        f"({protocol.source}): amplitude in [0.1, 5], points in [-5, 5]; "
-        f"{'; '.join(map(words, parts))}"
+        f"sinusoid {config.shots}-shot, amplitude in [0.1, 5], points in [-5, 5], "
+        f"{config.algorithm}, {config.settings.in_words()}"
     )
 
 

@@ -109,7 +109,7 @@ class ProtocolConfig(RunConfig):
     @classmethod
     def choices(cls) -> Mapping[str, tuple[str, ...]]:
         """The values of selectors that are names."""
-        return {}
+        return {"algorithm": (*ALGORITHMS,)}
 
     @classmethod
     def of(cls, **values: Any) -> Self:

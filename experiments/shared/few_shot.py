@@ -13,8 +13,7 @@ from experiments.shared import common, saved_model, scores
 from experiments.shared.cli import ProcessConfig, ProtocolConfig
 from imaml_jax import protocols
 from imaml_jax.data import episodes
-from imaml_jax.learners.registry import ALGORITHMS
-from imaml_jax.learners.settings import Count, Range, words
+from imaml_jax.learners.settings import Count, Range
 from imaml_jax.protocols import Protocol
 from imaml_jax.training import plots, processes
 from imaml_jax.training.evaluation import Evaluation, ensemble, stack_members
@@ -56,7 +55,7 @@ class Config(ProcessConfig, ProtocolConfig):
     @classmethod
     def choices(cls) -> Mapping[str, tuple[str, ...]]:
         """The values of selectors that are names."""
-        return {"algorithm": (*ALGORITHMS,), "protocol": (*protocols.PROTOCOLS,)}
+        return {**super().choices(), "protocol": (*protocols.PROTOCOLS,)}
 
     def check_together(self) -> None:
         """Raises ValueError for counts that do not fit, or an ensemble without validation."""
@@ -156,12 +155,8 @@ def meta_train(config: Config, splits: episodes.Splits, dataset: str) -> TrainRe
 
 def describe(config: Config, dataset: str) -> str:
     """The protocol in words, printed beside every number."""
-    protocol = config.settings
-    parts = (protocol.tasks, protocol.network, protocol.outer, protocol.learner)
-    return (
-        f"{dataset} {config.ways}-way {config.shots}-shot, {config.algorithm}, protocol "
-        f"{protocol.name} ({protocol.source}): {'; '.join(map(words, parts))}"
-    )
+    task = f"{dataset} {config.ways}-way {config.shots}-shot"
+    return f"{task}, {config.algorithm}, {config.settings.in_words()}"
 
 
 def report(results: dict[str, Any]) -> str:

@@ -1,6 +1,7 @@
 """What the settings of all algorithms share."""
 
 import dataclasses
+from collections.abc import Callable
 from typing import Annotated, Any, ClassVar, Literal
 
 import optax
@@ -25,17 +26,19 @@ class LearnerSettings(Record):
     Attributes:
       algorithm: its name there.
       title: its name in tables.
+      factory: makes the learner of a network, a loss and the `arguments`.
     """
 
     algorithm: ClassVar[str]
     title: ClassVar[str]
+    factory: ClassVar[Callable[..., MetaLearner]]
 
     statistics: Statistics = "batch"
     """Batch-norm mode of the query examples, see `learners.supervised`."""
 
     def build(self, network: Any, loss_fn: LossFn) -> MetaLearner:
         """The learner on a network, an `(init, apply)` pair, and a mean loss."""
-        raise NotImplementedError
+        return self.factory(network, loss_fn, **self.arguments())
 
     def build_samples(self, network: Any, loss_fn: LossFn) -> MetaLearner:
         """The same; where it averages samples, `predict` returns the outputs of each."""
@@ -93,6 +96,15 @@ class DescentSettings(InnerSettings):
         values = super().arguments()
         inner = make_inner(values["inner"], values.pop("inner_rate"))
         return values | {"inner": inner}
+
+
+@dataclasses.dataclass(frozen=True)
+class SampleSettings(DescentSettings):
+    """Settings of an algorithm with samples or particles, whose outputs it averages."""
+
+    def build_samples(self, network: Any, loss_fn: LossFn) -> MetaLearner:
+        """The learner whose `predict` returns the outputs of each sample."""
+        return self.factory(network, loss_fn, average=None, **self.arguments())
 
 
 NewtonOrNot = Annotated[Positive, When(lambda own: own.inner != "newton_cg", "inner=newton_cg")]

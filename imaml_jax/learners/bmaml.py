@@ -10,7 +10,6 @@ import optax
 from jax import lax
 
 from imaml_jax.bilevel.inner import minimize
-from imaml_jax.learners.algorithm import Adapts, DescentSettings
 from imaml_jax.learners.base import (
     AverageOption,
     FastPredicate,
@@ -20,61 +19,13 @@ from imaml_jax.learners.base import (
     inner_report,
     make_adapt,
 )
-from imaml_jax.learners.ensemble import ensemble
-from imaml_jax.learners.posterior import Posterior, PosteriorName, posterior_of
-from imaml_jax.learners.settings import Count, Positive, When, check_arguments, check_value
+from imaml_jax.learners.ensemble import ParticleSettings, ensemble
+from imaml_jax.learners.posterior import Posterior
+from imaml_jax.learners.settings import Count, When, check_arguments, check_value
 from imaml_jax.learners.svgd import Kernel, by_gradients, check_kernel, svgd_objective
 from imaml_jax.types import Batch, MetaLearner, Task
 
 MetaLoss = Literal["chaser", "particles", "query"]
-
-
-@dataclasses.dataclass(frozen=True)
-class BmamlSettings(DescentSettings):
-    """Settings of `bmaml`."""
-
-    algorithm: ClassVar[str] = "bmaml"
-    title: ClassVar[str] = "BMAML"
-
-    adapts: Adapts = "head"
-    """Parameters that the inner loop adapts, of which there are particles; published for
-    classification is the head."""
-    num_samples: Count = 5
-    """Particles."""
-    meta_loss: MetaLoss = "chaser"
-    """Published is chaser; query is the loss of the particles' one prediction, particles the mean
-    of their own."""
-    leader_steps: Annotated[
-        Count, When(lambda own: own.meta_loss == "chaser", "a meta_loss but chaser")
-    ] = 1
-    """Inner steps of the leader beyond the adapted particles."""
-    posterior: PosteriorName = "likelihood"
-    """Density of the particles; published for regression is learned_precisions."""
-    kernel: Kernel = "exact"
-    """exact, or the constants of the published code."""
-    bandwidth: Positive | None = None
-    """Of the kernel; None for the median's, with which the gradients of the other particles
-    together count as much as a particle's own."""
-    remat: bool = True
-    """Recomputes each inner step in the backward pass instead of storing its activations."""
-
-    def check_together(self) -> None:
-        """Raises ValueError for one particle and the median's bandwidth."""
-        check_kernel(self.algorithm, self.num_samples, self.bandwidth, self.kernel)
-
-    def build(self, network: Any, loss_fn: LossFn) -> MetaLearner:
-        """The learner on a network and a loss."""
-        return bmaml(network, loss_fn, **self.arguments())
-
-    def build_samples(self, network: Any, loss_fn: LossFn) -> MetaLearner:
-        """The learner whose predictions are those of each particle."""
-        return bmaml(network, loss_fn, average=None, **self.arguments())
-
-    def arguments(self) -> dict[str, Any]:
-        """The arguments of the factory."""
-        values = super().arguments()
-        values["num_particles"] = values.pop("num_samples")
-        return values | {"posterior": posterior_of(self.posterior)}
 
 
 def bmaml(
@@ -208,3 +159,22 @@ def bmaml(
 
     adapt = make_adapt(problem, run_at_evaluation)
     return MetaLearner(problem.init, adapt, problem.predict, meta_grad)
+
+
+@dataclasses.dataclass(frozen=True)
+class BmamlSettings(ParticleSettings):
+    """Settings of `bmaml`."""
+
+    algorithm: ClassVar[str] = "bmaml"
+    title: ClassVar[str] = "BMAML"
+    factory: ClassVar = staticmethod(bmaml)
+
+    meta_loss: MetaLoss = "chaser"
+    """Published is chaser; query is the loss of the particles' one prediction, particles the mean
+    of their own."""
+    leader_steps: Annotated[
+        Count, When(lambda own: own.meta_loss == "chaser", "a meta_loss but chaser")
+    ] = 1
+    """Inner steps of the leader beyond the adapted particles."""
+    remat: bool = True
+    """Recomputes each inner step in the backward pass instead of storing its activations."""

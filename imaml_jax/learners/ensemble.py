@@ -1,5 +1,6 @@
 """What the learners share whose adapted parameters are several particles."""
 
+import dataclasses
 from collections.abc import Callable
 from typing import Any, NamedTuple
 
@@ -7,6 +8,7 @@ import jax
 import optax
 
 from imaml_jax.bilevel.curvature import gauss_newton
+from imaml_jax.learners.algorithm import Adapts, SampleSettings
 from imaml_jax.learners.base import (
     Adapted,
     AverageOption,
@@ -19,8 +21,10 @@ from imaml_jax.learners.base import (
     fitting_average,
     partition,
 )
-from imaml_jax.learners.posterior import Posterior, likelihood
+from imaml_jax.learners.posterior import Posterior, PosteriorName, likelihood, posterior_of
+from imaml_jax.learners.settings import Count, Positive
 from imaml_jax.learners.supervised import supervised
+from imaml_jax.learners.svgd import Kernel, check_kernel
 from imaml_jax.types import Array, Batch, LowRank, Params, PyTree, Task
 
 
@@ -150,3 +154,31 @@ def ensemble(
         problem.finish,
         predict,
     )
+
+
+@dataclasses.dataclass(frozen=True)
+class ParticleSettings(SampleSettings):
+    """Settings that both Bayesian MAMLs have."""
+
+    adapts: Adapts = "head"
+    """Parameters that the inner loop adapts, of which there are particles; published for
+    classification is the head."""
+    num_samples: Count = 5
+    """Particles."""
+    posterior: PosteriorName = "likelihood"
+    """Density of the particles; published for regression is learned_precisions."""
+    kernel: Kernel = "exact"
+    """exact, or the constants of the published code."""
+    bandwidth: Positive | None = None
+    """Of the kernel; None for the median's, with which the gradients of the other particles
+    together count as much as a particle's own."""
+
+    def check_together(self) -> None:
+        """Raises ValueError for one particle and the median's bandwidth."""
+        check_kernel(self.algorithm, self.num_samples, self.bandwidth, self.kernel)
+
+    def arguments(self) -> dict[str, Any]:
+        """The arguments of the factory."""
+        values = super().arguments()
+        number = values.pop("num_samples")
+        return values | {"num_particles": number, "posterior": posterior_of(self.posterior)}

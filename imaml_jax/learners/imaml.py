@@ -49,88 +49,6 @@ def solver(name: Solver, steps: int) -> Callable[..., tuple[PyTree, SolveInfo]]:
     return partial(solvers[name], tol=0.0, max_steps=steps)
 
 
-@dataclasses.dataclass(frozen=True)
-class ImplicitSettings(InnerSettings):
-    """Settings that the variants of implicit MAML share."""
-
-    reg_strength: Positive = 2.0
-    """Lambda, the strength of the proximal term."""
-    eval_reg_strength: NotNegative | None = None
-    """Lambda at validation and test; None for the same value, 0 for no proximal term."""
-    learn_reg_strength: Literal["one", "leaf", "parameter"] | None = None
-    """Learns one lambda, one for each array of parameters, or one for each parameter."""
-    curvature: Curvature = "hessian"
-    """Curvature matrix of the linear system."""
-    solve: Solver = "cg"
-    """Solver of the linear system; woodbury needs gauss_newton."""
-    cg_steps: Annotated[
-        Steps,
-        When(lambda own: own.solve != "woodbury" or own.inner == "newton_cg", "solve=woodbury"),
-    ] = 5
-    """Steps of that solver, and CG steps of a Newton direction."""
-    inner: AnyInner = "sgd"
-    """Inner optimiser; newton_cg is Hessian-free, nesterov is SGD with momentum 0.8."""
-    inner_rate: NewtonOrNot = 0.1
-    """Learning rate of the inner loop."""
-
-    def check_together(self) -> None:
-        """Raises ValueError for Woodbury's formula with the Hessian."""
-        if (self.solve, self.curvature) == ("woodbury", "hessian"):
-            raise ValueError(
-                "solve=woodbury needs the low rank of curvature=gauss_newton, not curvature="
-                "hessian; change either, for example to solve=cg_steihaug"
-            )
-
-    def build(self, network: Any, loss_fn: LossFn) -> MetaLearner:
-        """The learner on a network and a loss."""
-        return imaml(network, loss_fn, **self.arguments())
-
-    def arguments(self) -> dict[str, Any]:
-        """The arguments of the factory."""
-        values = super().arguments() | {
-            "inner": make_inner(self.inner, self.inner_rate, cg_steps=self.cg_steps),
-            "learn_reg_strength": _GRANULARITIES[self.learn_reg_strength],
-            "solve": solver(self.solve, self.cg_steps),
-        }
-        return {name: value for name, value in values.items() if name not in _OF_PARTS}
-
-    def before_adaptation(self, meta_params: PyTree) -> PyTree:
-        """The network's parameters."""
-        return meta_params if self.learn_reg_strength is None else meta_params.params
-
-
-@dataclasses.dataclass(frozen=True)
-class ImamlSettings(ImplicitSettings):
-    """Settings of `imaml`."""
-
-    algorithm: ClassVar[str] = "imaml"
-    title: ClassVar[str] = "iMAML, gradient descent"
-
-
-@dataclasses.dataclass(frozen=True)
-class HessianFreeSettings(ImplicitSettings):
-    """Settings of `imaml` with the Hessian-free inner solver."""
-
-    algorithm: ClassVar[str] = "imaml_hf"
-    title: ClassVar[str] = "iMAML, Hessian-free"
-
-    inner: Literal["newton_cg"] = "newton_cg"
-    """Inner optimiser."""
-
-
-@dataclasses.dataclass(frozen=True)
-class ImplicitAnilSettings(ImplicitSettings):
-    """Settings of implicit ANIL, which is `imaml` with the head alone adapted."""
-
-    algorithm: ClassVar[str] = "implicit_anil"
-    title: ClassVar[str] = "implicit ANIL"
-
-    adapts: Adapts = "head"
-    """Parameters that the inner loop adapts: the head, or others."""
-    inner: AnyInner = "newton_cg"
-    """Inner optimiser; newton_cg is Hessian-free, nesterov is SGD with momentum 0.8."""
-
-
 class LearnedStrength(NamedTuple):
     """Meta-parameters of an iMAML that learns lambda.
 
@@ -405,3 +323,83 @@ def _concrete_leaves(tree: PyTree) -> list[np.ndarray]:
 
 def _is_number(x: np.ndarray) -> bool:
     return np.issubdtype(x.dtype, np.floating) or np.issubdtype(x.dtype, np.integer)
+
+
+@dataclasses.dataclass(frozen=True)
+class ImplicitSettings(InnerSettings):
+    """Settings that the variants of implicit MAML share."""
+
+    factory: ClassVar = staticmethod(imaml)
+
+    reg_strength: Positive = 2.0
+    """Lambda, the strength of the proximal term."""
+    eval_reg_strength: NotNegative | None = None
+    """Lambda at validation and test; None for the same value, 0 for no proximal term."""
+    learn_reg_strength: Literal["one", "leaf", "parameter"] | None = None
+    """Learns one lambda, one for each array of parameters, or one for each parameter."""
+    curvature: Curvature = "hessian"
+    """Curvature matrix of the linear system."""
+    solve: Solver = "cg"
+    """Solver of the linear system; woodbury needs gauss_newton."""
+    cg_steps: Annotated[
+        Steps,
+        When(lambda own: own.solve != "woodbury" or own.inner == "newton_cg", "solve=woodbury"),
+    ] = 5
+    """Steps of that solver, and CG steps of a Newton direction."""
+    inner: AnyInner = "sgd"
+    """Inner optimiser; newton_cg is Hessian-free, nesterov is SGD with momentum 0.8."""
+    inner_rate: NewtonOrNot = 0.1
+    """Learning rate of the inner loop."""
+
+    def check_together(self) -> None:
+        """Raises ValueError for Woodbury's formula with the Hessian."""
+        if (self.solve, self.curvature) == ("woodbury", "hessian"):
+            raise ValueError(
+                "solve=woodbury needs the low rank of curvature=gauss_newton, not curvature="
+                "hessian; change either, for example to solve=cg_steihaug"
+            )
+
+    def arguments(self) -> dict[str, Any]:
+        """The arguments of the factory."""
+        values = super().arguments() | {
+            "inner": make_inner(self.inner, self.inner_rate, cg_steps=self.cg_steps),
+            "learn_reg_strength": _GRANULARITIES[self.learn_reg_strength],
+            "solve": solver(self.solve, self.cg_steps),
+        }
+        return {name: value for name, value in values.items() if name not in _OF_PARTS}
+
+    def before_adaptation(self, meta_params: PyTree) -> PyTree:
+        """The network's parameters."""
+        return meta_params if self.learn_reg_strength is None else meta_params.params
+
+
+@dataclasses.dataclass(frozen=True)
+class ImamlSettings(ImplicitSettings):
+    """Settings of `imaml`."""
+
+    algorithm: ClassVar[str] = "imaml"
+    title: ClassVar[str] = "iMAML, gradient descent"
+
+
+@dataclasses.dataclass(frozen=True)
+class HessianFreeSettings(ImplicitSettings):
+    """Settings of `imaml` with the Hessian-free inner solver."""
+
+    algorithm: ClassVar[str] = "imaml_hf"
+    title: ClassVar[str] = "iMAML, Hessian-free"
+
+    inner: Literal["newton_cg"] = "newton_cg"
+    """Inner optimiser."""
+
+
+@dataclasses.dataclass(frozen=True)
+class ImplicitAnilSettings(ImplicitSettings):
+    """Settings of implicit ANIL, which is `imaml` with the head alone adapted."""
+
+    algorithm: ClassVar[str] = "implicit_anil"
+    title: ClassVar[str] = "implicit ANIL"
+
+    adapts: Adapts = "head"
+    """Parameters that the inner loop adapts: the head, or others."""
+    inner: AnyInner = "newton_cg"
+    """Inner optimiser; newton_cg is Hessian-free, nesterov is SGD with momentum 0.8."""

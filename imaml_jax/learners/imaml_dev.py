@@ -24,33 +24,6 @@ from imaml_jax.types import MetaLearner
 _LAMBDA_DAMPING = 10.0  # a constant of the code
 
 
-@dataclasses.dataclass(frozen=True)
-class ImamlDevSettings(InnerSettings):
-    """Settings of `imaml_dev`, which goes by the name of the algorithm that it is published as."""
-
-    algorithm: ClassVar[str] = "imaml"
-    title: ClassVar[str] = "iMAML, published code"
-
-    adapts: Literal["all"] = "all"
-    """Parameters that the inner loop adapts."""
-    inner: Literal["sgd"] = "sgd"
-    """Inner optimiser."""
-    inner_rate: Positive = 0.1
-    """Learning rate of the inner loop."""
-    reg_strength: NotNegative = 2.0
-    """Lambda, the strength of the last inner step's pull to the start."""
-    cg_damping: NotNegative = 1.0
-    """Damping of the linear system."""
-    cg_steps: Annotated[int, Range(least=2)] = 5
-    """Steps of conjugate gradient; with one the code takes the query gradient, as fomaml does."""
-
-    def build(self, network: Any, loss_fn: LossFn) -> MetaLearner:
-        """The learner on a network and a loss."""
-        values = self.arguments()
-        del values["fast"], values["inner"]  # all, and gradient descent
-        return imaml_dev(network, loss_fn, **values)
-
-
 def imaml_dev(
     network: Any,
     loss_fn: LossFn,
@@ -129,3 +102,30 @@ def imaml_dev(
 
     adapt = make_adapt(problem, run_at_evaluation)
     return MetaLearner(problem.init, adapt, problem.predict, meta_grad)
+
+
+@dataclasses.dataclass(frozen=True)
+class ImamlDevSettings(InnerSettings):
+    """Settings of `imaml_dev`, which goes by the name of the algorithm that it is published as."""
+
+    algorithm: ClassVar[str] = "imaml"
+    title: ClassVar[str] = "iMAML, published code"
+    factory: ClassVar = staticmethod(imaml_dev)
+
+    adapts: Literal["all"] = "all"
+    """Parameters that the inner loop adapts."""
+    inner: Literal["sgd"] = "sgd"
+    """Inner optimiser."""
+    inner_rate: Positive = 0.1
+    """Learning rate of the inner loop."""
+    reg_strength: NotNegative = 2.0
+    """Lambda, the strength of the last inner step's pull to the start."""
+    cg_damping: NotNegative = 1.0
+    """Damping of the linear system."""
+    cg_steps: Annotated[int, Range(least=2)] = 5
+    """Steps of conjugate gradient; with one the code takes the query gradient, as fomaml does."""
+
+    def arguments(self) -> dict[str, Any]:
+        """The arguments of the factory, without those that it has no choice of."""
+        values = super().arguments()
+        return {name: values[name] for name in values if name not in ("fast", "inner")}

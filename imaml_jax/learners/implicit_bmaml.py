@@ -14,7 +14,6 @@ from imaml_jax.bilevel.implicit import Solve, root_vjp
 from imaml_jax.bilevel.inner import minimize
 from imaml_jax.bilevel.linear_solve import solve_gmres, solve_right_preconditioned
 from imaml_jax.bilevel.linear_system import dot
-from imaml_jax.learners.algorithm import Adapts, DescentSettings
 from imaml_jax.learners.base import (
     AverageOption,
     FastPredicate,
@@ -24,8 +23,8 @@ from imaml_jax.learners.base import (
     inner_report,
     make_adapt,
 )
-from imaml_jax.learners.ensemble import ensemble
-from imaml_jax.learners.posterior import Posterior, PosteriorName, posterior_of
+from imaml_jax.learners.ensemble import ParticleSettings, ensemble
+from imaml_jax.learners.posterior import Posterior
 from imaml_jax.learners.settings import Count, Positive, check_arguments
 from imaml_jax.learners.svgd import (
     Kernel,
@@ -38,52 +37,6 @@ from imaml_jax.learners.svgd import (
 from imaml_jax.types import LinearOperator, MetaLearner
 
 _SHORT_GMRES = partial(solve_gmres, restart=20, max_restarts=2)
-
-
-@dataclasses.dataclass(frozen=True)
-class ImplicitBmamlSettings(DescentSettings):
-    """Settings of `implicit_bmaml`, its system solved by preconditioned GMRES."""
-
-    algorithm: ClassVar[str] = "implicit_bmaml"
-    title: ClassVar[str] = "implicit BMAML"
-
-    adapts: Adapts = "head"
-    """Parameters that the inner loop adapts, of which there are particles."""
-    inner_rate: Positive = 0.001
-    """Learning rate of the inner loop, of a sum over examples."""
-    num_samples: Count = 5
-    """Particles."""
-    reg_strength: Positive = 20.0
-    """Lambda, the strength of the proximal term; of a sum over examples."""
-    meta_loss: Literal["particles", "query"] = "particles"
-    """query is the loss of the particles' one prediction, particles the mean of their own."""
-    posterior: PosteriorName = "likelihood"
-    """Density of the particles; published for regression is learned_precisions."""
-    kernel: Kernel = "exact"
-    """exact, or the constants of the published code."""
-    bandwidth: Positive | None = None
-    """Of the kernel; None for the median's."""
-    gmres_steps: Count = 10
-    """Steps of the linear solve."""
-
-    def check_together(self) -> None:
-        """Raises ValueError for one particle and the median's bandwidth."""
-        check_kernel(self.algorithm, self.num_samples, self.bandwidth, self.kernel)
-
-    def build(self, network: Any, loss_fn: LossFn) -> MetaLearner:
-        """The learner on a network and a loss."""
-        return implicit_bmaml(network, loss_fn, **self.arguments())
-
-    def build_samples(self, network: Any, loss_fn: LossFn) -> MetaLearner:
-        """The learner whose predictions are those of each particle."""
-        return implicit_bmaml(network, loss_fn, average=None, **self.arguments())
-
-    def arguments(self) -> dict[str, Any]:
-        """The arguments of the factory."""
-        values = super().arguments()
-        values["num_particles"] = values.pop("num_samples")
-        values["solve"] = partial(solve_gmres, restart=values.pop("gmres_steps"), max_restarts=1)
-        return values | {"posterior": posterior_of(self.posterior), "precondition": True}
 
 
 def implicit_bmaml(
@@ -248,3 +201,28 @@ def implicit_bmaml(
 
     adapt = make_adapt(problem, run_at_evaluation)
     return MetaLearner(problem.init, adapt, problem.predict, meta_grad)
+
+
+@dataclasses.dataclass(frozen=True)
+class ImplicitBmamlSettings(ParticleSettings):
+    """Settings of `implicit_bmaml`, its system solved by preconditioned GMRES."""
+
+    algorithm: ClassVar[str] = "implicit_bmaml"
+    title: ClassVar[str] = "implicit BMAML"
+    factory: ClassVar = staticmethod(implicit_bmaml)
+
+    inner_rate: Positive = 0.001
+    """Learning rate of the inner loop, of a sum over examples."""
+    reg_strength: Positive = 20.0
+    """Lambda, the strength of the proximal term; of a sum over examples."""
+    meta_loss: Literal["particles", "query"] = "particles"
+    """query is the loss of the particles' one prediction, particles the mean of their own."""
+    gmres_steps: Count = 10
+    """Steps of the linear solve."""
+
+    def arguments(self) -> dict[str, Any]:
+        """The arguments of the factory."""
+        values = super().arguments()
+        steps = values.pop("gmres_steps")
+        solve = partial(solve_gmres, restart=steps, max_restarts=1)
+        return values | {"solve": solve, "precondition": True}

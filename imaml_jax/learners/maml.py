@@ -22,48 +22,6 @@ from imaml_jax.learners.supervised import supervised
 from imaml_jax.types import MetaLearner
 
 
-@dataclasses.dataclass(frozen=True)
-class MamlSettings(DescentSettings):
-    """Settings of `maml`."""
-
-    algorithm: ClassVar[str] = "maml"
-    title: ClassVar[str] = "MAML"
-
-    def build(self, network: Any, loss_fn: LossFn) -> MetaLearner:
-        """The learner on a network and a loss."""
-        return maml(network, loss_fn, **self.arguments())
-
-    def arguments(self) -> dict[str, Any]:
-        """The arguments of the factory; its Adam has a derivative at a gradient of 0."""
-        return {
-            **super().arguments(),
-            "inner": make_inner(self.inner, self.inner_rate, eps_root=1e-16),
-        }
-
-
-@dataclasses.dataclass(frozen=True)
-class FomamlSettings(DescentSettings):
-    """Settings of `fomaml`."""
-
-    algorithm: ClassVar[str] = "fomaml"
-    title: ClassVar[str] = "first-order MAML"
-
-    def build(self, network: Any, loss_fn: LossFn) -> MetaLearner:
-        """The learner on a network and a loss."""
-        return fomaml(network, loss_fn, **self.arguments())
-
-
-@dataclasses.dataclass(frozen=True)
-class AnilSettings(MamlSettings):
-    """Settings of ANIL, which is `maml` with the head alone adapted."""
-
-    algorithm: ClassVar[str] = "anil"
-    title: ClassVar[str] = "ANIL"
-
-    adapts: Adapts = "head"
-    """Parameters that the inner loop adapts: the head, as published, or others."""
-
-
 def maml(
     network: Any,
     loss_fn: LossFn,
@@ -148,3 +106,39 @@ def maml(
 
 fomaml = partial(maml, first_order=True)
 """First-order MAML: `maml` with `first_order=True`."""
+
+
+@dataclasses.dataclass(frozen=True)
+class MamlSettings(DescentSettings):
+    """Settings of `maml`."""
+
+    algorithm: ClassVar[str] = "maml"
+    title: ClassVar[str] = "MAML"
+    factory: ClassVar = staticmethod(maml)
+
+    def arguments(self) -> dict[str, Any]:
+        """The arguments of the factory; its Adam has a derivative at a gradient of 0."""
+        return {
+            **super().arguments(),
+            "inner": make_inner(self.inner, self.inner_rate, eps_root=1e-16),
+        }
+
+
+@dataclasses.dataclass(frozen=True)
+class FomamlSettings(DescentSettings):
+    """Settings of `fomaml`."""
+
+    algorithm: ClassVar[str] = "fomaml"
+    title: ClassVar[str] = "first-order MAML"
+    factory: ClassVar = staticmethod(fomaml)
+
+
+@dataclasses.dataclass(frozen=True)
+class AnilSettings(MamlSettings):
+    """Settings of ANIL, which is `maml` with the head alone adapted."""
+
+    algorithm: ClassVar[str] = "anil"
+    title: ClassVar[str] = "ANIL"
+
+    adapts: Adapts = "head"
+    """Parameters that the inner loop adapts: the head, as published, or others."""

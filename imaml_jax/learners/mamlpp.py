@@ -25,47 +25,6 @@ from imaml_jax.types import Array, MetaLearner, PyTree
 _HUNDREDTHS = 100  # epochs of a run, whatever its length
 
 
-@dataclasses.dataclass(frozen=True)
-class MamlppSettings(StepSettings):
-    """Settings of `mamlpp`."""
-
-    algorithm: ClassVar[str] = "mamlpp"
-    title: ClassVar[str] = "MAML++"
-
-    inner: Literal["sgd"] = "sgd"
-    """Inner optimiser."""
-    inner_rate: Positive = 0.1
-    """Learning rate of every inner step at the start."""
-    learn_rates: bool = True
-    """Learns the inner rates, one for each array and step."""
-    per_step_norm: bool = True
-    """Whether the norms have a scale and an offset for each inner step."""
-    multi_step_epochs: Annotated[int, Range(least=0)] = 10
-    """Epochs with a loss after every inner step."""
-    first_order_epochs: Annotated[int, Range(least=0)] = 0
-    """Epochs with first-order gradients, before the second-order ones."""
-    epoch_length: Count | None = None
-    """Meta-steps of an epoch; None for a hundredth of the run, as `for_run` has it."""
-
-    def for_run(self, meta_steps: int) -> Self:
-        """With the length of an epoch."""
-        length = self.epoch_length or max(1, meta_steps // _HUNDREDTHS)
-        return dataclasses.replace(self, epoch_length=length)
-
-    def build(self, network: Any, loss_fn: LossFn) -> MetaLearner:
-        """The learner on a network and a loss."""
-        values = self.arguments()
-        del values["inner"]  # gradient descent
-        if self.epoch_length is None:
-            del values["epoch_length"]
-        values["per_step"] = is_norm if values.pop("per_step_norm") else None
-        return mamlpp(network, loss_fn, **values)
-
-    def before_adaptation(self, meta_params: PyTree) -> PyTree:
-        """The network's parameters."""
-        return meta_params.params if self.learn_rates else meta_params
-
-
 class LearnedRates(NamedTuple):
     """Meta-parameters of a MAML++ that learns its inner rates.
 
@@ -280,3 +239,44 @@ def mamlpp(
 
 def _say_nothing(params: PyTree, slow_params: PyTree) -> None:
     del params, slow_params
+
+
+@dataclasses.dataclass(frozen=True)
+class MamlppSettings(StepSettings):
+    """Settings of `mamlpp`."""
+
+    algorithm: ClassVar[str] = "mamlpp"
+    title: ClassVar[str] = "MAML++"
+    factory: ClassVar = staticmethod(mamlpp)
+
+    inner: Literal["sgd"] = "sgd"
+    """Inner optimiser."""
+    inner_rate: Positive = 0.1
+    """Learning rate of every inner step at the start."""
+    learn_rates: bool = True
+    """Learns the inner rates, one for each array and step."""
+    per_step_norm: bool = True
+    """Whether the norms have a scale and an offset for each inner step."""
+    multi_step_epochs: Annotated[int, Range(least=0)] = 10
+    """Epochs with a loss after every inner step."""
+    first_order_epochs: Annotated[int, Range(least=0)] = 0
+    """Epochs with first-order gradients, before the second-order ones."""
+    epoch_length: Count | None = None
+    """Meta-steps of an epoch; None for a hundredth of the run, as `for_run` has it."""
+
+    def for_run(self, meta_steps: int) -> Self:
+        """With the length of an epoch."""
+        length = self.epoch_length or max(1, meta_steps // _HUNDREDTHS)
+        return dataclasses.replace(self, epoch_length=length)
+
+    def arguments(self) -> dict[str, Any]:
+        """The arguments of the factory, which has gradient descent alone."""
+        values = super().arguments()
+        if self.epoch_length is None:
+            del values["epoch_length"]
+        per_step = is_norm if values.pop("per_step_norm") else None
+        return {n: x for n, x in values.items() if n != "inner"} | {"per_step": per_step}
+
+    def before_adaptation(self, meta_params: PyTree) -> PyTree:
+        """The network's parameters."""
+        return meta_params.params if self.learn_rates else meta_params

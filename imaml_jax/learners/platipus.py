@@ -9,7 +9,7 @@ import jax
 import jax.numpy as jnp
 import optax
 
-from imaml_jax.learners.algorithm import DescentSettings
+from imaml_jax.learners.algorithm import SampleSettings
 from imaml_jax.learners.base import (
     AverageOption,
     FastPredicate,
@@ -23,41 +23,6 @@ from imaml_jax.learners.maml import maml
 from imaml_jax.learners.settings import Count, NotNegative, Positive, check_arguments
 from imaml_jax.learners.supervised import supervised
 from imaml_jax.types import Array, MetaLearner, Params, PyTree
-
-
-@dataclasses.dataclass(frozen=True)
-class PlatipusSettings(DescentSettings):
-    """Settings of `platipus`."""
-
-    algorithm: ClassVar[str] = "platipus"
-    title: ClassVar[str] = "PLATIPUS"
-
-    num_samples: Count = 2
-    """Samples of the initialisation in training."""
-    eval_num_samples: Count = 10
-    """Samples at validation and test."""
-    kl_weight: NotNegative = 1e-2
-    """Weight of the divergence of the training samples' distribution from the prior."""
-    prior_rate: Positive = 0.01
-    """Initial gamma_p."""
-    posterior_rate: Positive = 0.01
-    """Initial gamma_q."""
-    prior_variance: Positive = 1e-3
-    """Initial sigma^2 of every parameter."""
-    posterior_variance: Positive = 1e-3
-    """Initial v_q of every parameter."""
-
-    def build(self, network: Any, loss_fn: LossFn) -> MetaLearner:
-        """The learner on a network and a loss."""
-        return platipus(network, loss_fn, **self.arguments())
-
-    def build_samples(self, network: Any, loss_fn: LossFn) -> MetaLearner:
-        """The learner whose predictions are those of each sample."""
-        return platipus(network, loss_fn, average=None, **self.arguments())
-
-    def before_adaptation(self, meta_params: PyTree) -> PyTree:
-        """The mean, as the only sample."""
-        return jax.tree.map(lambda x: x[None], meta_params.mean)
 
 
 class PlatipusParams(NamedTuple):
@@ -266,3 +231,31 @@ def _over_samples(infos: MetaInfo) -> MetaInfo:
     means = jax.tree.map(lambda x: x.mean(0), infos)
     worst = jax.tree.map(lambda x: x.min(0), infos.min_curvature)
     return means._replace(min_curvature=worst)
+
+
+@dataclasses.dataclass(frozen=True)
+class PlatipusSettings(SampleSettings):
+    """Settings of `platipus`."""
+
+    algorithm: ClassVar[str] = "platipus"
+    title: ClassVar[str] = "PLATIPUS"
+    factory: ClassVar = staticmethod(platipus)
+
+    num_samples: Count = 2
+    """Samples of the initialisation in training."""
+    eval_num_samples: Count = 10
+    """Samples at validation and test."""
+    kl_weight: NotNegative = 1e-2
+    """Weight of the divergence of the training samples' distribution from the prior."""
+    prior_rate: Positive = 0.01
+    """Initial gamma_p."""
+    posterior_rate: Positive = 0.01
+    """Initial gamma_q."""
+    prior_variance: Positive = 1e-3
+    """Initial sigma^2 of every parameter."""
+    posterior_variance: Positive = 1e-3
+    """Initial v_q of every parameter."""
+
+    def before_adaptation(self, meta_params: PyTree) -> PyTree:
+        """The mean, as the only sample."""
+        return jax.tree.map(lambda x: x[None], meta_params.mean)

@@ -22,36 +22,6 @@ from imaml_jax.learners.supervised import supervised
 from imaml_jax.types import MetaLearner
 
 
-@dataclasses.dataclass(frozen=True)
-class ReptileSettings(DescentSettings):
-    """Settings of `reptile`."""
-
-    algorithm: ClassVar[str] = "reptile"
-    title: ClassVar[str] = "Reptile"
-
-    statistics: Statistics = "support_and_one"
-    """Batch-norm mode of the query examples; published is each with the support set."""
-    batch_size: Count | None = None
-    """Examples of an inner step in training; None for all."""
-    eval_batch_size: Count | None = None
-    """The same at validation and test; None for as many as in training."""
-
-    def build(self, network: Any, loss_fn: LossFn) -> MetaLearner:
-        """The learner on a network and a loss."""
-        return reptile(network, loss_fn, **self.arguments())
-
-
-@dataclasses.dataclass(frozen=True)
-class TransductiveReptileSettings(ReptileSettings):
-    """Settings of Reptile with the batch norm of the whole query set."""
-
-    algorithm: ClassVar[str] = "reptile_transductive"
-    title: ClassVar[str] = "Reptile + transduction"
-
-    statistics: Statistics = "batch"
-    """Batch-norm mode of the query examples: of the query set."""
-
-
 def reptile(
     network: Any,
     loss_fn: LossFn,
@@ -125,3 +95,30 @@ def reptile(
 
     adapt = make_adapt(problem, run_at_evaluation)
     return MetaLearner(problem.init, adapt, problem.predict, meta_grad)
+
+
+@dataclasses.dataclass(frozen=True)
+class ReptileSettings(DescentSettings):
+    """Settings of `reptile`."""
+
+    algorithm: ClassVar[str] = "reptile"
+    title: ClassVar[str] = "Reptile"
+    factory: ClassVar = staticmethod(reptile)
+
+    statistics: Statistics = "support_and_one"
+    """Batch-norm mode of the query examples; published is each with the support set."""
+    batch_size: Count | None = None
+    """Examples of an inner step in training; None for all."""
+    eval_batch_size: Count | None = None
+    """The same at validation and test; None for as many as in training."""
+
+
+@dataclasses.dataclass(frozen=True)
+class TransductiveReptileSettings(ReptileSettings):
+    """Settings of Reptile with the batch norm of the whole query set."""
+
+    algorithm: ClassVar[str] = "reptile_transductive"
+    title: ClassVar[str] = "Reptile + transduction"
+
+    statistics: Statistics = "batch"
+    """Batch-norm mode of the query examples: of the query set."""

@@ -23,6 +23,7 @@ from imaml_jax.learners.settings import (
     When,
     nearest,
     values_of,
+    words,
 )
 from imaml_jax.networks import Network, conv4, mlp
 from imaml_jax.networks.mlp import SMALL_NORMAL
@@ -211,11 +212,12 @@ class Protocol(Record):
     def recorded(self) -> dict[str, Any]:
         """All of it as one flat mapping that JSON can hold; `from_settings` reads it."""
         named = {"name": self.name, "algorithm": self.learner.algorithm, "source": self.source}
-        return named | {
-            name: value
-            for part in (self.tasks, self.network, self.outer, self.learner)
-            for name, value in values_of(part).items()
-        }
+        return named | values_of(self)
+
+    def in_words(self) -> str:
+        """All of it as a text, to be printed beside every number."""
+        parts = (self.tasks, self.network, self.outer, self.learner)
+        return f"protocol {self.name} ({self.source}): {'; '.join(map(words, parts))}"
 
     @property
     def _settings(self) -> LearnerSettings:

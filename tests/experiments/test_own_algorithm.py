@@ -3,7 +3,7 @@
 import dataclasses
 import json
 import os
-from typing import Any, ClassVar
+from typing import ClassVar
 from unittest import mock
 
 import jax
@@ -30,21 +30,6 @@ with mock.patch.dict(os.environ, XLA_FLAGS=os.environ.get("XLA_FLAGS", "")):
     from experiments.shared import common
 
 
-@dataclasses.dataclass(frozen=True)
-class SignSettings(StepSettings):
-    """Settings of `sign_maml`."""
-
-    algorithm: ClassVar[str] = "sign_maml"
-    title: ClassVar[str] = "sign MAML"
-
-    step_length: Positive = 0.01
-    """Length of an inner step in each parameter."""
-
-    def build(self, network: Any, loss_fn: Any) -> MetaLearner:
-        """The learner on a network and a loss."""
-        return sign_maml(network, loss_fn, **self.arguments())
-
-
 def sign_maml(network, loss_fn, *, step_length, num_steps, fast, statistics):
     """First-order MAML with the signs of the inner gradients."""
     problem = supervised(network, loss_fn, fast=fast, statistics=statistics)
@@ -62,6 +47,18 @@ def sign_maml(network, loss_fn, *, step_length, num_steps, fast, statistics):
         return combine(*grads), inner_report(info, query_loss=loss, query_accuracy=accuracy)
 
     return MetaLearner(problem.init, make_adapt(problem, run), problem.predict, meta_grad)
+
+
+@dataclasses.dataclass(frozen=True)
+class SignSettings(StepSettings):
+    """Settings of `sign_maml`."""
+
+    algorithm: ClassVar[str] = "sign_maml"
+    title: ClassVar[str] = "sign MAML"
+    factory: ClassVar = staticmethod(sign_maml)
+
+    step_length: Positive = 0.01
+    """Length of an inner step in each parameter."""
 
 
 @pytest.fixture(autouse=True)
