@@ -2,7 +2,6 @@
 
 import contextlib
 import os
-import re
 import shutil
 import socket
 import threading
@@ -24,32 +23,36 @@ class DataError(ValueError):
     """A data set is missing, damaged, or not what it should be; the message says what to do."""
 
 
-def find_archives(
-    names: Sequence[str],
-    *,
-    subdir: str,
-    help_text: str,
-    data_dir: str | os.PathLike | None = None,
-    cache_dir: str | os.PathLike | None = None,
-) -> list[Path]:
-    """Returns the paths of the archives `names`, all in one directory.
+# What contents of another form than expected raise.
+_OF_FORM = (AttributeError, KeyError, TypeError, ValueError)
 
-    Arguments, places and errors as those of `find_layout`, with one layout and one `subdir`.
-    """
-    folder, _ = find_layout(
-        [names], subdirs=[subdir], help_text=help_text, data_dir=data_dir, cache_dir=cache_dir
-    )
-    return [folder / name for name in names]
+
+@contextlib.contextmanager
+def explained(
+    problem: str, remedy: str, errors: type[Exception] | tuple[type[Exception], ...] = _OF_FORM
+) -> Iterator[None]:
+    """Raises DataError in place of errors of these types: the problem, the error, the remedy."""
+    try:
+        yield
+    except DataError:
+        raise
+    except errors as error:
+        raise DataError(f"{problem} ({type(error).__name__}: {error}). {remedy}") from error
+
+
+def readable(path: str | os.PathLike) -> contextlib.AbstractContextManager[None]:
+    """Raises DataError where the operating system does not let a file or folder be read."""
+    return explained(f"Cannot read {path}", "Check its permissions.", OSError)
 
 
 def find_layout(
-    layouts: Sequence[Sequence[str]],
+    layouts: Sequence[tuple[str, ...]],
     *,
     subdirs: Sequence[str],
     help_text: str,
     data_dir: str | os.PathLike | None = None,
     cache_dir: str | os.PathLike | None = None,
-) -> tuple[Path, Sequence[str]]:
+) -> tuple[Path, tuple[str, ...]]:
     """Returns a directory that holds all files of a layout, and that layout.
 
     Looked at in this order: `data_dir` and its `subdirs`, where `data_dir` defaults to the
@@ -66,33 +69,26 @@ def find_layout(
     Raises:
       DataError: the directory or a file is missing, or is not what it should be.
     """
-    given = data_dir or os.environ.get(ENV_DATA_DIR)
-    root = Path(given).expanduser() if given else download_dir(subdirs[0], cache_dir=cache_dir)
-    origin = "data_dir" if data_dir else f"${ENV_DATA_DIR}" if given else "the default data_dir"
+    root = download_dir(subdirs[0], data_dir=data_dir, cache_dir=cache_dir)
     expected = ", or ".join(map(_listed, layouts))
-    if root.exists() and not root.is_dir():
-        raise DataError(
-            f"{origin} is {root}: expected a directory that holds {expected}, found a file. "
-            f"Give its parent directory instead. {help_text}"
-        )
     if not root.is_dir():
+        default = f"${ENV_DATA_DIR}" if os.environ.get(ENV_DATA_DIR) else "the default data_dir"
+        found = "a file. Give its parent directory instead." if root.exists() else "nothing there."
         raise DataError(
-            f"{origin} is {root}: expected a directory that holds {expected}, found nothing "
-            f"there. {help_text}"
+            f"{'data_dir' if data_dir else default} is {root}: expected a directory that holds "
+            f"{expected}, found {found} {help_text}"
         )
     places = [root, *(root / subdir for subdir in subdirs)]
-    absent = {
-        (i, place): [name for name in layout if not _is_there(place, name)]
-        for i, layout in enumerate(layouts)
-        for place in places
-    }
-    for (i, place), names in absent.items():
-        if not names:
-            return place, layouts[i]
-    missing = min(absent.values(), key=len)
+    fewest = layouts[0]
+    for layout in layouts:
+        for place in places:
+            missing = [name for name in layout if not _is_there(place, name)]
+            if not missing:
+                return place, layout
+            fewest = min(fewest, missing, key=len)
     raise DataError(
         f"Expected {expected} side by side in {' or '.join(map(str, places))}; missing: "
-        f"{_listed(missing)}. {help_text}"
+        f"{_listed(fewest)}. {help_text}"
     )
 
 
@@ -107,9 +103,7 @@ def download_dir(
     return Path(given).expanduser() if given else cache_root(cache_dir) / "downloads" / subdir
 
 
-def download(
-    urls: Sequence[str], destination: Path, *, checksums_of: str, url_infos: dict | None = None
-) -> list[Path]:
+def download(urls: Sequence[str], destination: Path, *, checksums_of: str) -> list[Path]:
     """Downloads `urls` with tensorflow-datasets' download manager, which verifies the checksums.
 
     TensorFlow itself is not needed: the checksums come from the file that tensorflow-datasets ships
@@ -119,7 +113,6 @@ def download(
       urls: addresses; the last part of each becomes the file name.
       destination: directory, made where it is missing.
       checksums_of: name of the tensorflow-datasets builder.
-      url_infos: sizes and checksums by address, in place of the published ones.
 
     Returns:
       The paths of the files.
@@ -132,58 +125,37 @@ def download(
         f"Or fetch {_listed(urls)} by any other means and put the files into {destination} (or "
         f"into another directory, and name it by data_dir or ${ENV_DATA_DIR})."
     )
-    for url in urls:
-        _check_connection(url, by_hand)
-    try:
-        destination.mkdir(parents=True, exist_ok=True)
-        partial = destination / ".partial"
-        partial.mkdir(exist_ok=True)
-    except OSError as error:
-        raise DataError(
-            f"Cannot download into {destination}: {error}. Name a directory that can be written by "
-            f"data_dir or ${ENV_DATA_DIR}. {by_hand}"
-        ) from error
-    try:
-        import tensorflow_datasets as tfds
-        from tensorflow_datasets.core.download import checksums
-    except ImportError as error:
-        raise DataError(
-            f"Downloading needs tensorflow-datasets: pip install tensorflow-datasets. {by_hand}"
-        ) from error
-    if url_infos is None:
-        path = tfds.core.tfds_path(f"url_checksums/{checksums_of}.txt")
-        url_infos = checksums.load_url_infos(path)
-    try:
-        manager = tfds.download.DownloadManager(
-            download_dir=partial, url_infos=url_infos, force_checksums_validation=True
-        )
-        fetched: Any = manager.download(list(urls))
-        targets = [destination / Path(urllib.parse.urlparse(url).path).name for url in urls]
-        for source, target in zip(fetched, targets, strict=True):
-            os.replace(source, target)
-    except Exception as error:  # the manager lets through what requests, urllib3 and promise raise
-        reason = str(error).strip().splitlines()
-        raise DataError(
-            f"Could not download {_listed(urls)}: {type(error).__name__}: "
-            f"{reason[0] if reason else ''} Try again: a wrong checksum mostly means a transfer "
-            f"that was cut or changed by a proxy. {by_hand}"
-        ) from error
+    # Fails within seconds where the manager would try for minutes. A proxy resolves names itself.
+    for parts in map(urllib.parse.urlparse, [] if urllib.request.getproxies() else urls):
+        problem = f"Cannot reach {parts.hostname} to download {parts.geturl()}"
+        with explained(problem, f"Check the network connection. {by_hand}", OSError):
+            port = parts.port or (443 if parts.scheme == "https" else 80)
+            socket.create_connection((parts.hostname, port), timeout=10).close()
+    partial = destination / ".partial"
+    remedy = f"Name a directory that can be written by data_dir or ${ENV_DATA_DIR}. {by_hand}"
+    with explained(f"Cannot download into {destination}", remedy, OSError):
+        partial.mkdir(parents=True, exist_ok=True)
+    remedy = (
+        "Try again: a wrong checksum mostly means a transfer that was cut or changed by a proxy"
+    )
+    try:  # requests, urllib3 and promise raise what the manager lets through
+        with explained(f"Could not download {_listed(urls)}", f"{remedy}. {by_hand}", Exception):
+            import tensorflow_datasets as tfds
+            from tensorflow_datasets.core.download import checksums
+
+            path = tfds.core.tfds_path(f"url_checksums/{checksums_of}.txt")
+            manager = tfds.download.DownloadManager(
+                download_dir=partial,
+                url_infos=checksums.load_url_infos(path),
+                force_checksums_validation=True,
+            )
+            fetched: Any = manager.download(list(urls))
+            targets = [destination / Path(urllib.parse.urlparse(url).path).name for url in urls]
+            for source, target in zip(fetched, targets, strict=True):
+                os.replace(source, target)
+            return targets
     finally:
         shutil.rmtree(partial, ignore_errors=True)
-    return targets
-
-
-def read_members(path: Path, pattern: str) -> Iterator[tuple[re.Match, bytes]]:
-    """Yields name (matched by `pattern` in full) and content of the members of a zip, by name.
-
-    Raises:
-      DataError: the archive is damaged.
-    """
-    archive = Archive(path)
-    for name in sorted(archive.names):
-        match = re.fullmatch(pattern, name)
-        if match is not None:
-            yield match, archive.read(name)
 
 
 class Archive:
@@ -196,7 +168,7 @@ class Archive:
 
     def __init__(self, path: Path):
         self.path = path
-        with _explain_damage(path):
+        with self._complete():
             self._zip = zipfile.ZipFile(path)
         self.names = self._zip.namelist()
         self._lock = threading.Lock()
@@ -213,35 +185,16 @@ class Archive:
                 f"{self.path}: {name} claims {info.file_size} bytes; expected a small image. "
                 "Get a fresh copy of the archive."
             )
-        with self._lock, _explain_damage(self.path):
+        with self._lock, self._complete():
             return self._zip.read(info)
 
-
-@contextlib.contextmanager
-def _explain_damage(path: Path) -> Iterator[None]:
-    try:
-        yield
-    except (zipfile.BadZipFile, zlib.error, EOFError, RuntimeError, OSError) as error:
-        raise DataError(
-            f"{path} is not a complete zip archive ({type(error).__name__}: {error}; found "
-            f"{path.stat().st_size} bytes). Delete it, then copy it again, or load with "
-            "download=True where the data set has that."
-        ) from error
-
-
-def _check_connection(url: str, by_hand: str) -> None:
-    """Fails within seconds where the download manager would try again for minutes."""
-    if urllib.request.getproxies():
-        return  # the proxy resolves the name, not we
-    parts = urllib.parse.urlparse(url)
-    try:
-        port = parts.port or (443 if parts.scheme == "https" else 80)
-        socket.create_connection((parts.hostname, port), timeout=10).close()
-    except OSError as error:
-        raise DataError(
-            f"Cannot reach {parts.hostname} to download {url}: {error}. Check the network "
-            f"connection. {by_hand}"
-        ) from error
+    def _complete(self) -> contextlib.AbstractContextManager[None]:
+        return explained(
+            f"{self.path} is not a complete zip archive",
+            f"It has {self.path.stat().st_size} bytes. Delete it, then copy it again, or load with "
+            "download=True where the data set has that.",
+            (zipfile.BadZipFile, zlib.error, EOFError, RuntimeError, OSError),
+        )
 
 
 def _is_there(place: Path, name: str) -> bool:

@@ -1,5 +1,6 @@
 """Arrays that are slow to make and quick to store: one compressed .npz file for each recipe."""
 
+import contextlib
 import hashlib
 import os
 import tempfile
@@ -29,6 +30,12 @@ def recipe_key(recipe: Mapping[str, object]) -> str:
     return hashlib.sha256(repr(sorted(recipe.items())).encode()).hexdigest()[:16]
 
 
+def read_arrays(path: Path) -> dict[str, np.ndarray]:
+    """Returns the arrays of an .npz file; raises one of `UNREADABLE` where that is none."""
+    with open(path, "rb") as file, np.load(file, allow_pickle=False) as stored:
+        return {name: stored[name] for name in stored.files}
+
+
 def cached_arrays(
     name: str,
     recipe: Mapping[str, object],
@@ -47,23 +54,24 @@ def cached_arrays(
       name: start of the file name.
       recipe: all that the result depends on; its `recipe_key` ends the file name.
       build: makes the arrays.
-      is_valid: whether what was read has the names, shapes and dtypes that `build` gives.
+      is_valid: whether what was read has the shapes and dtypes that `build` gives; a name that is
+        missing may raise KeyError.
       cache_dir: directory; default as in `cache_root`.
 
     Returns:
       The arrays by name.
     """
     path = cache_root(cache_dir) / f"{name}-{recipe_key(recipe)}.npz"
-    try:
-        with open(path, "rb") as file, np.load(file, allow_pickle=False) as stored:
-            arrays = {array_name: stored[array_name] for array_name in stored.files}
+    with contextlib.suppress(*UNREADABLE):
+        arrays = read_arrays(path)
         if is_valid(arrays):
             return arrays
-    except UNREADABLE:
-        pass
     arrays = build()
     try:
-        _write(path, arrays)
+        path.parent.mkdir(parents=True, exist_ok=True)
+        with tempfile.TemporaryDirectory(dir=path.parent, prefix=path.stem, suffix=".tmp") as made:
+            np.savez_compressed(Path(made) / path.name, **arrays)  # pyright: ignore[reportArgumentType]
+            os.replace(Path(made) / path.name, path)
     except OSError as error:
         warnings.warn(
             f"Could not write the cache file {path} ({error}); the data will be prepared again "
@@ -71,15 +79,3 @@ def cached_arrays(
             stacklevel=3,
         )
     return arrays
-
-
-def _write(path: Path, arrays: dict[str, np.ndarray]) -> None:
-    path.parent.mkdir(parents=True, exist_ok=True)
-    handle, temporary = tempfile.mkstemp(dir=path.parent, prefix=path.stem, suffix=".tmp")
-    try:
-        with os.fdopen(handle, "wb") as file:
-            np.savez_compressed(file, **arrays)  # pyright: ignore[reportArgumentType]
-        os.replace(temporary, path)
-    except BaseException:
-        Path(temporary).unlink(missing_ok=True)
-        raise

@@ -7,7 +7,7 @@ import os
 from collections.abc import Iterable, Mapping, Sequence
 from pathlib import Path
 
-from imaml_jax.data.archives import DataError
+from imaml_jax.data.archives import DataError, explained
 from imaml_jax.data.images import SPLITS
 
 NAMES = {"train": "train", "val": "val", "validation": "val", "test": "test"}
@@ -17,12 +17,12 @@ _FORM = (
 )
 
 
-def split_of(name: str) -> str:
-    """Returns the split of a class, about 70/15/15, from a hash of its name.
+def split_of(name: str, kind: str = "class") -> str:
+    """Returns the split of a class, about 70/15/15, from a hash of its name and of what it is.
 
     It depends on nothing else, so that a class stays where it is as others are added.
     """
-    draw = hashlib.sha256(f"class {name}".encode()).digest()[0] / 256
+    draw = hashlib.sha256(f"{kind} {name}".encode()).digest()[0] / 256
     return "train" if draw < 0.7 else "val" if draw < 0.85 else "test"
 
 
@@ -68,10 +68,8 @@ def read_split(path: str | os.PathLike) -> dict[str, str]:
       DataError: the file is not there or of another form, or names a class twice; a ValueError too.
     """
     path = Path(path).expanduser()
-    try:
+    with explained(f"Cannot read the split file {path}", _FORM, (OSError, UnicodeDecodeError)):
         text = path.read_text(encoding="utf-8-sig")
-    except (OSError, UnicodeDecodeError) as error:
-        raise DataError(f"Cannot read the split file {path} ({error}). {_FORM}") from error
     pairs = _json_pairs(text) if path.suffix.lower() == ".json" else _csv_pairs(text)
     if not pairs:
         raise DataError(f"{path}: expected the split of each class, found none. {_FORM}")

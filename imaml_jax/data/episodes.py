@@ -89,9 +89,7 @@ def from_class_arrays(class_arrays: Sequence[np.ndarray] | np.ndarray) -> Datase
                 f"{first.dtype}{first.shape}: all classes must share dtype and [H, W, C]; resize "
                 "or convert before."
             )
-    sizes = [array.shape[0] for array in class_arrays]
-    offsets = np.concatenate([[0], np.cumsum(sizes)]).astype(np.int32)
-    return from_grouped(np.concatenate(class_arrays), offsets)
+    return from_grouped(np.concatenate(class_arrays), np.cumsum([0, *map(len, class_arrays)]))
 
 
 def from_grouped(images: np.ndarray, offsets: np.ndarray) -> Dataset:
@@ -141,8 +139,8 @@ def check_task_shape(
 ) -> None:
     """Checks that tasks of this shape exist in `dataset`; call it once, before `jit`.
 
-    `sample_tasks` calls it by itself wherever `dataset.offsets` is concrete. Where the data set is
-    an argument of a jitted function the class sizes are unknown at trace time, hence this function.
+    `sample_tasks` calls it by itself. Where the data set is an argument of a jitted function the
+    class sizes are unknown at trace time, and not checked: hence this function.
 
     Args:
       dataset: the `Dataset`, with concrete offsets.
@@ -155,7 +153,30 @@ def check_task_shape(
       ValueError: a value is out of range, or the smallest class has fewer than `shots + queries`
         images.
     """
-    _check_static(dataset, 1, ways, shots, queries, rotations)
+    if rotations not in ROTATIONS:
+        raise ValueError(f"rotations={rotations!r}; allowed: {', '.join(map(repr, ROTATIONS))}.")
+    check_counts(shots=shots, queries=queries)
+    (images, height, width, _), total = dataset.images.shape, num_classes(dataset)
+    if rotations is not None and height != width:
+        raise ValueError(
+            f"rotations={rotations!r} needs square images, these are {height}x{width}: crop or pad "
+            "them to a square, or use rotations=None."
+        )
+    available = 4 * total if rotations == "classes" else total
+    if not 1 <= ways <= available:
+        raise ValueError(
+            f"ways={ways}; allowed: 1 to {available}, the number of classes ({total} in the data "
+            f"set, rotations={rotations!r}). Lower ways or use a split with more classes."
+        )
+    largest = images - (total - 1)  # where every other class has one image
+    if shots + queries > largest:
+        raise ValueError(
+            f"shots + queries = {shots} + {queries} = {shots + queries}; allowed: up to {largest}, "
+            f"the most that any of {total} classes with {images} images together can have. Lower "
+            "shots or queries."
+        )
+    if isinstance(dataset.offsets, Tracer):
+        return
     sizes = np.diff(np.asarray(dataset.offsets))
     smallest = int(sizes.argmin())
     if shots + queries > sizes[smallest]:
@@ -214,9 +235,8 @@ def sample_tasks(
       Vinyals et al., Matching Networks for One Shot Learning, https://arxiv.org/abs/1606.04080
       Santoro et al., Meta-Learning with Memory-Augmented Neural Networks, 2016 (rotated classes)
     """
-    _check_static(dataset, num_tasks, ways, shots, queries, rotations)
-    if not isinstance(dataset.offsets, Tracer):
-        check_task_shape(dataset, ways=ways, shots=shots, queries=queries, rotations=rotations)
+    check_counts(num_tasks=num_tasks)
+    check_task_shape(dataset, ways=ways, shots=shots, queries=queries, rotations=rotations)
     total, per_class = num_classes(dataset), shots + queries
 
     # One call of the generator for everything: it is most of what there is to compile.
@@ -318,29 +338,8 @@ def _expand(x: Array, ndim: int) -> Array:
     return x.reshape(x.shape + (1,) * (ndim - x.ndim))
 
 
-def _check_static(dataset, num_tasks, ways, shots, queries, rotations) -> None:
-    """What shapes alone can tell."""
-    if rotations not in ROTATIONS:
-        raise ValueError(f"rotations={rotations!r}; allowed: {', '.join(map(repr, ROTATIONS))}.")
-    for name, value in (("num_tasks", num_tasks), ("shots", shots), ("queries", queries)):
+def check_counts(**counts: int) -> None:
+    """Raises ValueError for the first of the counts that is below 1."""
+    for name, value in counts.items():
         if value < 1:
             raise ValueError(f"{name}={value}; allowed: 1 or more.")
-    total, height, width = num_classes(dataset), *dataset.images.shape[1:3]
-    if rotations is not None and height != width:
-        raise ValueError(
-            f"rotations={rotations!r} needs square images, these are {height}x{width}: crop or pad "
-            "them to a square, or use rotations=None."
-        )
-    available = 4 * total if rotations == "classes" else total
-    if not 1 <= ways <= available:
-        raise ValueError(
-            f"ways={ways}; allowed: 1 to {available}, the number of classes ({total} in the data "
-            f"set, rotations={rotations!r}). Lower ways or use a split with more classes."
-        )
-    largest = dataset.images.shape[0] - (total - 1)  # where every other class has one image
-    if shots + queries > largest:
-        raise ValueError(
-            f"shots + queries = {shots} + {queries} = {shots + queries}; allowed: up to {largest}, "
-            f"the most that any of {total} classes with {dataset.images.shape[0]} images together "
-            "can have. Lower shots or queries."
-        )

@@ -94,7 +94,11 @@ def save(
 def _read(path: Path) -> tuple[np.ndarray, dict[str, list[int]]]:
     """The features of a file, and the rows of each class."""
     content = pickles.load(path)
-    try:
+    with archives.explained(
+        f"{path}: expected a dict of 'embeddings', floats [N, D], and 'keys', N texts "
+        "prefix-class-image",
+        "Get the file again.",
+    ):
         if not pickles.is_array(content["embeddings"]):
             raise ValueError(f"'embeddings' is a {type(content['embeddings']).__name__}")
         embeddings = np.asarray(content["embeddings"])
@@ -117,11 +121,6 @@ def _read(path: Path) -> tuple[np.ndarray, dict[str, list[int]]]:
             raise ValueError(
                 f"row {row} of 'embeddings' has norm {norms[row]}, not finite or past float32"
             )
-    except (KeyError, TypeError, ValueError) as error:
-        raise DataError(
-            f"{path}: expected a dict of 'embeddings', floats [N, D], and 'keys', N texts "
-            f"prefix-class-image ({type(error).__name__}: {error}). Get the file again."
-        ) from error
     return embeddings.astype(np.float32), rows
 
 

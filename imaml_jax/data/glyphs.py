@@ -4,7 +4,6 @@ The data set that needs no download: for tutorials, tests and a first look. Its 
 no publication.
 """
 
-import hashlib
 import os
 import unicodedata
 from typing import Any, NamedTuple
@@ -12,7 +11,9 @@ from typing import Any, NamedTuple
 import numpy as np
 
 from imaml_jax.data.cache import cached_arrays
-from imaml_jax.data.episodes import Dataset, Splits, from_class_arrays
+from imaml_jax.data.class_splits import split_of
+from imaml_jax.data.episodes import Splits, from_class_arrays
+from imaml_jax.data.images import SPLITS
 
 SIDE = 28
 EXAMPLES = 20
@@ -91,22 +92,16 @@ def load(*, cache_dir: str | os.PathLike | None = None) -> Splits:
       `Splits` with images uint8 `[classes * 20, 28, 28, 1]`, grouped by class.
     """
     arrays = _arrays(cache_dir)
-    images, codes = arrays["images"], arrays["codes"]
-    parts = np.array([_split_of(int(code)) for code in codes])
-
-    def subset(part: int) -> Dataset:
-        return from_class_arrays(images[parts == part])
-
-    return Splits(train=subset(0), val=subset(1), test=subset(2))
+    parts = np.array([_split_of(int(code)) for code in arrays["codes"]])
+    return Splits(*(from_class_arrays(arrays["images"][parts == part]) for part in range(3)))
 
 
 def characters(*, cache_dir: str | os.PathLike | None = None) -> tuple[str, str, str]:
     """Returns the characters of the three splits, in the order of their classes in `load`."""
-    codes = _arrays(cache_dir)["codes"]
-    train, val, test = (
-        "".join(chr(code) for code in codes if _split_of(int(code)) == part) for part in range(3)
-    )
-    return train, val, test
+    parts = ["", "", ""]
+    for code in _arrays(cache_dir)["codes"]:
+        parts[_split_of(int(code))] += chr(code)
+    return parts[0], parts[1], parts[2]
 
 
 def _arrays(cache_dir) -> dict[str, np.ndarray]:
@@ -120,20 +115,17 @@ def _arrays(cache_dir) -> dict[str, np.ndarray]:
         "pillow": PIL.__version__,
         "freetype": features.version("freetype2"),
     }
-    return cached_arrays("glyphs", recipe, _render_all, is_valid=_is_valid, cache_dir=cache_dir)
 
+    def is_valid(stored: dict[str, np.ndarray]) -> bool:
+        images, codes = stored["images"], stored["codes"]
+        return images.dtype == np.uint8 and images.shape == (len(codes), EXAMPLES, SIDE, SIDE, 1)
 
-def _is_valid(arrays: dict[str, np.ndarray]) -> bool:
-    images, codes = arrays.get("images"), arrays.get("codes")
-    if images is None or codes is None:
-        return False
-    return images.dtype == np.uint8 and images.shape == (len(codes), EXAMPLES, SIDE, SIDE, 1)
+    return cached_arrays("glyphs", recipe, _render_all, is_valid=is_valid, cache_dir=cache_dir)
 
 
 def _split_of(code: int) -> int:
     """Returns 0, 1 or 2: training, validation or test."""
-    draw = hashlib.sha256(f"glyph {code:06x}".encode()).digest()[0] / 256
-    return 0 if draw < 0.7 else 1 if draw < 0.85 else 2
+    return SPLITS.index(split_of(f"{code:06x}", "glyph"))
 
 
 def _render_all() -> dict[str, np.ndarray]:

@@ -1,5 +1,6 @@
 """Pictures decoded once, in parallel, into memory-mapped uint8 arrays in the cache."""
 
+import contextlib
 import io
 import math
 import os
@@ -9,20 +10,20 @@ import tempfile
 import zlib
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
-from functools import partial
 from pathlib import Path
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import numpy as np
 
-from imaml_jax.data.archives import DataError
-from imaml_jax.data.cache import ENV_CACHE_DIR, UNREADABLE, cache_root, recipe_key
+from imaml_jax.data.archives import DataError, explained
+from imaml_jax.data.cache import ENV_CACHE_DIR, UNREADABLE, cache_root, read_arrays, recipe_key
 from imaml_jax.data.episodes import Splits, from_grouped
 
 SPLITS = ("train", "val", "test")
 _FORMATS = ("BMP", "GIF", "JPEG", "PNG", "WEBP")
 _MAX_SIDE = 1024
 _MODES = {1: "L", 3: "RGB"}  # of Pillow, by channels
+_UNDECODABLE = (OSError, SyntaxError, ValueError, TypeError, EOFError, struct.error, zlib.error)
 _SHOWN = 5  # images that cannot be read, in one message
 _CHUNK = 64  # images that one thread decodes between two steps of the progress bar
 
@@ -50,14 +51,12 @@ def load_splits(
     image_size: int,
     channels: int = 3,
     cache_dir: str | os.PathLike | None,
-    progress: bool,
 ) -> Splits:
     """Returns the images of three listings, from the cache where they were decoded before.
 
-    Pictures are read by `decode`, which see.
-
-    The arrays are decoded by threads (Pillow decodes outside Python's lock) into files under a
-    temporary name, which is changed when all are complete: half a cache is never read.
+    Pictures are read by `decode`, which see, by threads (Pillow decodes outside Python's lock) and
+    with a progress bar where standard error is a terminal. The files have a temporary name, which
+    is changed when all are complete: half a cache is never read.
 
     Args:
       name: start of the name of the cache folder.
@@ -67,7 +66,6 @@ def load_splits(
       image_size: side of the images in pixels.
       channels: 3 for RGB, 1 for grey.
       cache_dir: as in `cache.cache_root`.
-      progress: whether to show a progress bar, if on a terminal.
 
     Returns:
       `Splits` with images uint8 `[N, image_size, image_size, channels]`, grouped by class in the
@@ -81,13 +79,13 @@ def load_splits(
     shape = (image_size, image_size, channels)
     recipe = {**recipe, "shape": shape, "filter": "lanczos", "version": 2}
     folder = cache_root(cache_dir) / f"{name}-{recipe_key(recipe)}"
-    splits = _stored(folder, shape)
-    if splits is None:
-        _build(folder, list_splits, shape, progress)
-        splits = _stored(folder, shape)
-    if splits is None:
-        raise DataError(f"{folder} changed while it was read. Load again.")
-    return splits
+    with contextlib.suppress(*UNREADABLE):
+        return _stored(folder, shape)
+    remedy = f"Name another place by cache_dir or ${ENV_CACHE_DIR}."
+    with explained(f"Cannot write the decoded images to {folder.parent}", remedy, OSError):
+        _build(folder, list_splits, shape, remedy)
+    with explained(f"{folder} changed while it was read", "Load again.", UNREADABLE):
+        return _stored(folder, shape)
 
 
 def check_image(image_size: int, channels: int) -> None:
@@ -118,12 +116,19 @@ def decode(source: Source, image_size: int, channels: int = 3) -> np.ndarray:
     """
     from PIL import Image, ImageOps
 
-    try:
+    with explained(
+        f"{source.where}: expected an image in one of the formats {', '.join(_FORMATS)}",
+        "Get a fresh copy of it, or take it out.",
+        (*_UNDECODABLE, Image.DecompressionBombError),
+    ):
         content = source.read()
-        if isinstance(content, np.ndarray):
-            image = Image.fromarray(content)
-        else:
-            image = Image.open(io.BytesIO(content), formats=_FORMATS)
+        try:
+            if isinstance(content, np.ndarray):
+                image = Image.fromarray(content)
+            else:
+                image = Image.open(io.BytesIO(content), formats=_FORMATS)
+        except Image.UnidentifiedImageError:  # whose text names an object in memory
+            raise ValueError("its content is none") from None
         if image.mode.startswith(("I", "F")):
             raise ValueError(f"mode {image.mode}; convert it to 8 bits a channel")
         image = ImageOps.exif_transpose(image)
@@ -134,22 +139,6 @@ def decode(source: Source, image_size: int, channels: int = 3) -> np.ndarray:
         if image.size != (image_size, image_size):
             image = image.resize((image_size, image_size), Image.Resampling.LANCZOS)
         return np.asarray(image).reshape(image_size, image_size, channels)
-    except DataError:
-        raise
-    except Image.UnidentifiedImageError as error:
-        raise DataError(_unreadable(source, "its content is none")) from error
-    except (
-        *(OSError, SyntaxError, ValueError, TypeError, EOFError, struct.error, zlib.error),
-        Image.DecompressionBombError,
-    ) as error:
-        raise DataError(_unreadable(source, f"{type(error).__name__}: {error}")) from error
-
-
-def _unreadable(source: Source, problem: str) -> str:
-    return (
-        f"{source.where}: expected an image in one of the formats {', '.join(_FORMATS)} "
-        f"({problem}). Get a fresh copy of it, or take it out."
-    )
 
 
 def decode_all(
@@ -162,15 +151,13 @@ def decode_all(
     """
     from tqdm import tqdm
 
-    read = partial(decode, image_size=images.shape[1], channels=images.shape[3])
-
     faults: dict[int, DataError] = {}
 
     def decode_chunk(start: int) -> int:
         chunk = sources[start : start + _CHUNK]
         for index, source in enumerate(chunk, start):
             try:
-                images[index] = read(source)
+                images[index] = decode(source, images.shape[1], images.shape[3])
             except DataError as error:
                 faults[index] = error
         return len(chunk)
@@ -180,60 +167,46 @@ def decode_all(
         for count in pool.map(decode_chunk, range(0, len(sources), _CHUNK)):
             bar.update(count)
     if faults:
-        shown = [str(faults[index]) for index in sorted(faults)[:_SHOWN]]
-        more = len(faults) - len(shown)
-        said = [f"{more} more images cannot be read either."] if more else []
-        raise DataError("\n".join([*shown, *said])) from faults[min(faults)]
+        shown = [str(faults[index]) for index in sorted(faults)]
+        if len(shown) > _SHOWN:
+            shown[_SHOWN:] = [f"{len(shown) - _SHOWN} more images cannot be read either."]
+        raise DataError("\n".join(shown)) from faults[min(faults)]
 
 
-def _stored(folder: Path, shape: tuple[int, int, int]) -> Splits | None:
-    """What `_build` wrote; None where that is absent or damaged."""
-    datasets = []
-    try:
-        with open(folder / "offsets.npz", "rb") as file, np.load(file) as stored:
-            offsets = [stored[split] for split in SPLITS]
-        for split, offset in zip(SPLITS, offsets, strict=True):
-            if len(offset) == 1:
-                datasets.append(None)
-                continue
+def _stored(folder: Path, shape: tuple[int, int, int]) -> Splits:
+    """What `_build` wrote; raises one of `UNREADABLE` where that is absent or damaged."""
+    datasets: dict[str, Any] = {}
+    for split, offsets in read_arrays(folder / "offsets.npz").items():
+        datasets[split] = None
+        if len(offsets) > 1:
             images = np.load(folder / f"{split}.npy", mmap_mode="r")
             if images.dtype != np.uint8 or images.shape[1:] != shape:
-                return None
-            datasets.append(from_grouped(images, offset))
-    except UNREADABLE:
-        return None
-    return Splits(*datasets)
+                raise ValueError(f"{split}.npy is {images.dtype}{images.shape}")
+            datasets[split] = from_grouped(images, offsets)
+    return Splits(**datasets)
 
 
-def _build(folder: Path, list_splits, shape: tuple[int, int, int], progress: bool) -> None:
-    root = folder.parent
-    remedy = f"Name another place by cache_dir or ${ENV_CACHE_DIR}."
-    try:
-        root.mkdir(parents=True, exist_ok=True)
-        temporary = Path(tempfile.mkdtemp(dir=root, prefix=f"{folder.name}-", suffix=".tmp"))
-    except OSError as error:
-        raise DataError(f"Cannot write the decoded images to {root}: {error}. {remedy}") from error
-    try:
-        offsets = {}
+def _build(folder: Path, list_splits, shape: tuple[int, int, int], remedy: str) -> None:
+    folder.parent.mkdir(parents=True, exist_ok=True)
+    with tempfile.TemporaryDirectory(
+        dir=folder.parent, prefix=f"{folder.name}-", suffix=".tmp", ignore_cleanup_errors=True
+    ) as name:
+        temporary, offsets = Path(name), {}
         for split, listing in zip(SPLITS, list_splits(), strict=True):
             sources = [source for group in listing.values() for source in group]
             offsets[split] = np.cumsum([0, *map(len, listing.values())])
-            needed, free = len(sources) * math.prod(shape), shutil.disk_usage(root).free
+            needed, free = len(sources) * math.prod(shape), shutil.disk_usage(name).free
             if needed > free:
                 raise DataError(
-                    f"The decoded {split} images take {needed / 1e9:.1f} GB, {root} has "
+                    f"The decoded {split} images take {needed / 1e9:.1f} GB, {folder.parent} has "
                     f"{free / 1e9:.1f} GB left. {remedy}"
                 )
             if sources:
                 images = np.lib.format.open_memmap(
                     temporary / f"{split}.npy", "w+", np.uint8, (len(sources), *shape)
                 )
-                decode_all(sources, images, progress=progress, title=split)
+                decode_all(sources, images, progress=True, title=split)
                 images.flush()
         np.savez(temporary / "offsets.npz", **offsets)
         shutil.rmtree(folder, ignore_errors=True)
         temporary.replace(folder)
-    except OSError as error:
-        raise DataError(f"Cannot write the decoded images to {root}: {error}. {remedy}") from error
-    finally:
-        shutil.rmtree(temporary, ignore_errors=True)

@@ -1,19 +1,58 @@
 """What pictures a data set has: by csv files and images in folders or zips, or by class folders."""
 
+import contextlib
 import csv
 import os
-from collections.abc import Iterable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from functools import partial
 from pathlib import Path
-from typing import NoReturn
+from typing import Any
 
-from imaml_jax.data.archives import Archive, DataError
-from imaml_jax.data.images import SPLITS, Listing, Source
+from imaml_jax.data import archives
+from imaml_jax.data.archives import Archive, DataError, readable
+from imaml_jax.data.episodes import Splits
+from imaml_jax.data.images import SPLITS, Listing, Source, load_splits
 
+CSV_FILES = tuple(f"{split}.csv" for split in SPLITS)
 IMAGES = (".bmp", ".gif", ".jpeg", ".jpg", ".png", ".webp")
 _READ = (*IMAGES, ".csv", ".zip")
 
 Files = Mapping[str, tuple[int, int]]
+
+
+def load_found(
+    name: str,
+    readers: Mapping[tuple[str, ...], Callable[[Path, Files], Iterable[Listing]]],
+    *,
+    image_size: int,
+    cache_dir: str | os.PathLike | None,
+    **places: Any,
+) -> Splits:
+    """Returns the images of a data set in the layout in which it is found.
+
+    Args:
+      name: as the next ones, the result and the errors, see `images.load_splits`.
+      readers: of each layout the function `(folder, files) -> listings of the splits`, such as
+        `from_csv`; `files` holds size and time of change of its pickles, else it is `scan(folder)`.
+      image_size: side of the images in pixels.
+      cache_dir: as in `cache.cache_root`.
+      **places: where it is looked for, see `archives.find_layout`.
+    """
+    folder, layout = archives.find_layout(list(readers), cache_dir=cache_dir, **places)
+    if layout[0].endswith(".pkl"):
+        with readable(folder):
+            files = {file: _stamp((folder / file).stat()) for file in layout}
+        recipe = {"pickles": list(files.values())}
+    else:
+        files = scan(folder)
+        recipe = {"files": files}
+    return load_splits(
+        name,
+        recipe,
+        lambda: readers[layout](folder, files),
+        image_size=image_size,
+        cache_dir=cache_dir,
+    )
 
 
 def scan(folder: Path) -> Files:
@@ -25,31 +64,15 @@ def scan(folder: Path) -> Files:
     Raises:
       DataError: a folder that cannot be read.
     """
-    try:
-        files = {
-            name: _size_and_time(entry.stat())
-            for name, entry in _walk(folder)
-            if name.lower().endswith(_READ)
-        }
-    except OSError as error:
-        _explain(error)
-    return dict(sorted(files.items()))
+    with readable(folder):
+        found = sorted(_walk(folder), key=lambda pair: pair[0])
+        return {name: _stamp(e.stat()) for name, e in found if name.lower().endswith(_READ)}
 
 
 def other_files(folder: Path) -> list[str]:
     """Returns the files anywhere below `folder` that are no images, sorted; see `scan`."""
-    try:
+    with readable(folder):
         return sorted(name for name, _ in _walk(folder) if not name.lower().endswith(IMAGES))
-    except OSError as error:
-        _explain(error)
-
-
-def stamp(path: Path) -> tuple[int, int]:
-    """Returns size and time of change of a file; raises DataError where it cannot be read."""
-    try:
-        return _size_and_time(path.stat())
-    except OSError as error:
-        _explain(error)
 
 
 def from_csv(folder: Path, files: Files) -> list[Listing]:
@@ -70,21 +93,20 @@ def from_csv(folder: Path, files: Files) -> list[Listing]:
         in two splits.
     """
     zips = [name for name in files if name.lower().endswith(".zip") and "/" not in name]
-    members = {}
+    sources = {}
     for archive in (Archive(folder / name) for name in zips):
-        members.update(dict.fromkeys(archive.names, archive))
+        for name in archive.names:
+            sources[name] = Source(f"{archive.path}: {name}", partial(archive.read, name))
+    sources |= {name: Source(str(folder / name), (folder / name).read_bytes) for name in files}
 
     def find(split: str, filename: str, label: str) -> Source:
         for place in ("", f"{label}/", f"{split}/", f"{split}/{label}/"):
             for name in (f"images/{place}{filename}", place + filename):
-                if name in files:
-                    return Source(str(folder / name), (folder / name).read_bytes)
-                if name in members:
-                    archive = members[name]
-                    return Source(f"{archive.path}: {name}", partial(archive.read, name))
+                if name in sources:
+                    return sources[name]
         raise DataError(
             f"{folder / split}.csv names {filename} of class {label}: expected it in "
-            f"{folder / 'images'} or in a zip in {folder} (found {_listed(zips)}), as "
+            f"{folder / 'images'} or in a zip in {folder} (found {', '.join(zips) or 'none'}), as "
             f"images/{filename}, {filename}, or below a folder {label}, {split} or {split}/{label}."
             " Put the missing images there, or take their rows out of the csv file."
         )
@@ -151,13 +173,10 @@ def require_disjoint(splits: Sequence[Iterable[str]], where: str) -> None:
 
 
 def _read_csv(path: Path) -> list[list[str]]:
-    try:
+    header, rows = [], []
+    with readable(path), contextlib.suppress(ValueError, csv.Error):  # no line, or no text
         with open(path, newline="", encoding="utf-8-sig") as file:
             header, *rows = [[cell.strip() for cell in row] for row in csv.reader(file) if row]
-    except OSError as error:
-        _explain(error)
-    except (ValueError, csv.Error):  # also where there is no line, or no text
-        header, rows = [], []
     bad = next((row for row in rows if len(row) != 2 or not all(row)), None)
     if header != ["filename", "label"] or not rows or bad:
         raise DataError(
@@ -185,13 +204,5 @@ def _walk(
                 yield prefix + entry.name, entry
 
 
-def _size_and_time(status: os.stat_result) -> tuple[int, int]:
+def _stamp(status: os.stat_result) -> tuple[int, int]:
     return status.st_size, status.st_mtime_ns
-
-
-def _explain(error: OSError) -> NoReturn:
-    raise DataError(f"Cannot read {error.filename}: {error}. Check its permissions.") from error
-
-
-def _listed(names: Sequence[str]) -> str:
-    return ", ".join(names) or "none"

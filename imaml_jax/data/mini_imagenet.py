@@ -1,19 +1,16 @@
 """mini-ImageNet: 100 classes of ImageNet with 600 images each, split by class."""
 
 import os
-from collections.abc import Sequence
 from functools import partial
 from pathlib import Path
 
 import numpy as np
 
-from imaml_jax.data import archives, listings, pickles
-from imaml_jax.data.archives import DataError
+from imaml_jax.data import listings, pickles
+from imaml_jax.data.archives import ENV_DATA_DIR, explained
 from imaml_jax.data.episodes import Splits
-from imaml_jax.data.images import SPLITS, Listing, Source, load_splits
+from imaml_jax.data.images import SPLITS, Listing, Source
 
-SIDE = 84
-CSV_FILES = tuple(f"{split}.csv" for split in SPLITS)
 PICKLES = tuple(f"mini-imagenet-cache-{split}.pkl" for split in SPLITS)
 _SUBDIRS = ("miniimagenet", "mini_imagenet", "mini-imagenet", "images")
 _HELP = (
@@ -21,7 +18,7 @@ _HELP = (
     "and test.csv (https://github.com/twitter-research/meta-learning-lstm/tree/master/data/"
     "miniImagenet) beside a folder images/ or zips of the images, or take the three files "
     "mini-imagenet-cache-*.pkl; name their directory by data_dir (on the command line --data-dir) "
-    f"or ${archives.ENV_DATA_DIR}."
+    f"or ${ENV_DATA_DIR}."
 )
 
 
@@ -29,8 +26,7 @@ def load(
     data_dir: str | os.PathLike | None = None,
     *,
     cache_dir: str | os.PathLike | None = None,
-    image_size: int = SIDE,
-    progress: bool = True,
+    image_size: int = 84,
 ) -> Splits:
     """Loads mini-ImageNet in the split of Ravi and Larochelle.
 
@@ -46,7 +42,6 @@ def load(
         `IMAML_DATA_DIR`.
       cache_dir: default: the environment variable `IMAML_CACHE_DIR`, else `~/.cache/imaml_jax`.
       image_size: side of the returned images in pixels.
-      progress: whether to show a progress bar, if on a terminal.
 
     Returns:
       `Splits` with images uint8 `[N, image_size, image_size, 3]`, grouped by class; 64, 16 and 20
@@ -61,39 +56,30 @@ def load(
       Vinyals et al., Matching Networks for One Shot Learning, https://arxiv.org/abs/1606.04080
       Ravi and Larochelle, Optimization as a Model for Few-Shot Learning, ICLR 2017 (the split)
     """
-    folder, layout = archives.find_layout(
-        [CSV_FILES, PICKLES],
-        subdirs=_SUBDIRS,
-        help_text=_HELP,
-        data_dir=data_dir,
-        cache_dir=cache_dir,
-    )
-    if layout is CSV_FILES:
-        files = listings.scan(folder)
-        recipe, list_splits = {"files": files}, lambda: listings.from_csv(folder, files)
-    else:
-        paths = [folder / name for name in PICKLES]
-        recipe = {"pickles": [listings.stamp(path) for path in paths]}
-        list_splits = partial(_from_pickles, paths)
-    return load_splits(
+    return listings.load_found(
         "mini_imagenet",
-        recipe,
-        list_splits,
+        {listings.CSV_FILES: listings.from_csv, PICKLES: _from_pickles},
         image_size=image_size,
         cache_dir=cache_dir,
-        progress=progress,
+        data_dir=data_dir,
+        subdirs=_SUBDIRS,
+        help_text=_HELP,
     )
 
 
-def _from_pickles(paths: Sequence[Path]) -> list[Listing]:
-    found = [_from_pickle(path) for path in paths]
-    listings.require_disjoint(found, str(paths[0].parent))
+def _from_pickles(folder: Path, files: listings.Files) -> list[Listing]:
+    found = [_from_pickle(folder / name) for name in files]
+    listings.require_disjoint(found, str(folder))
     return found
 
 
 def _from_pickle(path: Path) -> Listing:
     content = pickles.load(path)
-    try:
+    with explained(
+        f"{path}: expected a dict of 'image_data', uint8 [N, 84, 84, 3], and 'class_dict', the "
+        "indices of each class by its name",
+        "Get the file again, or use the csv files and images.",
+    ):
         images = np.asarray(content["image_data"])
         classes = {str(k): np.asarray(v) for k, v in sorted(content["class_dict"].items())}
         if images.dtype != np.uint8 or images.ndim != 4 or images.shape[3] != 3:
@@ -103,12 +89,6 @@ def _from_pickle(path: Path) -> Listing:
                 raise ValueError(f"class {name!r} is no list of indices")
             if not 0 <= indices.min() <= indices.max() < len(images):
                 raise ValueError(f"class {name!r} has indices outside 0 to {len(images) - 1}")
-    except (AttributeError, KeyError, TypeError, ValueError) as error:
-        raise DataError(
-            f"{path}: expected a dict of 'image_data', uint8 [N, 84, 84, 3], and 'class_dict', the "
-            f"indices of each class by its name ({type(error).__name__}: {error}). Get the file "
-            "again, or use the csv files and images."
-        ) from error
     return {
         name: [Source(f"{path}: image {i}", partial(images.__getitem__, i)) for i in indices]
         for name, indices in classes.items()

@@ -3,6 +3,7 @@
 import hashlib
 import io
 import os
+import re
 from pathlib import Path
 
 import numpy as np
@@ -10,7 +11,7 @@ import numpy as np
 from imaml_jax.data import archives
 from imaml_jax.data.archives import DataError
 from imaml_jax.data.cache import cached_arrays
-from imaml_jax.data.episodes import Dataset, Splits, from_class_arrays
+from imaml_jax.data.episodes import Splits, from_class_arrays
 from imaml_jax.data.omniglot_splits import (
     BACKGROUND,
     DRAWERS,
@@ -77,53 +78,48 @@ def load(
     if not 1 <= image_size <= SIDE:
         raise ValueError(f"image_size={image_size}; allowed: 1 to {SIDE}.")
     paths = _archives(data_dir, cache_dir, download)
+    digests = []
+    for path in paths:
+        with archives.readable(path), open(path, "rb") as file:
+            digests.append(hashlib.file_digest(file, "sha256").hexdigest())
     recipe = {
-        "archives": tuple(_sha256(path) for path in paths),
+        "archives": tuple(digests),
         "image_size": image_size,
         "filter": "lanczos",
         "version": 1,
     }
-    shape = (len(class_names()), DRAWERS, image_size, image_size, 1)
-    arrays = cached_arrays(
+    images = cached_arrays(
         "omniglot",
         recipe,
         lambda: {"images": _read(paths, image_size)},
-        is_valid=lambda stored: _is_uint8(stored.get("images"), shape),
+        is_valid=lambda stored: (
+            stored["images"].dtype == np.uint8
+            and stored["images"].shape == (len(class_names()), DRAWERS, image_size, image_size, 1)
+        ),
         cache_dir=cache_dir,
+    )["images"]
+    return Splits(
+        from_class_arrays(images[train]),
+        None if val is None else from_class_arrays(images[val]),
+        from_class_arrays(images[test]),
     )
-    images = arrays["images"]
-
-    def subset(indices: np.ndarray) -> Dataset:
-        return from_class_arrays(images[indices])
-
-    return Splits(subset(train), None if val is None else subset(val), subset(test))
 
 
 def _archives(data_dir, cache_dir, download) -> list[Path]:
-    options = {"subdir": "omniglot", "data_dir": data_dir, "cache_dir": cache_dir}
+    places = {"data_dir": data_dir, "cache_dir": cache_dir}
     try:
-        return archives.find_archives(ARCHIVES, help_text=_HELP, **options)
+        folder, names = archives.find_layout(
+            [ARCHIVES], subdirs=["omniglot"], help_text=_HELP, **places
+        )
+        return [folder / name for name in names]
     except DataError:
         if not download:
             raise
-    archives.download(
+    return archives.download(
         [_URL + name for name in ARCHIVES],
-        archives.download_dir(**options),
+        archives.download_dir("omniglot", **places),
         checksums_of="omniglot",
     )
-    return archives.find_archives(ARCHIVES, help_text=_HELP, **options)
-
-
-def _is_uint8(array: np.ndarray | None, shape: tuple[int, ...]) -> bool:
-    return array is not None and array.shape == shape and array.dtype == np.uint8
-
-
-def _sha256(path: Path) -> str:
-    try:
-        with open(path, "rb") as file:
-            return hashlib.file_digest(file, "sha256").hexdigest()
-    except OSError as error:
-        raise DataError(f"Cannot read {path}: {error}. Check its permissions.") from error
 
 
 def _read(paths: list[Path], image_size: int) -> np.ndarray:
@@ -132,40 +128,41 @@ def _read(paths: list[Path], image_size: int) -> np.ndarray:
     images = np.zeros((len(positions), DRAWERS, image_size, image_size, 1), np.uint8)
     for path, alphabets in zip(paths, (BACKGROUND, EVALUATION), strict=True):
         counts = dict.fromkeys((n for n in positions if n.split("/")[0] in alphabets), 0)
-        pattern = rf"{path.stem}/([^/]+/character\d\d)/(\d{{4}}_\d\d)\.png"
-        for match, content in archives.read_members(path, pattern):
+        fresh = f"Delete {path.name} and load with download=True, or get it again from "
+        fresh += f"{_URL}{path.name}."
+        pattern = re.compile(rf"{path.stem}/([^/]+/character\d\d)/\d{{4}}_\d\d\.png")
+        archive = archives.Archive(path)
+        for match in filter(None, map(pattern.fullmatch, sorted(archive.names))):
             name = match[1]
-            if name in counts:
-                if counts[name] < DRAWERS:
-                    image = _decode(content, image_size, f"{path}: {match[0]}")
-                    images[positions[name], counts[name], ..., 0] = image
-                counts[name] += 1
-            else:
+            if name not in counts:
                 raise DataError(
-                    f"{path} holds a character {name!r} that Omniglot has not there. {_fresh(path)}"
+                    f"{path} holds a character {name!r} that Omniglot has not there. {fresh}"
                 )
-        _check_counts(path, alphabets, counts)
+            if counts[name] < DRAWERS:
+                image = _decode(archive.read(match[0]), image_size, f"{path}: {match[0]}")
+                images[positions[name], counts[name], ..., 0] = image
+            counts[name] += 1
+        wrong = [f"{name}: {count}" for name, count in counts.items() if count != DRAWERS]
+        if wrong:
+            examples = ", ".join(wrong[:3]) + (", ..." if len(wrong) > 3 else "")
+            raise DataError(
+                f"{path}: expected {len(alphabets)} alphabets, {len(counts)} characters and "
+                f"{DRAWERS} drawings of each, {DRAWERS * len(counts)} images in all; found "
+                f"{sum(counts.values())} images under {path.stem}/<alphabet>/character<NN>/, with "
+                f"another number of drawings for {len(wrong)} characters ({examples}). {fresh}"
+            )
     return images
-
-
-def _check_counts(path: Path, alphabets: dict[str, int], counts: dict[str, int]) -> None:
-    expected = DRAWERS * sum(alphabets.values())
-    wrong = [f"{name}: {count}" for name, count in counts.items() if count != DRAWERS]
-    if wrong:
-        examples = ", ".join(wrong[:3]) + (", ..." if len(wrong) > 3 else "")
-        raise DataError(
-            f"{path}: expected {len(alphabets)} alphabets, {sum(alphabets.values())} characters "
-            f"and {DRAWERS} drawings of each, {expected} images in all; found "
-            f"{sum(counts.values())} images under {path.stem}/<alphabet>/character<NN>/, with "
-            f"another number of drawings for {len(wrong)} characters ({examples}). "
-            f"{_fresh(path)}"
-        )
 
 
 def _decode(content: bytes, image_size: int, where: str) -> np.ndarray:
     from PIL import Image
 
-    try:
+    with archives.explained(
+        f"{where}: expected a PNG image of {SIDE}x{SIDE} pixels, found {len(content)} bytes that "
+        "Pillow cannot read",
+        "Get a fresh copy of the archive.",
+        (OSError, SyntaxError, ValueError),
+    ):
         with Image.open(io.BytesIO(content), formats=["PNG"]) as image:
             if image.size != (SIDE, SIDE):
                 found = "x".join(map(str, image.size))
@@ -174,16 +171,3 @@ def _decode(content: bytes, image_size: int, where: str) -> np.ndarray:
             if image_size != SIDE:
                 image = image.resize((image_size, image_size), Image.Resampling.LANCZOS)
             return np.asarray(image)
-    except (OSError, SyntaxError, ValueError) as error:
-        if isinstance(error, DataError):
-            raise
-        raise DataError(
-            f"{where}: expected a PNG image of {SIDE}x{SIDE} pixels, found {len(content)} bytes "
-            f"that Pillow cannot read ({error}). Get a fresh copy of the archive."
-        ) from error
-
-
-def _fresh(path: Path) -> str:
-    return (
-        f"Delete {path.name} and load with download=True, or get it again from {_URL}{path.name}."
-    )

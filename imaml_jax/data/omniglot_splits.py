@@ -113,10 +113,9 @@ def split_indices(split: str) -> tuple[np.ndarray, np.ndarray | None, np.ndarray
     names = class_names()
     if split in ("finn", "reptile", "mamlpp"):
         order = np.random.RandomState(_SEED).permutation(len(names))
-        if split == "reptile":
-            return np.sort(order[:1200]), None, np.sort(order[1200:])
-        train = 1100 if split == "finn" else 1150
-        return np.sort(order[:train]), np.sort(order[train:1200]), np.sort(order[1200:])
+        train = {"finn": 1100, "reptile": 1200, "mamlpp": 1150}[split]
+        val = None if split == "reptile" else np.sort(order[train:1200])
+        return np.sort(order[:train]), val, np.sort(order[1200:])
     if split == "lake":
         boundary = sum(BACKGROUND.values())
         return np.arange(boundary), None, np.arange(boundary, len(names))

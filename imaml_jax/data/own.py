@@ -2,16 +2,16 @@
 
 import os
 from collections import Counter
-from collections.abc import Collection, Mapping
+from collections.abc import Iterable, Mapping
 from pathlib import Path
 from typing import NamedTuple
 
 import numpy as np
 
 from imaml_jax.data import class_splits, listings
-from imaml_jax.data.archives import DataError
-from imaml_jax.data.cache import UNREADABLE
-from imaml_jax.data.episodes import Dataset, Splits, from_grouped
+from imaml_jax.data.archives import DataError, explained
+from imaml_jax.data.cache import UNREADABLE, read_arrays
+from imaml_jax.data.episodes import Splits, from_grouped
 from imaml_jax.data.images import SPLITS, Listing, load_splits
 
 
@@ -55,29 +55,39 @@ def open_folder(path: str | os.PathLike, *, has_splits: bool = True) -> Folder:
             f"{'a file' if folder.exists() else 'nothing there'}. Name the folder that holds the "
             "class folders."
         )
-    files = listings.scan(folder)
+    files, split = listings.scan(folder), None
     if has_splits and (folder / "train").is_dir() and (folder / "test").is_dir():
-        parts = listings.from_split_folders(folder, files)
-        split = {name: s for s, part in zip(SPLITS, parts, strict=True) for name in part}
-        passed_over = _passed_over(folder, dict(zip(SPLITS, parts, strict=True)))
-        classes = {name: part[name] for part in parts for name in part}
-        return Folder(folder, files, classes, split, passed_over)
-    classes = listings.from_class_folders(folder, files)
-    if has_splits and classes and all(name.lower() in class_splits.NAMES for name in classes):
+        parts = dict(zip(SPLITS, listings.from_split_folders(folder, files), strict=True))
+        split = {name: part for part, classes in parts.items() for name in classes}
+    else:
+        parts = {"": listings.from_class_folders(folder, files)}
+    classes = {name: sources for part in parts.values() for name, sources in part.items()}
+    has_odd_names = all(name.lower() in class_splits.NAMES for name in classes)
+    if has_splits and split is None and classes and has_odd_names:
         missing = " and ".join(f"{s}/" for s in ("train", "test") if not (folder / s).is_dir())
         raise DataError(
             f"{folder}: expected train/<class>/ and test/<class>/, or <class>/ of other names; "
             f"found {', '.join(f'{name}/' for name in classes)}, so that {missing} is missing. Add "
             "it, or name the folder that holds all class folders."
         )
-    passed_over = _passed_over(folder, {"": classes})
+    empty = sorted(
+        place.relative_to(folder).as_posix()
+        for part, found in parts.items()
+        if (folder / part).is_dir()
+        for place in (folder / part).iterdir()
+        if place.is_dir() and not place.name.startswith(".") and place.name not in found
+    )
+    said = [f"class folders without images: {class_splits.some(empty)}"] if empty else []
+    passed_over = "; ".join([*said, *no_images(folder)])
     if not classes:
+        flat = sum("/" not in name and name.lower().endswith(listings.IMAGES) for name in files)
         raise DataError(
             f"{folder}: expected images ({', '.join(listings.IMAGES)}) in one folder for each "
-            f"class, found {_found(files)}{f' ({passed_over})' if passed_over else ''}. Make "
-            f"{folder.name}/<class>/ and put the images of each class there."
+            f"class, found {f'{flat} images directly in it' if flat else 'none'}"
+            f"{f' ({passed_over})' if passed_over else ''}. Make {folder.name}/<class>/ and put "
+            "the images of each class there."
         )
-    return Folder(folder, files, classes, None, passed_over)
+    return Folder(folder, files, classes, split, passed_over)
 
 
 def load_folder(
@@ -87,7 +97,6 @@ def load_folder(
     cache_dir: str | os.PathLike | None = None,
     image_size: int = 84,
     channels: int = 3,
-    progress: bool = True,
 ) -> Splits:
     """Loads images from class folders.
 
@@ -102,7 +111,6 @@ def load_folder(
       cache_dir: default: the environment variable `IMAML_CACHE_DIR`, else `~/.cache/imaml_jax`.
       image_size: side of the returned images in pixels.
       channels: 3 for RGB, 1 for grey.
-      progress: whether to show a progress bar, if on a terminal.
 
     Returns:
       `Splits` with images uint8 `[N, image_size, image_size, channels]`, grouped by class.
@@ -115,10 +123,8 @@ def load_folder(
     folder = open_folder(path)
     split = folder.split if split is None else split
     if split is None:
-        split = {name: class_splits.split_of(name) for name in folder.classes}
-        _require_split(
-            split.values(), folder.path, "folders train/<class>/, val/<class>/, test/<class>/"
-        )
+        remedy = "folders train/<class>/, val/<class>/, test/<class>/"
+        split = _split_by_name(folder.classes, folder.path, remedy)
     class_splits.check_split(split, folder.classes, str(folder.path))
 
     def list_splits() -> list[Listing]:
@@ -131,7 +137,6 @@ def load_folder(
         image_size=image_size,
         channels=channels,
         cache_dir=cache_dir,
-        progress=progress,
     )
 
 
@@ -140,8 +145,7 @@ def load_arrays(path: str | os.PathLike) -> Splits:
 
     Either `train_images`, `train_labels`, `test_images`, `test_labels` and, if there are,
     `val_images` and `val_labels`, or `images` and `labels`, which are split by
-    `class_splits.split_of`. Images
-    are uint8 `[N, H, W, C]`, labels integers or text `[N]`.
+    `class_splits.split_of`. Images are uint8 `[N, H, W, C]`, labels integers or text `[N]`.
 
     Args:
       path: the file.
@@ -154,12 +158,14 @@ def load_arrays(path: str | os.PathLike) -> Splits:
         ValueError too.
     """
     path = Path(path).expanduser()
-    arrays = _read(path)
+    remedy = "Write it by numpy.savez, without objects."
+    with explained(f"{path}: expected an .npz file of arrays", remedy, UNREADABLE):
+        arrays = read_arrays(path)
     if "images" in arrays:
         images, labels = _pair(path, arrays, "")
-        parts = np.array([class_splits.split_of(label) for label in labels])
-        classes = dict(zip(labels.tolist(), parts.tolist(), strict=True))
-        _require_split(classes.values(), path, "arrays named train_images, train_labels, ...")
+        remedy = "arrays named train_images, train_labels, ..."
+        split_of = _split_by_name(labels.tolist(), path, remedy)
+        parts = np.array([split_of[label] for label in labels.tolist()])
         pairs = {split: (images[parts == split], labels[parts == split]) for split in SPLITS}
     else:
         given = [split for split in SPLITS if split != "val" or "val_images" in arrays]
@@ -169,53 +175,31 @@ def load_arrays(path: str | os.PathLike) -> Splits:
     shapes = {split: images.shape[1:] for split, (images, _) in pairs.items()}
     if len(set(shapes.values())) > 1:
         raise DataError(f"{path}: images of one size in all splits expected, found {shapes}.")
-    datasets = {split: _grouped(*pair) for split, pair in pairs.items() if len(pair[1])}
+    datasets = {}
+    for split, (images, labels) in pairs.items():
+        if len(labels):
+            order = np.argsort(labels, kind="stable")
+            _, sizes = np.unique(labels, return_counts=True)
+            datasets[split] = from_grouped(images[order], np.cumsum([0, *sizes]))
     return Splits(datasets["train"], datasets.get("val"), datasets["test"])
 
 
-def _require_split(splits: Collection[str], where: Path, remedy: str) -> None:
-    counts = Counter(splits)
+def _split_by_name(classes: Iterable[str], where: Path, remedy: str) -> dict[str, str]:
+    split = {name: class_splits.split_of(name) for name in classes}
+    counts = Counter(split.values())
     if not counts["train"] or not counts["test"]:
         raise DataError(
             f"{where}: expected enough classes for a split by the hash of their names; found "
-            f"{len(splits)} with images, {counts['train']} of them for train and "
+            f"{len(split)} with images, {counts['train']} of them for train and "
             f"{counts['test']} for test. Add classes, or split them yourself: give {remedy}."
         )
-
-
-def _passed_over(folder: Path, parts: Mapping[str, Listing]) -> str:
-    """What of a folder is not used, given the classes found in its subfolders."""
-    empty = sorted(
-        place.relative_to(folder).as_posix()
-        for part, classes in parts.items()
-        if (folder / part).is_dir()
-        for place in (folder / part).iterdir()
-        if place.is_dir() and not place.name.startswith(".") and place.name not in classes
-    )
-    said = [f"class folders without images: {class_splits.some(empty)}"] if empty else []
-    return "; ".join([*said, *no_images(folder)])
+    return split
 
 
 def no_images(folder: Path) -> list[str]:
     """The files below a folder that are no images, in words; nothing where there are none."""
     others = listings.other_files(folder)
     return [f"files that are no images: {class_splits.some(others)}"] if others else []
-
-
-def _found(files: listings.Files) -> str:
-    flat = sum("/" not in name and name.lower().endswith(listings.IMAGES) for name in files)
-    return f"{flat} images directly in it" if flat else "none"
-
-
-def _read(path: Path) -> dict[str, np.ndarray]:
-    try:
-        with open(path, "rb") as file, np.load(file, allow_pickle=False) as stored:
-            return {name: stored[name] for name in stored.files}
-    except (AttributeError, *UNREADABLE) as error:  # AttributeError: a single array, no .npz
-        raise DataError(
-            f"{path}: expected an .npz file of arrays ({type(error).__name__}: {error}). Write it "
-            "by numpy.savez, without objects."
-        ) from error
 
 
 def _pair(path: Path, arrays: dict[str, np.ndarray], prefix: str) -> tuple[np.ndarray, np.ndarray]:
@@ -235,9 +219,3 @@ def _pair(path: Path, arrays: dict[str, np.ndarray], prefix: str) -> tuple[np.nd
         "train_images, train_labels, test_images and test_labels; add a channel axis to grey "
         "images, scale floating-point images to 0..255."
     )
-
-
-def _grouped(images: np.ndarray, labels: np.ndarray) -> Dataset:
-    order = np.argsort(labels, kind="stable")
-    _, sizes = np.unique(labels, return_counts=True)
-    return from_grouped(images[order], np.cumsum([0, *sizes]))

@@ -7,7 +7,7 @@ from typing import Any
 
 import numpy as np
 
-from imaml_jax.data.archives import DataError
+from imaml_jax.data.archives import explained, readable
 
 _SAFE_DTYPE = r"[biuf]\d{1,2}|[SU]\d{1,6}"  # numbers and text; no objects, no records
 
@@ -27,17 +27,17 @@ def load(path: Path) -> Any:
     Raises:
       DataError: the file cannot be read, is damaged, or asks for anything else.
     """
-    try:
-        with open(path, "rb") as file:
-            return _Unpickler(file, encoding="latin1").load()
-    except OSError as error:
-        raise DataError(f"Cannot read {path}: {error}. Check its permissions.") from error
-    except Exception as error:  # bytes that are no pickle raise nearly anything
-        raise DataError(
-            f"{path}: expected a pickle of NumPy arrays, lists, dicts, text and numbers "
-            f"({type(error).__name__}: {error}). Nothing in it was run. Get a fresh copy from a "
-            "source that you trust, or use the image files instead."
-        ) from error
+    with (
+        explained(
+            f"{path}: expected a pickle of NumPy arrays, lists, dicts, text and numbers",
+            "Nothing in it was run. Get a fresh copy from a source that you trust, or use the "
+            "image files instead.",
+            Exception,  # bytes that are no pickle raise nearly anything
+        ),
+        readable(path),
+        open(path, "rb") as file,
+    ):
+        return _Unpickler(file, encoding="latin1").load()
 
 
 class _Unpickler(pickle._Unpickler):  # in Python: the one in C lets a file claim all memory

@@ -5,6 +5,7 @@ import math
 import jax
 import jax.numpy as jnp
 
+from imaml_jax.data.episodes import check_counts
 from imaml_jax.types import Array, Batch, Task
 
 
@@ -51,21 +52,16 @@ def sample_tasks(
       Finn, Abbeel, Levine, Model-Agnostic Meta-Learning, https://arxiv.org/abs/1703.03400, 5.1
       Yoon et al., Bayesian Model-Agnostic Meta-Learning, https://arxiv.org/abs/1806.03836, 5.1
     """
-    for name, value in (("num_tasks", num_tasks), ("shots", shots), ("queries", queries)):
-        if value < 1:
-            raise ValueError(f"{name}={value}; allowed: 1 or more.")
+    check_counts(num_tasks=num_tasks, shots=shots, queries=queries)
     ranges = dict(amplitude=amplitude, phase=phase, frequency=frequency, inputs=inputs)
     for name, (low, high) in ranges.items():
         if not -math.inf < low <= high < math.inf:
             raise ValueError(
                 f"{name}=({low}, {high}); allowed: finite (low, high) with low <= high."
             )
-    if not 0 <= noise < math.inf:
-        raise ValueError(f"noise={noise}; allowed: 0 or more and finite, a standard deviation.")
-    if not 0 <= relative_noise < math.inf:
-        raise ValueError(
-            f"relative_noise={relative_noise}; allowed: 0 or more and finite, a share of A."
-        )
+    for name, value in (("noise", noise), ("relative_noise", relative_noise)):
+        if not 0 <= value < math.inf:
+            raise ValueError(f"{name}={value}; allowed: 0 or more and finite.")
 
     amplitude_key, phase_key, inputs_key, noise_key = jax.random.split(key, 4)
     one_each = (num_tasks, 1, 1)

@@ -7,13 +7,11 @@ from pathlib import Path
 
 import numpy as np
 
-from imaml_jax.data import archives, listings, pickles
-from imaml_jax.data.archives import DataError
+from imaml_jax.data import listings, pickles
+from imaml_jax.data.archives import ENV_DATA_DIR, DataError, explained
 from imaml_jax.data.episodes import Splits
-from imaml_jax.data.images import SPLITS, Listing, Source, load_splits
+from imaml_jax.data.images import SPLITS, Listing, Source
 
-SIDE = 84
-CSV_FILES = tuple(f"{split}.csv" for split in SPLITS)
 PICKLES = tuple(f"{split}_{kind}.pkl" for split in SPLITS for kind in ("images_png", "labels"))
 FOLDERS = tuple(f"{split}/" for split in SPLITS)
 _SUBDIRS = ("tiered_imagenet", "tiered-imagenet", "tieredimagenet", "tiered")
@@ -21,7 +19,7 @@ _HELP = (
     "tiered-ImageNet cannot be downloaded freely: its images are ImageNet's. Get the pickles named "
     "at https://github.com/renmengye/few-shot-ssl-public, or put the images into train/<class>/, "
     "val/<class>/ and test/<class>/; name their directory by data_dir (on the command line "
-    f"--data-dir) or ${archives.ENV_DATA_DIR}."
+    f"--data-dir) or ${ENV_DATA_DIR}."
 )
 
 
@@ -29,8 +27,7 @@ def load(
     data_dir: str | os.PathLike | None = None,
     *,
     cache_dir: str | os.PathLike | None = None,
-    image_size: int = SIDE,
-    progress: bool = True,
+    image_size: int = 84,
 ) -> Splits:
     """Loads tiered-ImageNet, whose classes differ in size.
 
@@ -47,7 +44,6 @@ def load(
         `IMAML_DATA_DIR`.
       cache_dir: default: the environment variable `IMAML_CACHE_DIR`, else `~/.cache/imaml_jax`.
       image_size: side of the returned images in pixels.
-      progress: whether to show a progress bar, if on a terminal.
 
     Returns:
       `Splits` with images uint8 `[N, image_size, image_size, 3]`, grouped by class; 351, 97 and 160
@@ -61,32 +57,22 @@ def load(
       Ren et al., Meta-Learning for Semi-Supervised Few-Shot Classification, ICLR 2018,
       https://arxiv.org/abs/1803.00676
     """
-    folder, layout = archives.find_layout(
-        [CSV_FILES, PICKLES, FOLDERS],
-        subdirs=_SUBDIRS,
-        help_text=_HELP,
-        data_dir=data_dir,
-        cache_dir=cache_dir,
-    )
-    if layout is PICKLES:
-        recipe = {"pickles": [listings.stamp(folder / name) for name in PICKLES]}
-        list_splits = partial(_from_pickles, folder)
-    else:
-        files = listings.scan(folder)
-        recipe = {"files": files}
-        read = listings.from_csv if layout is CSV_FILES else listings.from_split_folders
-        list_splits = partial(read, folder, files)
-    return load_splits(
+    return listings.load_found(
         "tiered_imagenet",
-        recipe,
-        list_splits,
+        {
+            listings.CSV_FILES: listings.from_csv,
+            PICKLES: _from_pickles,
+            FOLDERS: listings.from_split_folders,
+        },
         image_size=image_size,
         cache_dir=cache_dir,
-        progress=progress,
+        data_dir=data_dir,
+        subdirs=_SUBDIRS,
+        help_text=_HELP,
     )
 
 
-def _from_pickles(folder: Path) -> Iterator[Listing]:
+def _from_pickles(folder: Path, _) -> Iterator[Listing]:
     """One split after another, since the pictures of one take gigabytes.
 
     Each split numbers its classes from 0, and names of ImageNet classes are not unique (crane,
@@ -98,15 +84,11 @@ def _from_pickles(folder: Path) -> Iterator[Listing]:
 
 def _from_pickle(images_path: Path, labels_path: Path) -> Listing:
     labels = pickles.load(labels_path)
-    try:
+    expected = "expected a dict with 'label_specific', the class number of each image"
+    with explained(f"{labels_path}: {expected}", "Get the file again."):
         labels = np.asarray(labels["label_specific"])
         if labels.dtype.kind not in "iu" or labels.ndim != 1 or not labels.size:
             raise ValueError(f"'label_specific' is {labels.dtype}{labels.shape}")
-    except (KeyError, TypeError, ValueError) as error:
-        raise DataError(
-            f"{labels_path}: expected a dict with 'label_specific', the class number of each image "
-            f"({type(error).__name__}: {error}). Get the file again."
-        ) from error
     contents = pickles.load(images_path)
     if not isinstance(contents, list | tuple) or len(contents) != len(labels):
         found = len(contents) if isinstance(contents, list | tuple) else type(contents).__name__

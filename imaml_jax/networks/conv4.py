@@ -11,10 +11,9 @@ from imaml_jax.networks.layers import (
     Initializer,
     Network,
     check_images,
-    check_size,
-    dense,
-    from_parts,
+    check_settings,
     max_pool2x2,
+    with_head,
 )
 from imaml_jax.types import Array
 
@@ -65,33 +64,22 @@ def conv4(
     Raises:
       ValueError: a setting out of its range.
     """
-    check_size("conv4", "ways", ways)
-    for name, size in (("filters", filters), ("num_blocks", num_blocks)):
-        check_size("conv4", name, size)
-    _check_choice("downsample", downsample, ("stride", "max_pool"))
-    _check_choice("readout", readout, ("flatten", "mean"))
-    _check_choice("pool_padding", pool_padding, ("valid", "same"))
-    if not epsilon > 0:
-        raise ValueError(f"conv4: epsilon={epsilon} must be positive")
-    stride = 2 if downsample == "stride" else 1
+    check_settings("conv4", ways=ways, filters=filters, num_blocks=num_blocks, epsilon=epsilon)
+    for name, value, choices in (
+        ("downsample", downsample, ("stride", "max_pool")),
+        ("readout", readout, ("flatten", "mean")),
+        ("pool_padding", pool_padding, ("valid", "same")),
+    ):
+        if value not in choices:
+            raise ValueError(f"conv4: {name}={value!r} must be one of {choices}")
     pools = downsample == "max_pool"
-    settings = filters, 3, stride, conv_bias, epsilon, convolution, kernel_init
+    settings = filters, 3, 1 if pools else 2, conv_bias, epsilon, convolution, kernel_init
 
-    class Conv4(nn.Module):
-        @nn.compact
-        def __call__(self, x, statistics_weights=None, part="all"):
-            if part != "head":
-                check_images("conv4", x, num_blocks if pools else 0)
-                for i in range(num_blocks):
-                    block = ConvNorm(*settings, name=f"block_{i}")
-                    x = activation(block(x, statistics_weights))
-                    x = max_pool2x2(x, pool_padding) if pools else x
-                x = x.mean((1, 2)) if readout == "mean" else x.reshape(x.shape[0], -1)
-            return x if part == "features" else dense(x, ways, head_init, name="head")
+    def features(x, statistics_weights):
+        check_images("conv4", x, num_blocks if pools else 0)
+        for i in range(num_blocks):
+            x = activation(ConvNorm(*settings, name=f"block_{i}")(x, statistics_weights))
+            x = max_pool2x2(x, pool_padding) if pools else x
+        return x.mean((1, 2)) if readout == "mean" else x.reshape(x.shape[0], -1)
 
-    return from_parts(Conv4())
-
-
-def _check_choice(name: str, value: str, choices: tuple[str, ...]) -> None:
-    if value not in choices:
-        raise ValueError(f"conv4: {name}={value!r} must be one of {choices}")
+    return with_head(features, ways, head_init)

@@ -151,60 +151,48 @@ def _bilinear(name, fun, *params):
     return primitive
 
 
-def _derive(primitive, transpose_first, transpose_second):
-    """Registers the derivatives of a bilinear primitive."""
-
-    def transpose(cotangent, a, b, **params):
-        if ad.is_undefined_primal(a):
-            shape = a.aval.shape
-            return _sum_to(transpose_first(cotangent, b, shape, params), shape), None
-        shape = b.aval.shape
-        return None, _sum_to(transpose_second(cotangent, a, shape, params), shape)
-
-    def push_first(tangent, a, b, **params):
-        return primitive.bind(tangent, b, **params)
-
-    def push_second(tangent, a, b, **params):
-        return primitive.bind(a, tangent, **params)
-
-    ad.defjvp(primitive, push_first, push_second)
-    ad.primitive_transposes[primitive] = transpose
-
-
-def _sum_to(x, shape):
+def _sum_to(shape, x):
     """Sums over the leading axes along which an operand of that shape was shared."""
     x = x.sum(tuple(range(x.ndim - len(shape))))
     shared = tuple(i for i, (a, b) in enumerate(zip(x.shape, shape, strict=True)) if a != b)
     return x.sum(shared, keepdims=True)
 
 
-_SHARED = ("stride", "precision")
-_convolve_p = _bilinear("convolve", _convolve, *_SHARED)
-_kernel_grad_p = _bilinear("convolve_kernel_grad", _kernel_grad, *_SHARED, "size")
-_input_grad_p = _bilinear("convolve_input_grad", _input_grad, *_SHARED, "image_shape")
+_convolve_p = _bilinear("convolve", _convolve, "stride", "precision")
+_kernel_grad_p = _bilinear("convolve_kernel_grad", _kernel_grad, "stride", "precision", "size")
+_input_grad_p = _bilinear("convolve_input_grad", _input_grad, "stride", "precision", "image_shape")
 
 
-def _shared(params):
-    return {name: params[name] for name in _SHARED}
+def _to_input(dy, kernel, operand, *, stride, precision, **_):
+    shape = operand.aval.shape
+    params = {"stride": stride, "precision": precision, "image_shape": shape[-3:-1]}
+    return _sum_to(shape, _input_grad_p.bind(dy, kernel, **params))
 
 
-def _to_input(dy, kernel, shape, params):
-    return _input_grad_p.bind(dy, kernel, **_shared(params), image_shape=shape[-3:-1])
+def _to_kernel(x, dy, operand, *, stride, precision, **_):
+    shape = operand.aval.shape
+    params = {"stride": stride, "precision": precision, "size": shape[-4]}
+    return _sum_to(shape, _kernel_grad_p.bind(x, dy, **params))
 
 
-def _to_kernel(x, dy, shape, params):
-    return _kernel_grad_p.bind(x, dy, **_shared(params), size=shape[-4])
+def _to_output(x, kernel, operand, *, stride, precision, **_):
+    y = _convolve_p.bind(x, kernel, stride=stride, precision=precision)
+    return _sum_to(operand.aval.shape, y)
 
 
-def _to_output(x, kernel, shape, params):
-    del shape
-    return _convolve_p.bind(x, kernel, **_shared(params))
-
-
-def _swapped(fun):
-    return lambda first, second, *rest: fun(second, first, *rest)
-
-
-_derive(_convolve_p, _to_input, _swapped(_to_kernel))
-_derive(_input_grad_p, _to_output, _to_kernel)
-_derive(_kernel_grad_p, _swapped(_to_input), _swapped(_to_output))
+# The transposes in either operand, from the cotangent and the operands.
+ad.defbilinear(
+    _convolve_p,
+    lambda dy, x, kernel, **params: _to_input(dy, kernel, x, **params),
+    lambda dy, x, kernel, **params: _to_kernel(x, dy, kernel, **params),
+)
+ad.defbilinear(
+    _input_grad_p,
+    lambda dx, dy, kernel, **params: _to_output(dx, kernel, dy, **params),
+    lambda dx, dy, kernel, **params: _to_kernel(dx, dy, kernel, **params),
+)
+ad.defbilinear(
+    _kernel_grad_p,
+    lambda dk, x, dy, **params: _to_input(dy, dk, x, **params),
+    lambda dk, x, dy, **params: _to_output(x, dk, dy, **params),
+)

@@ -1,6 +1,6 @@
 """What the networks share: the record, layers with the statistics of the batch at hand, checks."""
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from numbers import Integral
 from typing import Any, Literal, NamedTuple
 
@@ -122,21 +122,32 @@ def dense(x: Array, width: int, kernel_init: Initializer, name: str | None = Non
     )(x)
 
 
-def from_parts(module: nn.Module, takes_weights: bool = True) -> Network:
-    """Of a module whose call takes `part`: "all", "features" or "head"."""
+def with_head(
+    features: Callable[[Array, Array | None], Array],
+    width: int,
+    head_init: Initializer,
+    *,
+    takes_weights: bool = True,
+) -> Network:
+    """Of features `(inputs, statistics_weights) -> [n, d]`, made of flax modules, a linear head."""
+
+    class WithHead(nn.Module):
+        @nn.compact
+        def __call__(self, x, statistics_weights=None, part="all"):
+            if part != "head":
+                x = features(x, statistics_weights)
+            return x if part == "features" else dense(x, width, head_init, name="head")
+
+    module = WithHead()
 
     def apply_part(part: str) -> Callable[..., Any]:
-        def apply(params: Params, inputs: Array) -> Any:
-            return module.apply({"params": params}, inputs, part=part)
-
-        def apply_weighted(
-            params: Params, inputs: Array, statistics_weights: Array | None = None
-        ) -> Any:
+        def apply(params, inputs, statistics_weights=None):
             return module.apply({"params": params}, inputs, statistics_weights, part=part)
 
-        return apply_weighted if takes_weights and part != "head" else apply
+        weighted = takes_weights and part != "head"
+        return apply if weighted else lambda params, inputs: apply(params, inputs)
 
-    def init(key: Array, inputs: Array) -> Params:
+    def init(key, inputs):
         return module.init(key, inputs)["params"]
 
     return Network(init, *map(apply_part, ("all", "features", "head")))
@@ -161,7 +172,14 @@ def check_images(name: str, x: Array, num_poolings: int) -> None:
         )
 
 
-def check_size(network: str, name: str, size: int) -> None:
-    """Raises ValueError for a size that is not an integer of at least 1."""
-    if not isinstance(size, Integral) or isinstance(size, bool) or size < 1:
-        raise ValueError(f"{network}: {name}={size!r} must be an integer >= 1")
+def check_settings(network: str, *, epsilon: float = 1.0, **sizes: Any) -> None:
+    """Raises ValueError for a size, or one in a sequence of sizes, that is no integer above 0."""
+    for name, value in sizes.items():
+        each = value if isinstance(value, Sequence) else [value]
+        if not each:
+            raise ValueError(f"{network}: {name}=[] must hold the size of at least one layer")
+        for size in each:
+            if not isinstance(size, Integral) or isinstance(size, bool) or size < 1:
+                raise ValueError(f"{network}: {name}={size!r} must be an integer >= 1")
+    if not epsilon > 0:
+        raise ValueError(f"{network}: epsilon={epsilon} must be positive")

@@ -8,9 +8,9 @@ from imaml_jax.networks.layers import (
     Initializer,
     Network,
     check_inputs,
-    check_size,
+    check_settings,
     dense,
-    from_parts,
+    with_head,
 )
 from imaml_jax.types import Array
 
@@ -36,18 +36,13 @@ def mlp(
     Raises:
       ValueError: no layer, or a width below 1.
     """
-    if not features:
-        raise ValueError("mlp: features=[] must hold at least the outputs' width")
-    for width in features:
-        check_size("mlp", "features", width)
+    check_settings("mlp", features=features)
+    *hidden, outputs = features
 
-    class MLP(nn.Module):
-        @nn.compact
-        def __call__(self, x, part="all"):
-            if part != "head":
-                check_inputs("mlp", x, 2, "[n, d]")
-                for width in features[:-1]:
-                    x = activation(dense(x, width, kernel_init))
-            return x if part == "features" else dense(x, features[-1], kernel_init, name="head")
+    def last_hidden(x, _):
+        check_inputs("mlp", x, 2, "[n, d]")
+        for width in hidden:
+            x = activation(dense(x, width, kernel_init))
+        return x
 
-    return from_parts(MLP(), takes_weights=False)
+    return with_head(last_hidden, outputs, kernel_init, takes_weights=False)

@@ -7,13 +7,11 @@ import flax.linen as nn
 from imaml_jax.networks.convolution import convolve
 from imaml_jax.networks.layers import (
     ConvNorm,
-    Initializer,
     Network,
     check_images,
-    check_size,
-    dense,
-    from_parts,
+    check_settings,
     max_pool2x2,
+    with_head,
 )
 from imaml_jax.types import Array
 
@@ -26,23 +24,20 @@ def resnet12(
     widths: Sequence[int] = (64, 160, 320, 640),
     epsilon: float = 1e-5,
     convolution: Callable[[Array, Array, int], Array] = convolve,
-    kernel_init: Initializer = _HE_NORMAL,
-    head_init: Initializer = nn.initializers.zeros,
 ) -> Network:
     """The residual network of few-shot classification, with the mean over positions as features.
 
     Each block is three 3x3 convolutions with batch norm, a shortcut by a 1x1 convolution with batch
     norm, leaky ReLU of slope 0.1 after the first two and after the sum, and 2x2 max-pooling. Batch
     norm has the statistics of the batch at hand; no dropout. Parameters are named
-    `block_0/conv_0/kernel`, ..., `block_0/shortcut/kernel`, ..., `head/kernel`, `head/bias`.
+    `block_0/conv_0/kernel`, ..., `block_0/shortcut/kernel`, ..., `head/kernel`, `head/bias`; the
+    convolutions start as by He et al., the head at zero.
 
     Args:
       ways: classes, the width of the head.
       widths: channels of each block.
       epsilon: added to the variance.
       convolution: `(x, kernel, stride) -> y`, see `imaml_jax.networks.convolution`.
-      kernel_init: of the convolutions.
-      head_init: of the head's kernel.
 
     Returns:
       A `Network`; inputs `[n, height, width, channels]`, outputs `[n, ways]`.
@@ -54,13 +49,7 @@ def resnet12(
       Oreshkin, Rodriguez, Lacoste, "TADAM", NeurIPS 2018; the widths are those of Lee et al.,
       "Meta-Learning with Differentiable Convex Optimization", CVPR 2019, without DropBlock.
     """
-    check_size("resnet12", "ways", ways)
-    if not widths:
-        raise ValueError("resnet12: widths=[] must hold the channels of at least one block")
-    for width in widths:
-        check_size("resnet12", "widths", width)
-    if not epsilon > 0:
-        raise ValueError(f"resnet12: epsilon={epsilon} must be positive")
+    check_settings("resnet12", ways=ways, widths=widths, epsilon=epsilon)
 
     class Block(nn.Module):
         width: int
@@ -68,7 +57,7 @@ def resnet12(
         @nn.compact
         def __call__(self, x, statistics_weights):
             def conv_norm(x, size, name):
-                settings = self.width, size, 1, False, epsilon, convolution, kernel_init
+                settings = self.width, size, 1, False, epsilon, convolution, _HE_NORMAL
                 return ConvNorm(*settings, name=name)(x, statistics_weights)
 
             shortcut = conv_norm(x, 1, "shortcut")
@@ -76,14 +65,10 @@ def resnet12(
                 x = nn.leaky_relu(conv_norm(x, 3, f"conv_{i}"), 0.1)
             return max_pool2x2(nn.leaky_relu(conv_norm(x, 3, "conv_2") + shortcut, 0.1))
 
-    class ResNet12(nn.Module):
-        @nn.compact
-        def __call__(self, x, statistics_weights=None, part="all"):
-            if part != "head":
-                check_images("resnet12", x, len(widths))
-                for i, width in enumerate(widths):
-                    x = Block(width, name=f"block_{i}")(x, statistics_weights)
-                x = x.mean((1, 2))
-            return x if part == "features" else dense(x, ways, head_init, name="head")
+    def features(x, statistics_weights):
+        check_images("resnet12", x, len(widths))
+        for i, width in enumerate(widths):
+            x = Block(width, name=f"block_{i}")(x, statistics_weights)
+        return x.mean((1, 2))
 
-    return from_parts(ResNet12())
+    return with_head(features, ways, nn.initializers.zeros)

@@ -6,13 +6,13 @@ Returns are not comparable between the two: their physics differ.
 import math
 import threading
 from functools import partial
-from typing import Any, Literal, get_args
+from typing import Any, Literal
 
 import jax
 import jax.numpy as jnp
 import numpy as np
 
-from imaml_jax.learners.base import check_steps
+from imaml_jax.learners.settings import Count, check_value
 from imaml_jax.types import Array, Environment, Task
 
 Goal = Literal["velocity", "direction"]
@@ -28,7 +28,7 @@ def reward(goal: Goal, velocity: Array, action: Array, target: Array) -> Array:
       action: `[d]`, each entry clipped to [-1, 1].
       target: a scalar; for "direction" 1 or -1.
     """
-    _check("reward", goal)
+    check_value("goal", goal, Goal, "reward: ")
     gain = -jnp.abs(velocity - target) if goal == "velocity" else velocity * target
     return gain - _CONTROL_COST * jnp.sum(jnp.square(action))
 
@@ -48,7 +48,7 @@ def sample_tasks(key: Array, goal: Goal, *, num_tasks: int, max_velocity: float 
     Raises:
       ValueError: a value is out of range.
     """
-    _check("sample_tasks", goal)
+    check_value("goal", goal, Goal, "sample_tasks: ")
     if num_tasks < 1 or not 0 < max_velocity < math.inf:
         raise ValueError(
             f"num_tasks={num_tasks} must be at least 1 and max_velocity={max_velocity} above 0 and "
@@ -60,29 +60,30 @@ def sample_tasks(key: Array, goal: Goal, *, num_tasks: int, max_velocity: float 
     return Task(support=targets, query=targets)
 
 
-def brax_half_cheetah(goal: Goal, *, horizon: int = 200, backend: str = "spring") -> Environment:
+def brax_half_cheetah(goal: Goal, *, horizon: int = 200) -> Environment:
     """Brax's half-cheetah, on the device; needs `pip install imaml_jax[brax]`.
+
+    Of its physics the one called "spring", which is the fastest to compile.
 
     Args:
       goal: "velocity" or "direction".
       horizon: steps of a trajectory.
-      backend: Brax's physics, "spring" being the fastest to compile.
 
     Returns:
       The `Environment`; a task is a target of `sample_tasks`.
 
     Raises:
-      ModuleNotFoundError: Brax is not installed.
+      ModuleNotFoundError: the simulator is not installed.
       ValueError: an unknown goal, or a horizon that is no integer of at least 1.
 
     References:
       Finn, Abbeel, Levine, "Model-Agnostic Meta-Learning", ICML 2017, section 5.3.
     """
-    _check("brax_half_cheetah", goal)
-    check_steps("brax_half_cheetah", horizon=horizon)
+    check_value("goal", goal, Goal, "brax_half_cheetah: ")
+    check_value("horizon", horizon, Count, "brax_half_cheetah: ")
     from brax import envs  # pyright: ignore[reportMissingImports]
 
-    physics = envs.get_environment("halfcheetah", backend=backend)
+    physics = envs.get_environment("halfcheetah", backend="spring")
 
     def reset(key, target):
         del target
@@ -103,24 +104,11 @@ def mujoco_half_cheetah(goal: Goal, *, horizon: int = 200) -> Environment:
 
     The state is MuJoCo's positions and velocities, and a step a callback, one for all trajectories
     that are side by side, so that it serves wherever an `Environment` does. The solver starts cold
-    at each step, which makes it a function of the state.
-
-    Args:
-      goal: "velocity" or "direction".
-      horizon: steps of a trajectory.
-
-    Returns:
-      The `Environment`; a task is a target of `sample_tasks`.
-
-    Raises:
-      ModuleNotFoundError: Gymnasium or MuJoCo is not installed.
-      ValueError: an unknown goal, or a horizon that is no integer of at least 1.
-
-    References:
-      Finn, Abbeel, Levine, "Model-Agnostic Meta-Learning", ICML 2017, section 5.3.
+    at each step, which makes it a function of the state. Arguments, result, errors and reference
+    are those of `brax_half_cheetah`.
     """
-    _check("mujoco_half_cheetah", goal)
-    check_steps("mujoco_half_cheetah", horizon=horizon)
+    check_value("goal", goal, Goal, "mujoco_half_cheetah: ")
+    check_value("horizon", horizon, Count, "mujoco_half_cheetah: ")
     import gymnasium  # pyright: ignore[reportMissingImports]
 
     physics: Any = gymnasium.make("HalfCheetah-v5").unwrapped
@@ -133,16 +121,14 @@ def mujoco_half_cheetah(goal: Goal, *, horizon: int = 200) -> Environment:
         physics.do_simulation(action, physics.frame_skip)
         return np.concatenate([physics.data.qpos, physics.data.qvel])
 
+    simulate_all = np.vectorize(simulate_one, otypes=[np.float64], signature="(n),(m)->(n)")
+
     def simulate(states, actions):
-        shape, kind = np.shape(states), np.asarray(states).dtype
-        rows = zip(
-            np.asarray(states, np.float64).reshape(-1, shape[-1]),
-            np.asarray(actions, np.float64).reshape(-1, np.shape(actions)[-1]),
-            strict=True,
-        )
         with alone:
-            following = np.stack([simulate_one(*row) for row in rows])
-        return following.astype(kind).reshape(shape)
+            following = simulate_all(
+                np.asarray(states, np.float64), np.asarray(actions, np.float64)
+            )
+        return following.astype(np.asarray(states).dtype)
 
     def see(state):
         return state[1:]  # where it is plays no part
@@ -170,8 +156,3 @@ def mujoco_half_cheetah(goal: Goal, *, horizon: int = 200) -> Environment:
         return following, see(following), gain, jnp.array(False)
 
     return Environment(reset, step, horizon)
-
-
-def _check(name: str, goal: str) -> None:
-    if goal not in get_args(Goal):
-        raise ValueError(f"{name}: goal={goal!r} must be one of {get_args(Goal)}")

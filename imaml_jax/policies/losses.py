@@ -3,7 +3,7 @@
 All are means over the steps taken, and take the advantages as given.
 """
 
-from typing import Literal
+from typing import Any, Literal
 
 import jax
 import jax.numpy as jnp
@@ -24,10 +24,7 @@ def distributions(policy: Policy, params: Params, trajectories: Trajectories):
 
 def log_probs(policy: Policy, params: Params, trajectories: Trajectories) -> Array:
     """Those of the actions taken, `[T, n]`."""
-    actions, mask = trajectories.actions, trajectories.mask
-    flat_actions = actions.reshape(-1, *actions.shape[2:])
-    found = policy.log_prob(distributions(policy, params, trajectories), flat_actions)
-    return jnp.where(mask > 0, found.reshape(mask.shape), 0)
+    return _log_probs(policy, distributions(policy, params, trajectories), trajectories)
 
 
 def surrogate_loss(
@@ -49,8 +46,16 @@ def surrogate_loss(
     Returns:
       A scalar.
     """
+    outputs = distributions(policy, params, experience.trajectories)
+    return outputs_loss(policy, estimator, outputs, experience)
+
+
+def outputs_loss(
+    policy: Policy, estimator: Estimator, outputs: Any, experience: Experience
+) -> Array:
+    """`surrogate_loss` of the policy's distributions, as `distributions` gives them."""
     trajectories, advantages, _ = experience
-    found = log_probs(policy, params, trajectories)
+    found = _log_probs(policy, outputs, trajectories)
     if estimator in ("naive", "emaml"):
         gains = found
     else:
@@ -80,3 +85,9 @@ def weighted_regression(
     logits = jnp.where(trajectories.mask > 0, advantages / temperature, -jnp.inf)
     weights = jax.nn.softmax(logits.reshape(-1)).reshape(logits.shape)
     return -jnp.sum(weights * log_probs(policy, params, trajectories))
+
+
+def _log_probs(policy: Policy, outputs: Any, trajectories: Trajectories) -> Array:
+    actions, mask = trajectories.actions, trajectories.mask
+    found = policy.log_prob(outputs, actions.reshape(-1, *actions.shape[2:]))
+    return jnp.where(mask > 0, found.reshape(mask.shape), 0)

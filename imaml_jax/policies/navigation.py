@@ -1,11 +1,9 @@
 """2D navigation: a point that learns where its goal is from its rewards alone."""
 
-import math
-
 import jax
 import jax.numpy as jnp
 
-from imaml_jax.learners.base import check_steps
+from imaml_jax.learners.settings import Count, Positive, check_value
 from imaml_jax.types import Array, Environment, Task
 
 _STRIDE, _REACHED = 0.1, 0.01
@@ -31,7 +29,7 @@ def navigation(*, horizon: int = 100) -> Environment:
       Finn, Abbeel, Levine, "Model-Agnostic Meta-Learning", ICML 2017, section 5.3, and its code,
       whose wrapper of the environment scales the actions by the 0.1.
     """
-    check_steps("navigation", horizon=horizon)
+    check_value("horizon", horizon, Count, "navigation: ")
 
     def reset(key, goal):
         del key
@@ -61,9 +59,7 @@ def sample_tasks(key: Array, *, num_tasks: int, half_width: float = 0.5) -> Task
     Raises:
       ValueError: a value is out of range; raised at trace time.
     """
-    if num_tasks < 1:
-        raise ValueError(f"num_tasks={num_tasks}; allowed: 1 or more.")
-    if not 0 < half_width < math.inf:
-        raise ValueError(f"half_width={half_width}; allowed: above 0 and finite.")
+    check_value("num_tasks", num_tasks, Count)
+    check_value("half_width", half_width, Positive)
     goals = jax.random.uniform(key, (num_tasks, 2), minval=-half_width, maxval=half_width)
     return Task(support=goals, query=goals)

@@ -2,10 +2,9 @@
 
 from collections.abc import Callable
 from functools import partial
-from typing import Literal, NamedTuple, get_args
+from typing import Literal, NamedTuple
 
 import jax
-import numpy as np
 import optax
 from jax import lax
 
@@ -13,7 +12,8 @@ from imaml_jax.bilevel.curvature import hessian
 from imaml_jax.bilevel.implicit import custom_argmin, root_vjp
 from imaml_jax.bilevel.inner import MinimizeInfo, minimize, proximal_objective
 from imaml_jax.bilevel.linear_solve import SolveInfo, solve_cg_steihaug
-from imaml_jax.learners.base import MetaInfo, check_steps, inner_report
+from imaml_jax.learners.base import MetaInfo, inner_report
+from imaml_jax.learners.settings import Count, Positive, check_value
 from imaml_jax.policies.losses import Estimator, surrogate_loss, weighted_regression
 from imaml_jax.policies.policy import Policy
 from imaml_jax.policies.returns import Experience, estimate_advantages
@@ -129,19 +129,21 @@ def policy_problem(
       2018 (E-MAML).
       Peng et al., "Advantage-Weighted Regression", 2019.
     """
-    check_steps(
-        "policy_problem",
-        num_steps=num_steps,
-        eval_num_steps=eval_num_steps,
-        num_trajectories=num_trajectories,
-        eval_num_trajectories=eval_num_trajectories,
-    )
-    for name, value, allowed in (
-        ("algorithm", algorithm, get_args(Algorithm)),
-        ("estimator", estimator, get_args(Estimator)),
+    if eval_num_steps is None:
+        eval_num_steps = num_steps
+    if eval_num_trajectories is None:
+        eval_num_trajectories = num_trajectories
+    for name, value, hint in (
+        ("algorithm", algorithm, Algorithm),
+        ("estimator", estimator, Estimator),
+        ("num_steps", num_steps, Count),
+        ("eval_num_steps", eval_num_steps, Count),
+        ("num_trajectories", num_trajectories, Count),
+        ("eval_num_trajectories", eval_num_trajectories, Count),
+        ("reg_strength", reg_strength, Positive),
+        ("temperature", temperature, Positive),
     ):
-        if value not in allowed:
-            raise ValueError(f"policy_problem: {name}={value!r} must be one of {allowed}")
+        check_value(name, value, hint, "policy_problem: ")
     if algorithm != "maml" and estimator != "naive":
         raise ValueError(
             f"policy_problem: estimator={estimator!r} differs from 'naive' in the derivative of an "
@@ -149,9 +151,6 @@ def policy_problem(
         )
     if estimator == "emaml" and num_steps != 1:
         raise ValueError(f"policy_problem: num_steps={num_steps} must be 1 with estimator='emaml'")
-    for name, value in (("reg_strength", reg_strength), ("temperature", temperature)):
-        if not 0 < value < np.inf:
-            raise ValueError(f"policy_problem: {name}={value} must be positive and finite")
     is_default = reg_strength == temperature == 1.0 and solve is _TEN_CG_STEPS
     if algorithm != "imaml" and not is_default:
         raise ValueError(
@@ -186,11 +185,9 @@ def policy_problem(
         moved = optax.tree.sub(repeat_steps(params, supports), params)
         return optax.tree.add(params, lax.stop_gradient(moved))
 
-    def regression(params, supports):
-        return weighted_regression(policy, temperature, params, last_step(supports))
-
     def proximal(params, anchor, supports):
-        return proximal_objective(regression)(params, anchor, reg_strength, supports)
+        regression = partial(weighted_regression, policy, temperature)
+        return proximal_objective(regression)(params, anchor, reg_strength, last_step(supports))
 
     def find_proximal(steps, init, anchor, supports):
         return minimize(proximal, init, anchor, supports, tx=inner, num_steps=steps)
@@ -209,8 +206,7 @@ def policy_problem(
     repeat = {"fomaml": repeat_first_order, "imaml": repeat_proximal}.get(algorithm, repeat_steps)
 
     def adapt(params, env_params, key):
-        count = eval_num_trajectories or num_trajectories
-        return run(params, env_params, key, eval_num_steps or num_steps, count)
+        return run(params, env_params, key, eval_num_steps, eval_num_trajectories)
 
     def collect(params, task, key):
         support_key, query_key = jax.random.split(key)

@@ -7,6 +7,7 @@ import jax
 import jax.numpy as jnp
 from jax import lax
 
+from imaml_jax.learners.settings import Share, check_value
 from imaml_jax.policies.trajectories import Trajectories, masked_mean
 from imaml_jax.types import Array
 
@@ -131,9 +132,8 @@ def estimate_advantages(
     Raises:
       ValueError: a discount or lambda outside [0, 1].
     """
-    for name, value in (("discount", discount), ("gae_lambda", gae_lambda)):
-        if not 0 <= value <= 1:
-            raise ValueError(f"estimate_advantages: {name}={value} must lie in [0, 1]")
+    check_value("discount", discount, Share, "estimate_advantages: ")
+    check_value("gae_lambda", gae_lambda, Share, "estimate_advantages: ")
     rewards, mask = trajectories.rewards, trajectories.mask
     values = jnp.zeros_like(rewards)
     if linear_baseline:

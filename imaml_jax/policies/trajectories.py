@@ -6,6 +6,7 @@ import jax
 import jax.numpy as jnp
 from jax import lax
 
+from imaml_jax.learners.settings import Count, check_value
 from imaml_jax.policies.policy import Policy
 from imaml_jax.types import Array, Environment, Params, PyTree
 
@@ -52,8 +53,7 @@ def rollout(
     Raises:
       ValueError: fewer than one trajectory.
     """
-    if num_trajectories < 1:
-        raise ValueError(f"rollout: num_trajectories={num_trajectories} must be at least 1")
+    check_value("num_trajectories", num_trajectories, Count, "rollout: ")
     params = lax.stop_gradient(params)
     reset_key, action_key = jax.random.split(key)
     reset_keys = jax.random.split(reset_key, num_trajectories)

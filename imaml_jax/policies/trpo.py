@@ -1,8 +1,9 @@
 """Trust-region policy optimisation as the outer optimiser of policies that adapt."""
 
-import math
 from collections.abc import Callable
-from typing import Any, NamedTuple
+from dataclasses import astuple, dataclass
+from functools import partial
+from typing import Annotated, Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
@@ -11,13 +12,29 @@ from jax import lax
 
 from imaml_jax.bilevel.curvature import damped, gauss_newton
 from imaml_jax.bilevel.linear_solve import solve_cg_steihaug
-from imaml_jax.learners.base import check_steps
-from imaml_jax.policies.losses import distributions
+from imaml_jax.learners.settings import Count, NotNegative, Positive, Range, Record
+from imaml_jax.policies.losses import distributions, outputs_loss
 from imaml_jax.policies.problem import PolicyProblem, last_step
 from imaml_jax.policies.trajectories import masked_mean, mean_return
 from imaml_jax.training import mapping, metrics
 from imaml_jax.training.step import TrainState, TrainStep, Update, latched
 from imaml_jax.types import Array, Params, PyTree
+
+
+@dataclass(frozen=True)
+class TrpoSettings(Record):
+    """The settings of `trpo_step`; ValueError for one out of its range."""
+
+    max_kl: Positive = 0.01
+    """Bound on the divergence."""
+    damping: NotNegative = 1e-5
+    """Of the linear system."""
+    cg_steps: Count = 10
+    """Most CG steps."""
+    shrink: Annotated[float, Range(above=0, below=1)] = 0.8
+    """Factor between two tries of the line search."""
+    max_tries: Count = 15
+    """Its tries."""
 
 
 class TrpoInfo(NamedTuple):
@@ -45,12 +62,7 @@ def trpo_step(
     loss_fn: Callable[[PyTree], Array],
     divergence_fn: Callable[[PyTree, PyTree], Array],
     params: Params,
-    *,
-    max_kl: float = 0.01,
-    damping: float = 1e-5,
-    cg_steps: int = 10,
-    shrink: float = 0.8,
-    max_tries: int = 15,
+    **settings: Any,
 ) -> tuple[Params, TrpoInfo]:
     """One natural-gradient step with a bound on the divergence, and a line search.
 
@@ -65,11 +77,7 @@ def trpo_step(
       loss_fn: `outputs -> scalar`, to be lowered.
       divergence_fn: `(old outputs, outputs) -> scalar`, at its minimum 0 where they are equal.
       params: where to start.
-      max_kl: bound on the divergence, positive.
-      damping: of the linear system, at least 0.
-      cg_steps: most CG steps, at least 1.
-      shrink: factor between two tries, in (0, 1).
-      max_tries: tries of the line search, at least 1.
+      **settings: `TrpoSettings` by name.
 
     Returns:
       `(params, TrpoInfo)`.
@@ -80,7 +88,7 @@ def trpo_step(
     References:
       Schulman et al., "Trust Region Policy Optimization", ICML 2015, appendix C.
     """
-    _check_settings(max_kl, damping, cg_steps, shrink, max_tries)
+    max_kl, damping, cg_steps, shrink, max_tries = astuple(TrpoSettings(**settings))
     old, pullback = jax.vjp(apply_fn, params)
     old_loss, output_grads = jax.value_and_grad(loss_fn)(old)
     (grads,) = pullback(output_grads)
@@ -139,7 +147,7 @@ def make_trpo_train_step(
       sample: `key -> Task` with a leading task axis.
       map_tasks: how tasks are mapped, see `mapping.map_over_tasks`.
       devices: devices over which they are sharded.
-      **settings: of `trpo_step`.
+      **settings: `TrpoSettings` by name.
 
     Returns:
       What `training.train` takes as `train_step`.
@@ -147,7 +155,7 @@ def make_trpo_train_step(
     Raises:
       ValueError: an algorithm or estimator that it cannot serve, or a setting out of its range.
     """
-    _check_settings(**{**(trpo_step.__kwdefaults__ or {}), **settings})
+    TrpoSettings(**settings)
     if problem.algorithm == "reptile" or problem.estimator == "emaml":
         raise ValueError(
             f"make_trpo_train_step: algorithm={problem.algorithm!r} with "
@@ -159,25 +167,17 @@ def make_trpo_train_step(
     def outputs_of(params, support, query):
         return distributions(policy, problem.repeat(params, support), query.trajectories)
 
-    def log_ratios(outputs, trajectories):
-        actions = trajectories.actions.reshape(-1, *trajectories.actions.shape[2:])
-        found = policy.log_prob(outputs, actions).reshape(trajectories.mask.shape)
-        return jnp.where(trajectories.mask > 0, found - trajectories.log_probs, 0)
-
-    map_over = lambda fn: mapping.map_over_tasks(fn, map_tasks, devices)  # noqa: E731
-    collect, map_outputs = map_over(problem.collect), map_over(outputs_of)
+    collect, map_outputs = (
+        mapping.map_over_tasks(fn, map_tasks, devices) for fn in (problem.collect, outputs_of)
+    )
 
     def update(state: TrainState, root_key: Array) -> Update:
         tasks, keys = mapping.draw_tasks(sample, root_key, state.step)
         adaptations, queries = collect(state.meta_params, tasks, keys)
         masks = queries.trajectories.mask
 
-        def task_loss(outputs, query):
-            gains = jnp.exp(log_ratios(outputs, query.trajectories)) * query.advantages
-            return -masked_mean(gains, query.trajectories.mask)
-
         def loss(outputs):
-            return jax.vmap(task_loss)(outputs, queries).mean()
+            return jax.vmap(partial(outputs_loss, policy, "lvc"))(outputs, queries).mean()
 
         def divergence(old, outputs):
             kl = jax.vmap(policy.kl)(old, outputs).reshape(masks.shape)
@@ -200,14 +200,3 @@ def make_trpo_train_step(
         return Update(meta_params, state.opt_state, info.grads, scalars)
 
     return latched(update)
-
-
-def _check_settings(
-    max_kl: float, damping: float, cg_steps: int, shrink: float, max_tries: int
-) -> None:
-    if not 0 < max_kl < math.inf or not 0 <= damping < math.inf or not 0 < shrink < 1:
-        raise ValueError(
-            f"trpo_step: max_kl={max_kl} must be positive and finite, damping={damping} at least 0 "
-            f"and finite, and shrink={shrink} in (0, 1)"
-        )
-    check_steps("trpo_step", cg_steps=cg_steps, max_tries=max_tries)

@@ -38,13 +38,6 @@ CLASSES = {
 }
 
 
-@pytest.fixture(autouse=True)
-def own_folders(monkeypatch, tmp_path):
-    """No test sees the user's data or cache unless it asks for them."""
-    monkeypatch.delenv("IMAML_DATA_DIR", raising=False)
-    monkeypatch.setenv("IMAML_CACHE_DIR", str(tmp_path / "cache"))
-
-
 def pixels(value, side=SIDE):
     return np.full((side, side, 3), (value, 100, 0), np.uint8)
 
