@@ -221,7 +221,10 @@ def test_the_preconditioner_is_the_inverse_for_heads_far_apart(task, loss_fn, pr
     shape = (M, 2, 2 if labels else 1)
     params = params | {"head": jax.random.normal(jax.random.key(3), shape)}
     _, info = jit(learner.meta_grad)(params, task, KEY, 0)
-    assert (info.solve_residual < 1e-12) == precondition
+    if precondition:
+        assert info.solve_residual < 1e-11  # rounding, which processors differ in
+    else:
+        assert info.solve_residual > 1e-2
 
 
 @pytest.mark.parametrize("dtype", [jnp.float32, jnp.bfloat16])
