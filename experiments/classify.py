@@ -54,10 +54,7 @@ class Config:
 
 
 class Images(NamedTuple):
-    """Pictures as they are classified: names, uint8 `[n, size, size, channels]`, class or None.
-
-    And in words what beside them was passed over.
-    """
+    """Names, uint8 `[n, size, size, channels]`, classes or None, and what was passed over."""
 
     names: list[str]
     pixels: np.ndarray
@@ -339,9 +336,8 @@ def _pictures(figure: Any, rows: int, columns: int, tiles: Sequence[tuple]) -> N
         axes.set_axis_off()
     for axes, (pixels, title, frame) in zip(grid, tiles, strict=False):
         axes.set_axis_on()
-        axes.imshow(
-            pixels if pixels.shape[-1] == 3 else pixels[..., 0], cmap="gray", vmin=0, vmax=255
-        )
+        shown = pixels if pixels.shape[-1] == 3 else pixels[..., 0]
+        axes.imshow(shown, cmap="gray", vmin=0, vmax=255)
         axes.set(xticks=[], yticks=[])
         axes.set_title(title, fontsize=8, parse_math=False)
         for spine in axes.spines.values():

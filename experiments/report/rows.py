@@ -2,16 +2,22 @@
 
 import itertools
 import json
-import re
 import statistics
 from collections.abc import Iterable, Sequence
 from typing import Any, NamedTuple
 
-from experiments.report.runs import Run, number, provenance, word
+from experiments.report.published import (
+    Published,
+    full_steps_of,
+    own_protocol,
+    protocol_of,
+    published_of,
+    settings_of,
+    shape_of,
+)
+from experiments.report.runs import Run, number, word
 from imaml_jax import protocols
 from imaml_jax.learners.registry import ALGORITHMS
-from imaml_jax.protocols import leo, navigation, sinusoid
-from imaml_jax.protocols.published import OWN_PROTOCOL, PUBLISHED, SPREADS
 
 _OVER_TASKS, _NO_INTERVAL = "95% interval over test tasks", "no interval in print"
 # Of results that have no config beside them: what tells one experiment from another.
@@ -35,14 +41,6 @@ class Score(NamedTuple):
     half_width: float | None
     what: str
     is_test: bool = True
-
-
-class Published(NamedTuple):
-    """A published value, the half-width of its interval or None, and what that is."""
-
-    value: float
-    half_width: float | None
-    kind: str
 
 
 class Group(NamedTuple):
@@ -135,11 +133,11 @@ def _identity(run: Run) -> str:
 def _group(members: list[Run]) -> Group:
     runs = tuple(sorted(members, key=_seed))
     results = runs[0].results
-    place, published = _task(results), _published(results)
+    place, published = _task(results), published_of(results)
     scores = tuple(_score(run) for run in runs)
-    full = _full_steps(results)
+    full = full_steps_of(results)
     status = _status(runs, scores, published, full)
-    protocol = word(_settings(results), "name") or word(results, "protocol")
+    protocol = word(settings_of(results), "name") or word(results, "protocol")
     name = " ".join(filter(None, (algorithm_name(results), protocol and f"({protocol})")))
     return Group(
         name or runs[0].name, place, runs, scores, published, full, status,
@@ -154,34 +152,8 @@ def _seed(run: Run) -> tuple[bool, float, str]:
     return value is None, value or 0.0, str(seed)
 
 
-def _settings(results: dict[str, Any]) -> dict[str, Any]:
-    settings = results.get("settings")
-    return settings if isinstance(settings, dict) else {}
-
-
-def _shape(results: dict[str, Any]) -> tuple[str, int | None, int | None]:
-    """Data set, ways and shots."""
-    tested = results.get("test_tasks")
-    places = [results, tested if isinstance(tested, dict) else {}]
-    dataset, ways, shots = (
-        next((place[name] for place in places if place.get(name) is not None), None)
-        for name in ("dataset", "ways", "shots")
-    )
-    said = re.fullmatch(r"(\S+) (\d{1,9})-way (\d{1,9})-shot", str(results.get("task", "")))
-    if said:
-        dataset, ways, shots = said[1], int(said[2]), int(said[3])
-    if dataset is None:  # a row of the tables has its data set in the command alone
-        command = str(provenance(results).get("command", ""))
-        if "experiments.tune " in command:
-            return "Omniglot", 5, 1
-        names = [name for name in PUBLISHED if f"experiments.{name}_table" in command]
-        dataset = "Omniglot" if names == ["omniglot"] else names[0] if names else None
-    known = [value if isinstance(value, int) else None for value in (ways, shots)]
-    return str(dataset or ""), known[0], known[1]
-
-
 def _task(results: dict[str, Any]) -> str:
-    dataset, ways, shots = _shape(results)
+    dataset, ways, shots = shape_of(results)
     if results.get("constants"):
         dataset = f"{results['constants']} features"
     elif not dataset:
@@ -212,7 +184,7 @@ def _score(run: Run) -> Score | None:
     if (value := number(results.get("score"))) is not None:
         is_error = str(results.get("task", "")).startswith("sinusoid")
         what = "test mean squared error" if is_error else "test score"
-        what = "test accuracy, %" if _shape(results)[1] else what
+        what = "test accuracy, %" if shape_of(results)[1] else what
         return Score(value, _half(results.get("ci95")), what)
     if (value := number(results.get("validation"))) is not None:
         half = _half(results.get("validation_ci95"), 100)
@@ -235,59 +207,6 @@ def _half(value: Any, scale: float = 1) -> float | None:
     """A half-width; None where it is none."""
     half = number(value)
     return None if half is None or half < 0 else scale * half
-
-
-def _published(results: dict[str, Any]) -> Published | None:
-    dataset, ways, shots = _shape(results)
-    algorithm: Any = word(results, "algorithm")
-    if results.get("constants") and algorithm == "leo":
-        match results.get("published"):
-            case [int() | float() as value, int() | float() as half]:
-                return Published(value, half, "95% interval, on its authors' features")
-        return None
-    if dataset == "navigation" or results.get("task") == "2D navigation":
-        value = navigation.AFTER_ONE_UPDATE.get(algorithm)
-        return None if value is None else Published(value, None, _NO_INTERVAL)
-    shape: Any = (ways, shots)
-    found = PUBLISHED.get(dataset.lower(), {}).get(algorithm, {}).get(shape)
-    if not found:
-        return None
-    value, half = found
-    kind = SPREADS.get(algorithm, _OVER_TASKS)
-    return Published(value, half, _NO_INTERVAL if half is None else kind)
-
-
-def _full_steps(results: dict[str, Any]) -> int | None:
-    dataset, algorithm = _shape(results)[0], word(results, "algorithm")
-    if isinstance(results.get("full_meta_steps"), int):
-        return results["full_meta_steps"]
-    if results.get("constants"):
-        return leo.META_STEPS if algorithm in ("leo", "deterministic") else None
-    if dataset == "navigation" and algorithm in navigation.SETTINGS:
-        return navigation.SETTINGS[algorithm][1].meta_steps
-    if dataset == "sinusoid" and algorithm in sinusoid.SETTINGS:
-        return sinusoid.SETTINGS[algorithm][1].meta_steps
-    names = word(_settings(results), "name"), word(results, "protocol"), _own_protocol(results)
-    found = (_protocol(name, results) for name in names)
-    return next((protocol.outer.meta_steps for protocol in found if protocol is not None), None)
-
-
-def _own_protocol(results: dict[str, Any]) -> str | None:
-    """The name of the one that was published with the algorithm."""
-    return OWN_PROTOCOL.get(str(word(results, "algorithm")))
-
-
-def _protocol(name: Any, results: dict[str, Any]) -> protocols.Protocol | None:
-    dataset, ways, shots = _shape(results)
-    if name not in protocols.PROTOCOLS or ways is None or shots is None:
-        return None
-    kind = "omniglot" if dataset.lower() in ("omniglot", "glyphs") else "mini_imagenet"
-    try:
-        return protocols.get(
-            name, algorithm=str(results.get("algorithm")), ways=ways, shots=shots, dataset=kind
-        )
-    except (ValueError, OverflowError):  # it does not cover the algorithm, or such shots
-        return None
 
 
 def _flat(settings: dict[str, Any]) -> dict[str, Any]:
@@ -336,10 +255,10 @@ def _deviations(
         yield f"{said} of {full:,} meta-steps"
     if len(runs) == 1:
         yield "one seed"
-    own = _own_protocol(results)
-    theirs = _protocol(own, results)
+    own = own_protocol(results)
+    theirs = protocol_of(own, results)
     if published is not None and theirs is not None:
-        ours = _flat(_settings(results))
+        ours = _flat(settings_of(results))
         for name, value in theirs.recorded().items():
             skipped = name in ("name", "source", "meta_steps") or name not in ours
             if not skipped and ours[name] != value:

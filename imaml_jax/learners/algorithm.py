@@ -2,17 +2,23 @@
 
 import dataclasses
 from collections.abc import Callable
+from functools import partial
 from typing import Annotated, Any, ClassVar, Literal
 
 import optax
 
 from imaml_jax.bilevel.inner import adaptive_gd, newton_cg
+from imaml_jax.bilevel.linear_solve import solve_cg, solve_cg_steihaug
+from imaml_jax.bilevel.linear_system import Solve
+from imaml_jax.bilevel.low_rank import solve_woodbury
+from imaml_jax.bilevel.minres import solve_minres
 from imaml_jax.learners.base import FastPredicate, LossFn, Statistics, is_head, is_norm
 from imaml_jax.learners.settings import Positive, Record, Steps, When, values_of
 from imaml_jax.types import MetaLearner, PyTree
 
 Descent = Literal["adam", "adaptive_gd", "nesterov", "sgd"]
 AnyInner = Literal["adam", "adaptive_gd", "nesterov", "newton_cg", "sgd"]
+Solver = Literal["cg", "cg_steihaug", "minres", "woodbury"]
 Adapts = Literal["all", "head", "not_norms"]
 
 
@@ -134,3 +140,11 @@ def make_inner(
         "adaptive_gd": lambda: adaptive_gd(rate),
         "newton_cg": lambda: newton_cg(max_cg_steps=cg_steps),
     }[name]()
+
+
+def make_solver(name: Solver, steps: int) -> Solve:
+    """The solver of the linear system of that name, with a fixed number of steps."""
+    solvers = {"cg": solve_cg, "cg_steihaug": solve_cg_steihaug, "minres": solve_minres}
+    if name == "woodbury":
+        return solve_woodbury
+    return partial(solvers[name], tol=0.0, max_steps=steps)

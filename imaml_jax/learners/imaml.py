@@ -1,25 +1,29 @@
 """Implicit MAML."""
 
 import dataclasses
-from collections.abc import Callable
 from functools import partial
-from typing import Annotated, Any, ClassVar, Literal, NamedTuple
+from typing import Annotated, Any, ClassVar, Literal
 
 import jax
 import jax.numpy as jnp
 import numpy as np
 import optax
 from jax import lax
-from jax.core import Tracer
 
 from imaml_jax.bilevel.adaptive import adaptive_gradient
 from imaml_jax.bilevel.curvature import damped, gauss_newton, hessian
 from imaml_jax.bilevel.implicit import root_vjp
 from imaml_jax.bilevel.inner import minimize, proximal_objective
-from imaml_jax.bilevel.linear_solve import SolveInfo, solve_cg, solve_cg_steihaug
-from imaml_jax.bilevel.low_rank import solve_woodbury
-from imaml_jax.bilevel.minres import solve_minres
-from imaml_jax.learners.algorithm import Adapts, AnyInner, InnerSettings, NewtonOrNot, make_inner
+from imaml_jax.bilevel.linear_solve import solve_cg_steihaug
+from imaml_jax.bilevel.linear_system import Solve
+from imaml_jax.learners.algorithm import (
+    AnyInner,
+    InnerSettings,
+    NewtonOrNot,
+    Solver,
+    make_inner,
+    make_solver,
+)
 from imaml_jax.learners.base import (
     FastPredicate,
     LossFn,
@@ -30,35 +34,22 @@ from imaml_jax.learners.base import (
     inner_report,
     make_adapt,
 )
-from imaml_jax.learners.settings import NotNegative, Positive, Steps, When, check_arguments
+from imaml_jax.learners.reg_strength import LearnedStrength, check_strength, spread
+from imaml_jax.learners.settings import (
+    NotNegative,
+    Positive,
+    Steps,
+    When,
+    check_arguments,
+    check_value,
+)
 from imaml_jax.learners.supervised import supervised
 from imaml_jax.types import Array, MetaLearner, PyTree
 
 Curvature = Literal["hessian", "gauss_newton"]
-Solver = Literal["cg", "cg_steihaug", "minres", "woodbury"]
 _GRANULARITIES = {None: False, "one": True, "leaf": "leaf", "parameter": "parameter"}
 _OF_PARTS = ("inner_rate", "cg_steps")  # of `inner` and of `solve`
 _FIVE_CG_STEPS = partial(solve_cg_steihaug, tol=0.0, max_steps=5)
-
-
-def solver(name: Solver, steps: int) -> Callable[..., tuple[PyTree, SolveInfo]]:
-    """The solver of the linear system of that name, with a fixed number of steps."""
-    solvers = {"cg": solve_cg, "cg_steihaug": solve_cg_steihaug, "minres": solve_minres}
-    if name == "woodbury":
-        return solve_woodbury
-    return partial(solvers[name], tol=0.0, max_steps=steps)
-
-
-class LearnedStrength(NamedTuple):
-    """Meta-parameters of an iMAML that learns lambda.
-
-    Attributes:
-      params: the network's.
-      log_reg_strength: log lambda, shaped like `reg_strength`, or as `learn_reg_strength` says.
-    """
-
-    params: PyTree
-    log_reg_strength: PyTree
 
 
 def imaml(
@@ -69,7 +60,7 @@ def imaml(
     num_steps: int,
     reg_strength: PyTree = 2.0,
     learn_reg_strength: bool | Literal["leaf", "parameter"] = False,
-    solve: Callable[..., tuple[PyTree, SolveInfo]] = _FIVE_CG_STEPS,
+    solve: Solve = _FIVE_CG_STEPS,
     curvature: Curvature = "hessian",
     eval_num_steps: int | None = None,
     eval_reg_strength: PyTree | None = None,
@@ -129,27 +120,13 @@ def imaml(
     """
     steps = {"num_steps": num_steps, "eval_num_steps": eval_num_steps}
     check_arguments("imaml", ImamlSettings, steps)
-    if curvature not in ("hessian", "gauss_newton"):
-        raise ValueError(f"imaml: curvature={curvature!r} must be 'hessian' or 'gauss_newton'")
+    check_value("curvature", curvature, Curvature, "imaml: ")
     check_steps("imaml", max_rounds=max_rounds)
     if accuracy is not None and (isinstance(accuracy, bool) or not 0 < accuracy < np.inf):
         raise ValueError(
             f"imaml: accuracy={accuracy} must be positive and finite, or None for fixed steps"
         )
-    if not jax.tree.leaves(reg_strength):
-        raise ValueError(f"imaml: reg_strength={reg_strength!r} must be a scalar or a tree of them")
-    for leaf in _concrete_leaves(reg_strength):
-        if not _is_number(leaf) or not np.all((leaf > 0) & np.isfinite(leaf)):
-            raise ValueError(f"imaml: reg_strength={leaf} must be positive and finite in float32")
-    for leaf in _concrete_leaves(eval_reg_strength):
-        if not _is_number(leaf) or not np.all((leaf >= 0) & np.isfinite(leaf)):
-            raise ValueError(f"imaml: eval_reg_strength={leaf} must be at least 0 and finite")
-    by_flag = isinstance(learn_reg_strength, bool)
-    if not by_flag and learn_reg_strength not in ("leaf", "parameter"):
-        raise ValueError(
-            f"imaml: learn_reg_strength={learn_reg_strength!r} must be True, False, 'leaf' or "
-            "'parameter'"
-        )
+    check_strength(reg_strength, eval_reg_strength, learn_reg_strength)
     problem = supervised(network, loss_fn, fast=fast, statistics=statistics)
     objective = proximal_objective(problem.support_loss)
 
@@ -164,17 +141,8 @@ def imaml(
         strength = given_strength(params)
         if learn_reg_strength is not True:
             anchor, _ = problem.split(params)
-            strength = jax.tree.map(lambda s, branch: spread(s, branch), strength, anchor)
+            strength = jax.tree.map(partial(spread, learn_reg_strength), strength, anchor)
         return LearnedStrength(params, jax.tree.map(jnp.log, strength))
-
-    def spread(strength, branch):
-        whole = learn_reg_strength == "leaf"
-        if whole and strength.shape:
-            raise ValueError(
-                f"imaml: reg_strength of shape {strength.shape} must hold scalars with "
-                "learn_reg_strength='leaf'; 'parameter' and True take arrays"
-            )
-        return jax.tree.map(lambda p: jnp.broadcast_to(strength, () if whole else p.shape), branch)
 
     def separate(meta_params):
         """The network's parameters, and lambda."""
@@ -304,8 +272,8 @@ def imaml(
             cosine=_cosine(grads, query_grad),
         )
 
-    one_pass = accuracy is None
-    return MetaLearner(init, adapt, problem.predict, meta_grad if one_pass else adaptive_meta_grad)
+    grad_of_task = meta_grad if accuracy is None else adaptive_meta_grad
+    return MetaLearner(init, adapt, problem.predict, grad_of_task)
 
 
 def _cosine(a: PyTree, b: PyTree) -> Array:
@@ -314,21 +282,12 @@ def _cosine(a: PyTree, b: PyTree) -> Array:
     return product / jnp.maximum(norms, jnp.finfo(product.dtype).tiny)
 
 
-def _concrete_leaves(tree: PyTree) -> list[np.ndarray]:
-    """The leaves whose values are known, in float32 where they are numbers."""
-    leaves = [np.asarray(x) for x in jax.tree.leaves(tree) if not isinstance(x, Tracer)]
-    with np.errstate(over="ignore", under="ignore"):
-        return [x.astype(np.float32) if _is_number(x) else x for x in leaves]
-
-
-def _is_number(x: np.ndarray) -> bool:
-    return np.issubdtype(x.dtype, np.floating) or np.issubdtype(x.dtype, np.integer)
-
-
 @dataclasses.dataclass(frozen=True)
-class ImplicitSettings(InnerSettings):
-    """Settings that the variants of implicit MAML share."""
+class ImamlSettings(InnerSettings):
+    """Settings of `imaml`."""
 
+    algorithm: ClassVar[str] = "imaml"
+    title: ClassVar[str] = "iMAML, gradient descent"
     factory: ClassVar = staticmethod(imaml)
 
     reg_strength: Positive = 2.0
@@ -364,42 +323,10 @@ class ImplicitSettings(InnerSettings):
         values = super().arguments() | {
             "inner": make_inner(self.inner, self.inner_rate, cg_steps=self.cg_steps),
             "learn_reg_strength": _GRANULARITIES[self.learn_reg_strength],
-            "solve": solver(self.solve, self.cg_steps),
+            "solve": make_solver(self.solve, self.cg_steps),
         }
         return {name: value for name, value in values.items() if name not in _OF_PARTS}
 
     def before_adaptation(self, meta_params: PyTree) -> PyTree:
         """The network's parameters."""
         return meta_params if self.learn_reg_strength is None else meta_params.params
-
-
-@dataclasses.dataclass(frozen=True)
-class ImamlSettings(ImplicitSettings):
-    """Settings of `imaml`."""
-
-    algorithm: ClassVar[str] = "imaml"
-    title: ClassVar[str] = "iMAML, gradient descent"
-
-
-@dataclasses.dataclass(frozen=True)
-class HessianFreeSettings(ImplicitSettings):
-    """Settings of `imaml` with the Hessian-free inner solver."""
-
-    algorithm: ClassVar[str] = "imaml_hf"
-    title: ClassVar[str] = "iMAML, Hessian-free"
-
-    inner: Literal["newton_cg"] = "newton_cg"
-    """Inner optimiser."""
-
-
-@dataclasses.dataclass(frozen=True)
-class ImplicitAnilSettings(ImplicitSettings):
-    """Settings of implicit ANIL, which is `imaml` with the head alone adapted."""
-
-    algorithm: ClassVar[str] = "implicit_anil"
-    title: ClassVar[str] = "implicit ANIL"
-
-    adapts: Adapts = "head"
-    """Parameters that the inner loop adapts: the head, or others."""
-    inner: AnyInner = "newton_cg"
-    """Inner optimiser; newton_cg is Hessian-free, nesterov is SGD with momentum 0.8."""

@@ -8,10 +8,10 @@ import jax
 import jax.numpy as jnp
 import optax
 from jax import lax
-from jax.core import Tracer
 
 from imaml_jax.bilevel.inner import minimize
 from imaml_jax.learners.base import accuracy_of, cross_entropy, inner_report
+from imaml_jax.learners.leo_inputs import by_class, features, features_of
 from imaml_jax.learners.settings import (
     Count,
     Fixed,
@@ -23,7 +23,7 @@ from imaml_jax.learners.settings import (
     check_value,
     values_of,
 )
-from imaml_jax.types import Array, Batch, MetaLearner
+from imaml_jax.types import Array, MetaLearner
 
 _MIN_DEVIATION = 1e-10
 _GLOROT = jax.nn.initializers.glorot_uniform()
@@ -154,7 +154,7 @@ def leo(
     check_arguments("leo", LeoSettings, locals())
 
     def init(key, example_inputs):
-        example = _features(example_inputs)
+        example = features(example_inputs)
         width, hidden, dtype = example.shape[1], 2 * num_latents, example.dtype
         shapes = {
             "encoder": (width, num_latents),
@@ -189,7 +189,7 @@ def leo(
     def encode(params, support, noise):
         """The codes `[N, K, latents]` and their KL."""
         inputs = drop(support.inputs, _part(noise.dropped_support, 0))
-        inputs = _by_class(inputs, support.targets, ways)
+        inputs = by_class(inputs, support.targets, ways)
         codes = relate(params, _matmul(inputs, params["encoder"]))
         return _sample(jnp.repeat(codes[:, None], inputs.shape[1], 1), 0.0, noise.codes)
 
@@ -235,7 +235,7 @@ def leo(
         return weights, codes, info
 
     def training_loss(params, task, key):
-        support, query = (_features_of(batch, params) for batch in task)
+        support, query = (features_of(batch, params) for batch in task)
         noise = draw(key, support.inputs, query.inputs)
         codes, kl = encode(params, support, noise)
         weights, adapted, info = adapt_weights(params, support, codes, noise)
@@ -262,13 +262,13 @@ def leo(
 
     def adapt(meta_params, support, key):
         del key
-        support = _features_of(support, meta_params)
+        support = features_of(support, meta_params)
         codes, _ = encode(meta_params, support, Noise())
         weights, _, info = adapt_weights(meta_params, support, codes, Noise())
         return weights, inner_report(info)
 
     def predict(adapted, inputs):
-        return logits_of(adapted, _features(inputs, adapted.shape[-1]), None)
+        return logits_of(adapted, features(inputs, adapted.shape[-1]), None)
 
     return MetaLearner(init, adapt, predict, meta_grad)
 
@@ -321,52 +321,8 @@ def _part(drawn: Array | None, index: Any) -> Array | None:
     return None if drawn is None else drawn[index]
 
 
-def _by_class(inputs: Array, targets: Array, ways: int) -> Array:
-    """The support features `[n, D]` as `[N, K, D]`."""
-    if inputs.shape[0] % ways:
-        raise ValueError(
-            f"leo: ways={ways} must divide the support examples, {inputs.shape[0]}: every class "
-            "needs the same number of them"
-        )
-    shots = inputs.shape[0] // ways
-    balanced = jnp.all(jnp.bincount(targets, length=ways) == shots)
-    if not isinstance(balanced, Tracer) and not balanced:
-        raise ValueError(f"leo: support targets {targets} must hold each of {ways} classes equally")
-    grouped = inputs[jnp.argsort(targets, stable=True)].reshape(ways, shots, inputs.shape[1])
-    return jnp.where(balanced, grouped, jnp.nan)  # nothing else can be said of traced targets
-
-
 def _without_rates(params: dict[str, Array]) -> dict[str, Array]:
     return {name: x for name, x in params.items() if not name.endswith("_rate")}
-
-
-def _features_of(batch: Batch, params: dict[str, Array]) -> Batch:
-    if not jnp.issubdtype(batch.targets.dtype, jnp.integer):
-        raise ValueError(
-            f"leo: targets are {batch.targets.dtype}; expected integer labels, as LEO classifies"
-        )
-    return batch._replace(inputs=_features(batch.inputs, params["encoder"].shape[0]))
-
-
-def _features(inputs: Array, width: int | None = None) -> Array:
-    """Inputs as `[n, D]`; `width` is the `D` that there must be."""
-    if sum(size > 1 for size in inputs.shape[1:]) > 1:
-        raise ValueError(
-            f"leo: inputs have shape {inputs.shape}; expected features [n, D], not images: "
-            "python -m experiments.features makes features of them"
-        )
-    if not jnp.issubdtype(inputs.dtype, jnp.floating):
-        raise ValueError(
-            f"leo: inputs are {inputs.dtype}; expected floating-point features, which "
-            "python -m experiments.features makes of images"
-        )
-    inputs = inputs.reshape(inputs.shape[0], -1)
-    if width not in (None, inputs.shape[1]):
-        raise ValueError(
-            f"leo: inputs have {inputs.shape[1]} features; expected {width}, as many as the "
-            "example_inputs of init: initialise with inputs like these, or give those features"
-        )
-    return inputs
 
 
 def _matmul(a: Array, b: Array) -> Array:

@@ -9,7 +9,8 @@ from typing import Any
 
 from imaml_jax.learners.algorithm import LearnerSettings
 from imaml_jax.learners.bmaml import BmamlSettings
-from imaml_jax.learners.imaml import HessianFreeSettings, ImamlSettings, ImplicitAnilSettings
+from imaml_jax.learners.imaml import ImamlSettings
+from imaml_jax.learners.imaml_variants import HessianFreeSettings, ImplicitAnilSettings
 from imaml_jax.learners.implicit_bmaml import ImplicitBmamlSettings
 from imaml_jax.learners.implicit_platipus import ImplicitPlatipusSettings
 from imaml_jax.learners.maml import AnilSettings, FomamlSettings, MamlSettings

@@ -11,7 +11,8 @@ from typing import Annotated, Any, Literal
 from imaml_jax.learners.algorithm import LearnerSettings
 from imaml_jax.learners.base import LossFn, mean_squared_error
 from imaml_jax.learners.bmaml import BmamlSettings
-from imaml_jax.learners.imaml import ImamlSettings, ImplicitAnilSettings
+from imaml_jax.learners.imaml import ImamlSettings
+from imaml_jax.learners.imaml_variants import ImplicitAnilSettings
 from imaml_jax.learners.implicit_bmaml import ImplicitBmamlSettings
 from imaml_jax.learners.implicit_platipus import ImplicitPlatipusSettings
 from imaml_jax.learners.maml import AnilSettings, FomamlSettings, MamlSettings
