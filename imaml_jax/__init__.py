@@ -1,7 +1,7 @@
 """Gradient-based meta-learning by implicit differentiation.
 
-The light modules' names; networks, data, training, evaluation and checkpoints are imported by
-module, so that the toolbox needs neither flax nor orbax.
+Re-exports the names of the modules that need only JAX and Optax. Import `networks`, `data`,
+`training` and `protocols` by name, so that `import imaml_jax` loads neither flax nor orbax.
 """
 
 from imaml_jax.bilevel.adaptive import AdaptiveInfo, adaptive_gradient

@@ -9,7 +9,7 @@ import traceback
 import typing
 from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
-from typing import Annotated, Any, ClassVar, Literal, NoReturn, Self
+from typing import Annotated, Any, ClassVar, NoReturn, Self
 
 import jax
 
@@ -265,13 +265,12 @@ def _field(
     import tyro
 
     hint, bounds = plain(setting.hint), range_of(setting.hint)
-    if choices:
-        hint = (
-            tuple[Literal[choices], ...] if typing.get_origin(hint) is tuple else Literal[choices]
-        )
     if tyro.conf.Positional in getattr(setting.hint, "__metadata__", ()):
         hint = tyro.conf.Positional[hint]
-    option = tyro.conf.arg(help=setting.doc + (f" Range: {bounds}." if bounds else ""))
+    option = tyro.conf.arg(
+        help=setting.doc + (f" Range: {bounds}." if bounds else ""),
+        metavar=f"{{{','.join(choices)}}}" if choices else None,
+    )
     required = setting.value is dataclasses.MISSING
     default = dataclasses.field(**({} if required else {"default": setting.value}))
     return name, Annotated[hint, option], default

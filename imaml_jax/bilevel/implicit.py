@@ -5,7 +5,8 @@ of any kind becomes differentiable in every argument by solving that linear syst
 are never differentiated. The derivative is as accurate as the root.
 
 References:
-  Rajeswaran et al., "Meta-Learning with Implicit Gradients", NeurIPS 2019, Lemma 1.
+  Rajeswaran et al., "Meta-Learning with Implicit Gradients", NeurIPS 2019, Lemma 1 and
+  Eq. 6, whose lambda and query gradient `learners.imaml` supplies.
   Blondel et al., "Efficient and Modular Implicit Differentiation", NeurIPS 2022.
 """
 

@@ -1,7 +1,7 @@
-"""Meta-learning algorithms, one a file: settings with their ranges, and a factory of `MetaLearner`.
+"""Meta-learning algorithms, one family per file: a factory of `MetaLearner` and its settings.
 
-Imports the toolbox and `types`. Read `maml.py` first, the shortest of them; `base.py` has what all
-share, `registry.py` lists them.
+Imports `bilevel` and `types`. Read `maml.py` first, the simplest complete example; `base.py` has
+shared functions, `algorithm.py` shared settings, and `registry.py` lists what commands train.
 """
 
 from imaml_jax.learners.base import (

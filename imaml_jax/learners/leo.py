@@ -2,7 +2,7 @@
 
 import dataclasses
 from functools import partial
-from typing import Annotated, Any, NamedTuple
+from typing import Annotated, Any, ClassVar, NamedTuple
 
 import jax
 import jax.numpy as jnp
@@ -52,6 +52,8 @@ class LeoSettings(Record):
     The defaults are those of the official code; its published results have others for each data
     set, see `protocols.leo`.
     """
+
+    algorithm: ClassVar[str] = "leo"
 
     num_latents: Count = 64
     """Size of a code; the relation network is twice as wide."""

@@ -113,6 +113,7 @@ def mamlpp(
     """
     check_arguments("mamlpp", MamlppSettings, locals())
     check_value("eval_num_steps", eval_num_steps, Steps | None, "mamlpp: ")
+    check_value("epoch_length", epoch_length, Count, "mamlpp: ")
     if (learn_rates or per_step) and eval_num_steps not in (None, num_steps):
         raise ValueError(
             f"mamlpp: eval_num_steps={eval_num_steps} must be num_steps={num_steps}: rates and "

@@ -1,4 +1,8 @@
-"""The list of algorithms by name; it is the only one."""
+"""The only list of the algorithms that commands, protocols and saved models know by name.
+
+Apart from it stand `leo`, which learns from features, `imaml_dev`, which is a protocol of `imaml`,
+and the baseline `nearest_centroid`; policies have a list of their own in `policies/settings.py`.
+"""
 
 from imaml_jax.learners.algorithm import LearnerSettings
 from imaml_jax.learners.bmaml import BmamlSettings

@@ -1,7 +1,7 @@
-"""Networks of the field as `(init, apply)` pairs of pure functions; the only wing with flax.
+"""Conv-4, ResNet-12 and MLP as `(init, apply)` pairs of pure functions; only this wing imports flax.
 
-Imports `types` alone; any other pair of such functions serves the learners as well. Read
-`layers.py` first: it has the record `Network`.
+Imports, of this package, `types` alone; any other such pair serves the learners as well. Read
+`layers.py` first: it defines the record `Network`.
 """
 
 from imaml_jax.networks.conv4 import conv4

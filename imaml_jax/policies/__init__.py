@@ -1,7 +1,7 @@
-"""Meta-learning of policies by reinforcement: returns, losses, the problem, its outer steps, tasks.
+"""Meta-reinforcement learning: policies, returns, losses, adaptation, outer steps, environments.
 
-Imports the toolbox, `learners/base.py` and `training`. Read `problem.py` first: it is the
-`Problem` of a policy, and `gradient.py` its learner.
+Imports `bilevel`, `training`, `types`, and of `learners` what is no algorithm. Read `problem.py`
+first: `policy_problem` is the adaptation of a policy; `gradient.py` makes a `MetaLearner` of it.
 """
 
 from imaml_jax.policies.gradient import policy_gradient

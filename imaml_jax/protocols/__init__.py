@@ -1,7 +1,8 @@
-"""How algorithms are trained and judged, as data: one published source a file, and saved models.
+"""Training and evaluation settings as records: one file per published source; and saved models.
 
-Imports all wings. Read `protocol.py` first: it has the record, and the files beside it fill it.
-"Omniglot 5-way 1-shot" names several benchmarks: state which.
+Imports any other wing. Read `protocol.py` first: it defines the record that the other files fill;
+`published.py` has the accuracies in print, `model_file.py` saved models. "Omniglot 5-way 1-shot"
+is used for several different benchmarks, so always report the protocol.
 """
 
 from collections.abc import Callable, Collection

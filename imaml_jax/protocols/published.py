@@ -1,4 +1,7 @@
-"""Published accuracies in per cent: mean, and half-width of the interval or None."""
+"""Published accuracies in per cent: mean, and half-width of the interval or None.
+
+Those of LEO are in `leo.py`, the returns of navigation in `navigation.py`.
+"""
 
 from collections.abc import Mapping
 

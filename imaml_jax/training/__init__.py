@@ -1,6 +1,7 @@
-"""Meta-training and what makes a run last: checkpoints, resume, logs, several devices, evaluation.
+"""Meta-training: the loop, what lets a run survive interruption, several devices, evaluation.
 
-Imports `types` and `learners/base.py`. Read `loop.py` first: `train` is Algorithm 1.
+Imports `types` and `learners/base.py`. Read `loop.py` first: `train` is Algorithm 1 of iMAML;
+`run.py` resumes a run, and `checkpoint.py` reads and writes its state.
 """
 
 from imaml_jax.training.loop import TrainResult, train

@@ -307,7 +307,7 @@ def test_progress_in_a_log_file_has_no_carriage_returns(monkeypatch, is_terminal
     stream = io.StringIO()
     monkeypatch.setattr(stream, "isatty", lambda: is_terminal, raising=False)
     monkeypatch.setattr(sys, "stderr", stream)
-    with plots.reporter(True, 0, 4) as show:
+    with plots.reporter(0, 4) as show:
         show({"step": 2, "seconds": 1.0, "query_loss": 0.5})
     assert ("\r" in stream.getvalue()) == is_terminal
     stream.truncate(0)

@@ -77,7 +77,7 @@ def test_every_algorithm_gets_the_same_number_of_valid_trials():
 def test_a_trial_is_done_if_it_was_judged_on_as_many_tasks(tmp_path):
     row = {"validation": 0.5, "validation_ci95": 0.1}
     with (
-        mock.patch.object(tune.omniglot, "load"),
+        mock.patch.object(tune.omniglot.omniglot, "load"),
         mock.patch.object(few_shot, "meta_train") as meta_train,
     ):
         meta_train.return_value.history = [row]

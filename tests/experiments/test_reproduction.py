@@ -53,7 +53,7 @@ def test_meta_gradient_accuracy(tmp_path, capsys):
 @pytest.mark.parametrize(
     "changes, message",
     [
-        ({"condition": 1.0}, "condition=1.0 must be a finite number above 1"),
+        ({"condition": 1.0}, "condition=1.0 must be a finite number, above 1"),
         ({"condition": 1e20}, "at most 1000000000000"),
         ({"condition": float("nan")}, "condition=nan"),
         ({"num_steps": ()}, "num_steps"),

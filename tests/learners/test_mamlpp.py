@@ -250,13 +250,13 @@ def test_where_no_step_has_its_own_evaluation_has_any_number(problem):
     "changes, message",
     [
         ({"eval_num_steps": 4}, "eval_num_steps=4 must be num_steps=3.* as many as you evaluate"),
-        ({"num_steps": 0}, "num_steps=0 must be an integer >= 1"),
-        ({"inner_rate": 0.0}, "inner_rate=0.0 must be positive"),
-        ({"inner_rate": float("nan")}, "inner_rate=nan must be positive"),
+        ({"num_steps": 0}, "num_steps=0 must be an integer, at least 1"),
+        ({"inner_rate": 0.0}, "inner_rate=0.0 must be a finite number, above 0"),
+        ({"inner_rate": float("nan")}, "inner_rate=nan must be a finite number, above 0"),
         ({"multi_step_epochs": -1}, "multi_step_epochs=-1"),
         ({"first_order_epochs": 1.5}, "first_order_epochs=1.5"),
         ({"epoch_length": 0}, "epoch_length=0"),
-        ({"epoch_length": None}, "epoch_length=None must be an integer >= 1"),
+        ({"epoch_length": None}, "epoch_length=None must be an integer, at least 1"),
     ],
 )
 def test_bad_settings_are_refused(problem, changes, message):
