@@ -1,4 +1,4 @@
-"""Conv-4, ResNet-12 and MLP as `(init, apply)` pairs of pure functions; only this wing imports flax.
+"""Conv-4, ResNet-12 and MLP as `(init, apply)` pairs of pure functions; the only wing with flax.
 
 Imports, of this package, `types` alone; any other such pair serves the learners as well. Read
 `layers.py` first: it defines the record `Network`.
