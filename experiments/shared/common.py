@@ -197,9 +197,9 @@ def _read_older(workdir: Path, now: Mapping[str, Any]) -> None:
         saved = json.loads(path.read_text(encoding="utf-8"))
         if "meta_steps" in saved:
             kept = {name: saved.get(name, now.get(name)) for name in {**now, "root_key": None}}
-            kept["settings"] = {
-                name: saved["settings"].get(name, value) for name, value in now["settings"].items()
-            }
+            given = {name: value for name, value in saved.items() if value is not None}
+            given |= saved["settings"]
+            kept["settings"] = {n: given.get(n, value) for n, value in now["settings"].items()}
             if "keep_best" in saved:
                 kept["keep_best"] = saved["keep_best"]
             write_json(path, kept)
