@@ -9,13 +9,13 @@ that its data are needed.
 
 import dataclasses
 import json
+import typing
 from pathlib import Path
 from typing import Any
 
 from experiments import folder, glyphs, mini_imagenet, omniglot
 from experiments.shared import common, config_file, few_shot, saved_model
 from imaml_jax import protocols
-from imaml_jax.learners.settings import settings_of
 from imaml_jax.protocols.model_file import Description
 from imaml_jax.training import checkpoint
 
@@ -86,18 +86,17 @@ def read_run(config: Config) -> tuple[Any, Any]:
         )
     if module is folder and config.data_dir is None:
         raise ValueError(f"data_dir: name the folder of images of the run in {config.workdir}")
-    selectors = {name: recorded[name] for name in module.Config.SELECTORS}
-    default = module.Config.of(**selectors)
-    found = protocols.from_settings(recorded["settings"]).recorded() | recorded
-    values = {
-        name: config_file.typed(found[name], setting.hint)
-        for name, setting in settings_of(default).items()
-        if name in found and found[name] != setting.value
-    }
+    default = module.Config.of(**{name: recorded[name] for name in module.Config.SELECTORS})
+    hints = typing.get_type_hints(module.Config, include_extras=True)
     given = {"data_dir": config.data_dir, "split_file": config.split_file}
-    values |= {name: value for name, value in given.items() if value}
-    own = {"workdir": config.workdir, "max_seconds": 1e-9}
-    return module, default.with_settings({**values, **own})
+    values = {**recorded, **{name: value for name, value in given.items() if value}}
+    fields = {field.name for field in dataclasses.fields(default)} - {"settings"}
+    own = {name: config_file.typed(values[name], hints[name]) for name in values if name in fields}
+    own |= {"workdir": config.workdir, "max_seconds": 1e-9}
+    settings = protocols.from_settings(recorded["settings"])
+    if isinstance(default.settings.tasks, folder.FolderTasks):
+        settings = few_shot.with_tasks(settings, folder.FolderTasks)
+    return module, dataclasses.replace(default, **own, settings=settings)
 
 
 def _of_run(workdir: Path) -> dict[str, Any]:

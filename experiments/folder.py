@@ -17,11 +17,20 @@ from experiments.shared import common, few_shot
 from imaml_jax.data import class_splits, own
 from imaml_jax.data.episodes import Splits
 from imaml_jax.data.images import SPLITS
-from imaml_jax.learners.settings import Count, Range
+from imaml_jax.learners.settings import Count, Fixed, Range
 from imaml_jax.protocols import Protocol
+from imaml_jax.protocols.protocol import ImageTasks
 from imaml_jax.training import processes
 
 _SHARES, _QUERIES = (0.7, 0.15, 0.15), 15
+
+
+@dataclasses.dataclass(frozen=True)
+class FolderTasks(ImageTasks):
+    """Tasks whose queries follow from `queries` and the data."""
+
+    train_queries: Annotated[Count, Fixed()] = 15
+    test_queries: Annotated[Count, Fixed()] = 15
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -56,7 +65,8 @@ class Config(few_shot.Config):
     @classmethod
     def published(cls, **selectors: Any) -> Protocol:
         """The protocol of photographs, for less time."""
-        return super().published(**selectors).with_settings({"meta_steps": 1000})
+        protocol = few_shot.with_tasks(super().published(**selectors), FolderTasks)
+        return protocol.with_settings({"meta_steps": 1000})
 
     def check_together(self) -> None:
         """Raises ValueError for settings that do not go together."""

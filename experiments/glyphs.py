@@ -23,9 +23,8 @@ class Config(few_shot.Config):
     def published(cls, **selectors: Any) -> Protocol:
         """The protocol of Omniglot on the glyphs' own split, without rotations and shorter."""
         protocol = super().published(**selectors)
-        tasks = {f.name: getattr(protocol.tasks, f.name) for f in dataclasses.fields(ImageTasks)}
-        tasks |= {"split": "glyphs", "train_rotations": None, "test_rotations": None}
-        protocol = dataclasses.replace(protocol, tasks=ImageTasks(**tasks))
+        none = {"train_rotations": None, "test_rotations": None}
+        protocol = few_shot.with_tasks(protocol, ImageTasks, split="glyphs", **none)
         return protocol.with_settings({"meta_steps": 1000})
 
 

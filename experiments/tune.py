@@ -2,8 +2,7 @@
 
     python -m experiments.tune --algorithm imaml --data-dir DIR --output experiments/results/tuning
 
-Each trial is the `common` protocol but for what is named here; that protocol has what came out
-best. Finished trials are skipped, so that a run that was stopped goes on.
+Each trial changes some settings of the `common` protocol, which has the best of them. Finished trials are skipped, so that a run that was stopped goes on.
 """
 
 import dataclasses

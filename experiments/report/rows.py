@@ -19,7 +19,6 @@ from experiments.report.runs import Run, number, word
 from imaml_jax import protocols
 from imaml_jax.learners.registry import ALGORITHMS
 
-_OVER_TASKS, _NO_INTERVAL = "95% interval over test tasks", "no interval in print"
 # Of results that have no config beside them: what tells one experiment from another.
 _IDENTITY = (
     *("dataset", "task", "algorithm", "protocol", "ways", "shots", "setting", "settings"),

@@ -23,11 +23,13 @@ from imaml_jax.learners.settings import (
     Record,
     Seed,
     Setting,
+    check_value,
     field_docs,
     nearest,
     plain,
     range_of,
     settings_of,
+    values_of,
 )
 from imaml_jax.protocols import Protocol
 from imaml_jax.training import processes
@@ -120,8 +122,29 @@ class ProtocolConfig(RunConfig):
         """
         defaults = {field.name: field.default for field in dataclasses.fields(cls)}
         selectors = {name: values.pop(name, defaults[name]) for name in cls.SELECTORS}
+        hints = typing.get_type_hints(cls, include_extras=True)
+        for name, value in selectors.items():
+            check_value(name, value, hints[name])
         default = cls(**selectors, settings=cls.published(**selectors))
         return default.with_settings(values)
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        own = getattr(self, "algorithm", self.settings.learner.algorithm)
+        if own != self.settings.learner.algorithm:
+            raise ValueError(
+                f"algorithm={own} is not that of the settings, "
+                f"{self.settings.learner.algorithm}: make another config by `of`"
+            )
+
+    def with_settings(self, values: Mapping[str, Any]) -> Self:
+        """A copy with other values, but of what chooses the protocol; see `Record`."""
+        for name in self.SELECTORS:
+            if name in values:
+                raise ValueError(
+                    f"{name}={values[name]} chooses the protocol: make another config by `of`"
+                )
+        return super().with_settings(values)
 
 
 def run_cli(
@@ -194,11 +217,13 @@ def _settings(config: type, description: str | None, args: Sequence[str]) -> Any
     chosen = {k: v for k, v in vars(finder.parse_known_args(args)[0]).items() if v is not None}
     path = chosen.pop("config", None)
     in_file = {} if path is None else config_file.load(path)
-    chosen = {name: in_file[name] for name in selectors if name in in_file} | chosen
+    in_file_chosen = {name: in_file[name] for name in selectors if in_file.get(name) is not None}
+    chosen = in_file_chosen | chosen
     default = config.of(**chosen) if selectors else None
-    known = _known(config, default)
+    known, constants = _known(config, default), values_of(default) if default else {}
+    converted = {}
     if path is not None:
-        converted = config_file.convert(path, in_file, known)
+        converted = config_file.convert(path, in_file, known, constants)
         known = {
             name: setting._replace(value=converted.get(name, setting.value))
             for name, setting in known.items()
@@ -223,25 +248,32 @@ def _settings(config: type, description: str | None, args: Sequence[str]) -> Any
         description=description,
         args=args,
     )
+    while len(unknown) > 1 and str(constants.get(_name_of(unknown[0]))) == unknown[1]:
+        unknown = unknown[2:]  # the only value that there is
     if unknown:
-        raise ValueError(_unknown(unknown[0], known, chosen))
+        raise ValueError(_unknown(unknown[0], known, default))
     values = {name: getattr(found, name) for name in known}
     if default is None:
         return config(**values)
-    before = settings_of(default, all_of_them=True)
-    chosen = {name: values[name] for name in selectors}
-    changed = {name: value for name, value in values.items() if value != before[name].value}
-    return config.of(**{**changed, **chosen})
+    typed = {_name_of(argument) for argument in args if argument.startswith("--")}
+    given = {name for name in known if name in converted or typed & {name, f"no_{name}"}}
+    return config.of(**{name: values[name] for name in given | set(selectors)})
 
 
-def _unknown(argument: str, known: Mapping[str, Setting], chosen: Mapping[str, Any]) -> str:
+def _name_of(argument: str) -> str:
+    return argument.partition("=")[0].removeprefix("--").replace("-", "_")
+
+
+def _unknown(argument: str, known: Mapping[str, Setting], default: ProtocolConfig | None) -> str:
     """What to say of an argument that is no setting."""
-    name = argument.partition("=")[0].removeprefix("--").replace("-", "_")
+    name = _name_of(argument).removeprefix("no_")
     owners = [kind for kind in ALGORITHMS if name in settings_of(ALGORITHMS[kind](), True)]
-    if owners and "algorithm" in known:
-        algorithm = chosen.get("algorithm", known["algorithm"].value)
+    if default is not None and owners:
+        algorithm, protocol = default.settings.learner.algorithm, default.settings.name
+        if algorithm in owners:
+            return f"{argument} is no setting of protocol={protocol}"
         return f"{argument} is no setting of algorithm={algorithm}, but of {', '.join(owners)}"
-    near = nearest(argument.partition("=")[0], [f"--{each.replace('_', '-')}" for each in known])
+    near = nearest(f"--{name}", [f"--{each}" for each in known]).replace("_", "-")
     return f"{argument} is no setting{near}"
 
 

@@ -1,6 +1,5 @@
 """What every experiment shares: its devices, its training, and the record of what it ran on."""
 
-import contextlib
 import dataclasses
 import datetime
 import functools
@@ -11,7 +10,7 @@ import subprocess
 import sys
 import tempfile
 import time
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -26,6 +25,7 @@ from experiments.shared import config_file
 from experiments.shared.cli import ProcessConfig as ProcessConfig
 from experiments.shared.cli import ProtocolConfig, RunConfig, program
 from experiments.shared.cli import run_cli as run_cli
+from imaml_jax import protocols
 from imaml_jax.data import cache
 from imaml_jax.training import TrainResult, processes, train, writers
 from imaml_jax.training.mapping import MapTasks, Sample, map_over_tasks
@@ -41,6 +41,8 @@ _CHANGEABLE = {
     *("log_to", "model", "non_finite", "split_file"),
     *("coordinator", "num_processes", "process_id", "cluster", "process_timeout"),
 }
+# What the training itself records beside a config.
+_OF_TRAINING = ("dataset", "root_key", "keep_best", "variant", "features", "width")
 # What belongs to one start of a run on one machine.
 _OF_A_START = {"workdir", "model", "accept_changes", "debug_nans"}
 _OF_A_START |= {field.name for field in dataclasses.fields(ProcessConfig)}
@@ -73,7 +75,6 @@ def run_training(
     if run.log_to and run.workdir is None:
         raise ValueError(f"log_to={run.log_to} needs workdir, which holds what is written")
     if run.workdir is not None and processes.is_first():
-        _read_older(run.workdir, settings.get("config") or {"settings": {}})
         _write_settings(run.workdir, run)
     with writers.open_writers(
         run.log_to, run.workdir or Path(), settings.get("config") or {}
@@ -87,6 +88,7 @@ def run_training(
             workdir=run.workdir,
             max_seconds=run.max_seconds,
             accept_changes=run.accept_changes,
+            migrate=functools.partial(migrated, run) if isinstance(run, ProtocolConfig) else None,
             non_finite=run.non_finite,
             log=log,
             **settings,
@@ -187,22 +189,22 @@ def lasting(config: Any) -> dict[str, Any]:
     return {name: getattr(config, name) for name in names}
 
 
-def _read_older(workdir: Path, now: Mapping[str, Any]) -> None:
-    """Rewrites the record of a run that an earlier version began in the form of this one.
+def migrated(run: ProtocolConfig, saved: dict[str, Any]) -> dict[str, Any]:
+    """The record of a run, as `recorded` makes it today.
 
-    Earlier versions recorded the settings of all algorithms, and beside them each that was given.
+    Earlier versions recorded the settings of all algorithms, and beside them each one that was
+    given, or None. What they had no name for has the published value.
     """
-    path = workdir / "config.json"
-    with contextlib.suppress(OSError, ValueError, TypeError, AttributeError):
-        saved = json.loads(path.read_text(encoding="utf-8"))
-        if "meta_steps" in saved:
-            kept = {name: saved.get(name, now.get(name)) for name in {**now, "root_key": None}}
-            given = {name: value for name, value in saved.items() if value is not None}
-            given |= saved["settings"]
-            kept["settings"] = {n: given.get(n, value) for n, value in now["settings"].items()}
-            if "keep_best" in saved:
-                kept["keep_best"] = saved["keep_best"]
-            write_json(path, kept)
+    settings = saved.get("settings")
+    if "meta_steps" not in saved or not isinstance(settings, dict):
+        return saved
+    published = run.published(**{name: getattr(run, name) for name in run.SELECTORS}).recorded()
+    given = {name: value for name, value in saved.items() if value is not None} | settings
+    if "split" in settings:
+        given |= protocols.from_settings(settings).recorded()
+    names = run.settings.recorded()
+    own = {name: value for name, value in saved.items() if name in {*lasting(run), *_OF_TRAINING}}
+    return own | {"settings": {name: given.get(name, published.get(name)) for name in names}}
 
 
 def provenance() -> dict[str, Any]:

@@ -1,6 +1,7 @@
 """The settings of a run as a YAML file."""
 
 import contextlib
+import types
 from collections import Counter
 from collections.abc import Collection, Mapping
 from pathlib import Path
@@ -10,6 +11,7 @@ import yaml
 
 from imaml_jax.learners.registry import ALGORITHMS
 from imaml_jax.learners.settings import Setting, check_value, nearest, plain, settings_of
+from imaml_jax.policies.settings import POLICY_ALGORITHMS
 
 # What PyYAML raises, and what it lets through from a value that its tag does not fit.
 _NO_YAML = (yaml.YAMLError, ValueError, LookupError, AttributeError, OverflowError, RecursionError)
@@ -22,7 +24,7 @@ class _Loader(yaml.SafeLoader):
         found = super().construct_mapping(node, deep)
         for name, count in Counter(str(key.value) for key, _ in node.value).items():
             if count > 1:
-                raise ValueError(f"{name} is there twice; take one of the two out")
+                raise ValueError(f"{name} is given twice: remove one")
         return found
 
 
@@ -43,15 +45,22 @@ def load(path: Path) -> dict[str, Any]:
     return values or {}
 
 
-def convert(path: Path, values: Mapping[str, Any], known: Mapping[str, Setting]) -> dict[str, Any]:
+def convert(
+    path: Path,
+    values: Mapping[str, Any],
+    known: Mapping[str, Setting],
+    constants: Mapping[str, Any],
+) -> dict[str, Any]:
     """The values of a file in the types of the settings that they are for.
 
-    A null for a setting of another algorithm is passed over: earlier versions wrote them all.
+    A null is what is not given, also for a setting of another algorithm, since earlier versions
+    wrote every name; the word None is None. The only value that a setting can have is passed over.
 
     Args:
       path: of the file, for errors.
       values: what `load` found there.
       known: the settings that there are.
+      constants: those that have one value only.
 
     Raises:
       ValueError: an unknown name, or a value that is not of its type and range; the message has the
@@ -59,10 +68,12 @@ def convert(path: Path, values: Mapping[str, Any], known: Mapping[str, Setting])
     """
     found = {}
     for name, value in values.items():
+        if value is None and (name in known or name in _names_of_all_algorithms()):
+            continue
         if name in known:
             found[name] = typed(value, known[name].hint)
             check_value(name, found[name], known[name].hint, f"config={path}: ")
-        elif value is not None or name not in _names_of_all_algorithms():
+        elif value is None or name not in constants or value != constants[name]:
             raise ValueError(f"config={path}: {name} is no setting{nearest(name, known)}")
     return found
 
@@ -81,6 +92,8 @@ def typed(value: Any, hint: Any) -> Any:
     """What YAML or JSON has for a value of that hint: lists for tuples, texts for paths."""
     options = get_args(hint) if get_origin(hint := plain(hint)) not in (Literal, tuple) else ()
     options = options or (hint,)
+    if value == "None" and types.NoneType in options:
+        return None
     if isinstance(value, list):
         for option in options:
             if get_origin(option) is tuple:
@@ -94,10 +107,11 @@ def typed(value: Any, hint: Any) -> Any:
 
 
 def _names_of_all_algorithms() -> set[str]:
-    return {name for kind in ALGORITHMS.values() for name in settings_of(kind(), all_of_them=True)}
+    kinds = (*ALGORITHMS.values(), *POLICY_ALGORITHMS.values())
+    return {name for kind in kinds for name in settings_of(kind(), all_of_them=True)}
 
 
 def _writable(value: Any) -> Any:
     if isinstance(value, tuple):
         return [_writable(each) for each in value]
-    return str(value) if isinstance(value, Path) else value
+    return str(value) if isinstance(value, Path | types.NoneType) else value

@@ -15,6 +15,7 @@ from imaml_jax import protocols
 from imaml_jax.data import episodes
 from imaml_jax.learners.settings import Count, Range
 from imaml_jax.protocols import Protocol
+from imaml_jax.protocols.protocol import ImageTasks
 from imaml_jax.training import plots, processes
 from imaml_jax.training.evaluation import Evaluation, ensemble, stack_members
 from imaml_jax.training.loop import TrainResult
@@ -151,6 +152,12 @@ def meta_train(config: Config, splits: episodes.Splits, dataset: str) -> TrainRe
         devices=devices,
         config=common.recorded(config, dataset),
     )
+
+
+def with_tasks(protocol: Protocol, kind: type[ImageTasks], **changes: Any) -> Protocol:
+    """The protocol with its tasks as a record of another kind."""
+    tasks = {field.name: getattr(protocol.tasks, field.name) for field in dataclasses.fields(kind)}
+    return dataclasses.replace(protocol, tasks=kind(**tasks | changes))
 
 
 def describe(config: Config, dataset: str) -> str:

@@ -40,7 +40,7 @@ class LearnerSettings(Record):
     factory: ClassVar[Callable[..., MetaLearner]]
 
     statistics: Statistics = "batch"
-    """Batch-norm mode of the query examples, see `learners.supervised`."""
+    """Whose batch statistics normalise the query examples."""
 
     def build(self, network: Any, loss_fn: LossFn) -> MetaLearner:
         """The learner on a network, an `(init, apply)` pair, and a mean loss."""

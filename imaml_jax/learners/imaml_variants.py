@@ -1,10 +1,11 @@
 """Variants of implicit MAML: Hessian-free, and of the head alone."""
 
 import dataclasses
-from typing import ClassVar, Literal
+from typing import Annotated, ClassVar, Literal
 
 from imaml_jax.learners.algorithm import Adapts, AnyInner
 from imaml_jax.learners.imaml import ImamlSettings
+from imaml_jax.learners.settings import Fixed, When
 
 
 @dataclasses.dataclass(frozen=True)
@@ -16,6 +17,8 @@ class HessianFreeSettings(ImamlSettings):
 
     inner: Literal["newton_cg"] = "newton_cg"
     """Inner optimiser."""
+    inner_rate: Annotated[float, Fixed(), When(lambda own: False, "inner=newton_cg")] = 0.1
+    """None that has an effect."""
 
 
 @dataclasses.dataclass(frozen=True)

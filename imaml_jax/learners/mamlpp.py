@@ -263,7 +263,7 @@ class MamlppSettings(StepSettings):
     first_order_epochs: Annotated[int, Range(least=0)] = 0
     """Epochs with first-order gradients, before the second-order ones."""
     epoch_length: Count | None = None
-    """Meta-steps of an epoch; None for a hundredth of the run, as `for_run` has it."""
+    """Meta-steps of an epoch; None for a hundredth of the run."""
 
     def for_run(self, meta_steps: int) -> Self:
         """With the length of an epoch."""

@@ -106,11 +106,11 @@ class ReptileSettings(DescentSettings):
     factory: ClassVar = staticmethod(reptile)
 
     statistics: Statistics = "support_and_one"
-    """Batch-norm mode of the query examples; published is each with the support set."""
+    """Whose batch statistics normalise the query examples; published: the support set and it."""
     batch_size: Count | None = None
     """Examples of an inner step in training; None for all."""
     eval_batch_size: Count | None = None
-    """The same at validation and test; None for as many as in training."""
+    """Examples of an inner step at validation and test; None for as many as in training."""
 
 
 @dataclasses.dataclass(frozen=True)
@@ -121,4 +121,4 @@ class TransductiveReptileSettings(ReptileSettings):
     title: ClassVar[str] = "Reptile + transduction"
 
     statistics: Statistics = "batch"
-    """Batch-norm mode of the query examples: of the query set."""
+    """Whose batch statistics normalise the query examples."""

@@ -26,12 +26,16 @@ from numbers import Integral, Real
 from pathlib import Path
 from typing import Annotated, Any, Literal, NamedTuple, Self, TypeVar
 
+import jax
+import numpy as np
+from jax.core import Tracer
+
 _R = TypeVar("_R")
 
 
 @dataclasses.dataclass(frozen=True)
 class Range:
-    """The finite numbers that a setting may have; a bound that is None does not exist."""
+    """The finite numbers that a setting may have; a bound of None means no bound."""
 
     least: float | None = None
     above: float | None = None
@@ -162,7 +166,10 @@ def settings_of(
     for field in dataclasses.fields(record):
         value, hint = getattr(record, field.name), hints[field.name]
         if isinstance(value, Record):
-            found |= settings_of(value, all_of_them, with_fixed)
+            inner = settings_of(value, all_of_them, with_fixed)
+            if twice := found.keys() & inner.keys():
+                raise ValueError(f"two settings are named {sorted(twice)[0]}; rename one of them")
+            found |= inner
         elif _is_fixed(hint) and not with_fixed:
             continue
         elif all_of_them or all(each.holds(record) for each in _metadata(hint, When)):
@@ -201,19 +208,23 @@ def check_arguments(factory: str, record: type, arguments: Mapping[str, Any]) ->
     Args:
       factory: its name, for the message.
       record: where the ranges are declared.
-      arguments: by name, such as `locals()`; those without a range in the record are passed over.
+      arguments: by name, such as `locals()`; those without a range in the record, and traced ones,
+        are passed over.
 
     Raises:
       ValueError: the first value that is out of its range.
     """
     for name, hint in _hints(record).items():
-        if name in arguments and any(_metadata(hint, Range)):
-            check_value(name, arguments[name], hint, f"{factory}: ")
+        value: Any = arguments.get(name)
+        if name not in arguments or not any(_metadata(hint, Range)) or isinstance(value, Tracer):
+            continue
+        is_scalar = isinstance(value, jax.Array | np.ndarray) and value.ndim == 0
+        check_value(name, value.item() if is_scalar else value, hint, f"{factory}: ")
 
 
 def check_value(name: str, value: Any, hint: Any, prefix: str = "") -> None:
     """Raises ValueError for a value that is not of the type and range of a hint."""
-    if not _fits(value, hint):
+    if not fits(value, hint):
         raise ValueError(
             f"{prefix}{name}={value!r:.60} must be {_said(hint)}{_near_choice(value, hint)}"
         )
@@ -285,15 +296,16 @@ def _metadata(hint: Any, kind: type) -> Iterator[Any]:
             yield from _metadata(option, kind)
 
 
-def _fits(value: Any, hint: Any) -> bool:
+def fits(value: Any, hint: Any) -> bool:
+    """Whether a value is of the type and range of a hint."""
     origin, parts = typing.get_origin(hint), typing.get_args(hint)
     if hint is Any:
         return True
     if origin is Annotated:
         ranges = [each for each in hint.__metadata__ if isinstance(each, Range)]
-        return _fits(value, parts[0]) and all(value in each for each in ranges)
+        return fits(value, parts[0]) and all(value in each for each in ranges)
     if _is_union(hint):
-        return any(_fits(value, option) for option in parts)
+        return any(fits(value, option) for option in parts)
     if origin is Literal:
         return any(type(value) is type(option) and value == option for option in parts)
     if origin is tuple:
@@ -301,7 +313,7 @@ def _fits(value: Any, hint: Any) -> bool:
         return (
             isinstance(value, tuple)
             and len(value) == len(options)
-            and all(map(_fits, value, options))
+            and all(map(fits, value, options))
         )
     if hint in (int, float):
         kind: Any = Integral if hint is int else Real
@@ -321,8 +333,8 @@ def _said(hint: Any) -> str:
     if _is_union(hint):
         return " or ".join(map(_said, parts))
     if origin is tuple:
-        count = "" if parts[-1] is ... else f"{len(parts)} "
-        return f"{count}values, each {_said(parts[0])}"
+        count = "" if parts[-1] is ... else f" of {len(parts)}"
+        return f"a list{count}, each {_said(parts[0])}"
     return _WORDS.get(hint) or getattr(hint, "__name__", str(hint))
 
 

@@ -16,7 +16,7 @@ class PolicySettings(Record):
     """Settings of `policy_problem`, whose other arguments are those of `build`.
 
     Attributes:
-      algorithm: its name there.
+      algorithm: its name in `policy_problem`.
     """
 
     algorithm: ClassVar[Literal["fomaml", "imaml", "maml", "reptile"]]

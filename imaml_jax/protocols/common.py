@@ -54,7 +54,7 @@ _LEARNERS: tuple[LearnerSettings, ...] = (
     HessianFreeSettings(reg_strength=0.1, num_steps=3, eval_num_steps=3, cg_steps=8, **_IMPLICIT),
     MamlppSettings(inner_rate=0.1),
     AnilSettings(inner_rate=0.1, eval_num_steps=5),
-    # A head is a convex problem, cheap beside the features: both solves go to float32's end.
+    # A head is a convex problem, cheap beside the features: both solves run to float32 precision.
     ImplicitAnilSettings(
         reg_strength=0.03, num_steps=10, eval_num_steps=10, cg_steps=50, **_IMPLICIT
     ),

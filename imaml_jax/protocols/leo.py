@@ -1,13 +1,24 @@
 """LEO's published constants and accuracies, by data set and shots."""
 
+import dataclasses
 from typing import Any
 
 from imaml_jax.learners.leo import LeoSettings
-from imaml_jax.protocols.protocol import OuterSettings
+from imaml_jax.learners.settings import Count, Positive, Record
 
 META_STEPS = 100_000
 PUBLISHED = {1: (61.76, 0.08), 5: (77.59, 0.12)}
 """5-way, on the authors' mini-ImageNet features: mean in per cent and half-width, by shots."""
+
+
+@dataclasses.dataclass(frozen=True)
+class LeoOuterSettings(Record):
+    """Adam at a constant rate, after two clippings."""
+
+    outer_rate: Positive
+    """Learning rate of the outer optimiser."""
+    meta_steps: Count = META_STEPS
+    """Meta-steps in all."""
 
 
 def _constants(
@@ -17,7 +28,7 @@ def _constants(
     dropout: float,
     kl_weight: float,
     encoder_penalty: float,
-) -> tuple[LeoSettings, OuterSettings]:
+) -> tuple[LeoSettings, LeoOuterSettings]:
     penalties: dict[str, Any] = {
         "l2_penalty": l2_penalty,
         "orthogonality_penalty": orthogonality_penalty,
@@ -25,8 +36,7 @@ def _constants(
         "kl_weight": kl_weight,
         "encoder_penalty": encoder_penalty,
     }
-    outer = OuterSettings(outer_rate=outer_rate, meta_steps=META_STEPS)
-    return LeoSettings(**penalties), outer
+    return LeoSettings(**penalties), LeoOuterSettings(outer_rate)
 
 
 CONSTANTS = {

@@ -29,6 +29,11 @@ from imaml_jax.training import workdir
 from imaml_jax.types import MetaLearner, PyTree
 
 FORMAT = 2  # 1 recorded the settings of all algorithms
+_OF_FORMAT_1 = ("name", "algorithm", "source", "split", "invert", "train_rotations")
+_OF_FORMAT_1 += ("test_rotations", "network", "statistics", "adapts_norm", "meta_batch")
+_OF_FORMAT_1 += ("train_shots", "train_queries", "test_queries", "test_tasks", "inner")
+_OF_FORMAT_1 += ("inner_rate", "num_steps", "eval_num_steps", "outer", "outer_rate")
+_OF_FORMAT_1 += ("outer_epsilon", "schedule", "meta_steps")
 _DESCRIPTION, _WEIGHTS = "model.json", "weights.npz"
 _MAX_DESCRIPTION, _MAX_HEADER = 1 << 20, 1024  # bytes
 _Number = Annotated[int, Range(least=1, most=10_000)]
@@ -234,7 +239,11 @@ def _read_description(path: Path) -> tuple[Description, str]:
     try:
         if not isinstance(fields.get("protocol"), dict):
             raise ValueError("expected the settings of a protocol")
-        fields["protocol"] = from_settings(fields["protocol"])
+        given = fields["protocol"]
+        protocol = fields["protocol"] = from_settings(given)
+        for name in _OF_FORMAT_1 if found == 1 else protocol.recorded():
+            if name not in given:
+                raise ValueError(f"the setting {name} of its protocol is missing")
         return made_of(Description, fields), str(checksum)
     except ValueError as error:
         raise ValueError(f"{path}: {str(error).rstrip('.')}. {_REMEDY}") from None

@@ -32,14 +32,21 @@ class NavigationTasks(Record):
     """Most steps of a trajectory."""
 
 
+_OF_ADAM = When(lambda own: own.outer == "adam", "outer=trpo")
+
+
 @dataclasses.dataclass(frozen=True)
 class PolicyOuterSettings(OuterSettings):
     """The outer optimiser of a policy."""
 
     outer: Literal["adam", "trpo"] = "trpo"
     """Outer optimiser; TRPO has no outer rate, and does not serve Reptile."""
-    outer_rate: Annotated[Positive, When(lambda own: own.outer == "adam", "outer=trpo")] = 1e-2
+    outer_rate: Annotated[Positive, _OF_ADAM] = 1e-2
     """Learning rate of Adam at the start."""
+    outer_clip: Annotated[Positive | None, _OF_ADAM] = None
+    """Bound on each entry of the meta-gradient; None for none."""
+    schedule: Annotated[Literal["constant", "cosine", "linear"], _OF_ADAM] = "constant"
+    """Schedule of Adam's rate; linear ends at 0."""
     meta_steps: Count = 100
     """Meta-steps in all."""
 
@@ -68,7 +75,7 @@ def get(algorithm: str) -> Protocol:
     learner, outer = SETTINGS[algorithm]
     return Protocol(
         "navigation",
-        "Finn et al., ICML 2017; the settings of algorithms that it has not are this library's",
+        "Finn et al., ICML 2017; settings of other algorithms: this library",
         NavigationTasks(),
         MlpSettings(hidden_units=100, kernel_init="xavier"),
         outer,

@@ -21,6 +21,7 @@ from imaml_jax.learners.settings import (
     Range,
     Record,
     When,
+    check_value,
     nearest,
     values_of,
     words,
@@ -49,9 +50,9 @@ class ImageTasks(Record):
     invert: bool = False
     """Ink is 1 and paper 0."""
     train_rotations: Rotations | None = None
-    """In training: images turned at random, or turned ones as further classes."""
+    """Rotations in training: of each class at random, or turned images as further classes."""
     test_rotations: Rotations | None = None
-    """The same at validation and test."""
+    """Rotations at validation and test."""
     meta_batch: Count = 4
     """Tasks a meta-step."""
     train_shots: Count = 1
@@ -98,7 +99,7 @@ class Conv4Settings(Record):
     norm_epsilon: Positive = 1e-3
     """Added to the variance in batch norm."""
     activation: Literal["gelu", "leaky_relu", "relu", "silu", "softplus"] = "relu"
-    """Of the network."""
+    """Activation function of the network."""
     kernel_init: Literal["normal", "xavier", "xavier_1.73", "zero"] = "xavier"
     """Initialisation of the convolutions."""
     head_init: Literal["normal", "xavier", "xavier_1.73", "zero"] = "zero"
@@ -124,7 +125,7 @@ class MlpSettings(Record):
     hidden_layers: Count = 2
     """Hidden layers."""
     hidden_units: Count = 40
-    """Units of each."""
+    """Units of each hidden layer."""
     kernel_init: Literal["small_normal", "xavier"] = "small_normal"
     """Initialisation of the layers."""
 
@@ -147,7 +148,7 @@ class OuterSettings(Record):
     outer_clip: Positive | None = None
     """Bound on each entry of the meta-gradient but of learned inner rates; None for none."""
     schedule: Literal["constant", "cosine", "linear"] = "constant"
-    """Of the outer rate; linear ends at 0."""
+    """Schedule of the outer rate; linear ends at 0."""
     final_outer_rate: Annotated[
         NotNegative, When(lambda own: own.schedule == "cosine", "a schedule but cosine")
     ] = 0.0
@@ -191,7 +192,7 @@ class Protocol(Record):
     source: Annotated[str, Fixed()]
     tasks: Any
     network: Any
-    outer: OuterSettings
+    outer: Any
     learner: Any
 
     def build(self, ways: int = 1) -> MetaLearner:
@@ -265,7 +266,9 @@ def from_settings(values: Mapping[str, Any]) -> Protocol:
         part: kind(**{name: value for name, value in found.items() if name in names[part]})
         for part, kind in parts.items()
     }
-    return Protocol(str(found.get("name")), str(found.get("source")), **made)
+    for name in ("name", "source"):
+        check_value(name, found.get(name), str)
+    return Protocol(found["name"], found["source"], **made)
 
 
 def _names(record: type) -> set[str]:

@@ -37,13 +37,20 @@ class SinusoidTasks(Record):
     relative_noise: NotNegative = 0.0
     """Standard deviation of the noise on the targets, as a share of the amplitude."""
     train_tasks: Count | None = None
-    """How many tasks there are to train on; None for no end."""
+    """How many tasks there are to train on; None for unlimited."""
     meta_batch: Count = 25
     """Tasks a meta-step."""
     train_queries: Count = 10
     """Query points in training."""
     test_queries: Count = 100
     """Query points at validation and test."""
+
+    def check_together(self) -> None:
+        """Raises ValueError for fewer tasks than a meta-step takes."""
+        if self.train_tasks is not None and self.train_tasks < self.meta_batch:
+            raise ValueError(
+                f"train_tasks={self.train_tasks} must be at least meta_batch={self.meta_batch}"
+            )
 
     @property
     def loss_fn(self) -> LossFn:
@@ -121,14 +128,14 @@ def get(setting: Setting, algorithm: str) -> Protocol:
       ValueError: an unknown algorithm.
     """
     learner, outer = SETTINGS.get(algorithm) or (settings_class(algorithm)(), _LONG)
-    source = "Finn et al., ICML 2017; the settings of algorithms that it has not are this library's"
+    source = "Finn et al., ICML 2017; settings of other algorithms: this library"
     protocol = Protocol("maml", source, SinusoidTasks(), MlpSettings(), outer, learner)
     if setting == "maml":
         return protocol
     protocol = dataclasses.replace(
         protocol,
         name="bmaml",
-        source="Yoon et al., NeurIPS 2018; the settings of algorithms that it has not are ours",
+        source="Yoon et al., NeurIPS 2018; settings of other algorithms: this library",
         tasks=SinusoidTasks(
             phase=(0.0, 2 * math.pi),
             frequency=(0.5, 2.0),

@@ -78,7 +78,7 @@ def train(
         the failing task, and `tx` makes the state; `optax.identity()` where there is none.
       **settings: those of `Run`: `num_steps`, which must be given, `log_every`, `validate`,
         `validate_every`, `keep_best`, `checkpoint_every`, `workdir`, `max_seconds`, `progress`,
-        `config`, `accept_changes` and `log`.
+        `config`, `accept_changes`, `migrate` and `log`.
 
     Returns:
       The last and the best meta-parameters, the log and the state.

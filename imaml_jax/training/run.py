@@ -62,6 +62,8 @@ class Run(contextlib.ExitStack):
       config: what JSON can hold, kept with the run; a run resumes only with an equal one, so leave
         out what may change.
       accept_changes: resumes with another config all the same; a warning names what differs.
+      migrate: translates the `config` that an earlier version kept with the run into the form of
+        this one, before they are compared. None (default) for none.
       log: takes each new row of the log, in the first process only, such as `writers.open_writers`
         yields. None (default) for nothing beside `metrics.jsonl`.
       step: finished meta-steps; no setting, as those below.
@@ -84,6 +86,7 @@ class Run(contextlib.ExitStack):
     progress: bool = True
     config: Mapping[str, Any] | None = None
     accept_changes: bool = False
+    migrate: workdirs.Migrate | None = None
     log: plots.Listener | None = None
     step: int = dataclasses.field(default=0, init=False)
     last: bool = dataclasses.field(default=False, init=False)
@@ -123,7 +126,8 @@ class Run(contextlib.ExitStack):
             self.enter_context(workdirs.lock(self._home))
             if checkpoint.steps(self._home / _CHECKPOINTS):
                 fixed = ("keep_best",)
-                workdirs.check(self._home, self._config, self.accept_changes, fixed)
+                options = (self.accept_changes, fixed, self.migrate)
+                workdirs.check(self._home, self._config, *options)
         if self._folder is not None:
             self._interrupted = self.enter_context(workdirs.deferred_signals())
             like = (state, (state.meta_params,) * self.keep_best)

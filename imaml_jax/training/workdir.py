@@ -21,6 +21,7 @@ except ImportError:  # Windows
 
 _ABSENT = repr("absent")
 _CONFIG = "config.json"
+Migrate = Callable[[dict[str, Any]], Mapping[str, Any]]
 _NO_LOCKS = (errno.ENOSYS, errno.ENOTSUP, errno.ENOLCK)
 _SIGNALS = (signal.SIGINT, signal.SIGTERM)
 
@@ -120,6 +121,7 @@ def check(
     config: Mapping[str, Any],
     accept_changes: bool = False,
     fixed: Collection[str] = (),
+    migrate: Migrate | None = None,
 ) -> None:
     """Refuses a `workdir` where a run of another config lives.
 
@@ -128,6 +130,7 @@ def check(
       config: what JSON can hold.
       accept_changes: warns in place of refusing.
       fixed: the fields whose change it refuses all the same.
+      migrate: translates what is kept there before it is compared; see `Run`.
 
     Raises:
       ValueError: if a run of another config lives there, naming each field with both values, or
@@ -138,7 +141,8 @@ def check(
         return
     wanted = _said(json.loads(json.dumps(config)))
     try:
-        saved = _said(dict(json.loads(path.read_text(encoding="utf-8"))))
+        found = dict(json.loads(path.read_text(encoding="utf-8")))
+        saved = _said(json.loads(json.dumps(migrate(found) if migrate else found)))
     except (ValueError, TypeError) as error:
         raise ValueError(
             f"{path} is damaged ({error}): move it away to go on with the run, or choose another "

@@ -12,7 +12,7 @@ from imaml_jax import protocols
 # Importing the experiments must not change the devices of the other tests.
 with mock.patch.dict(os.environ, XLA_FLAGS=os.environ.get("XLA_FLAGS", "")):
     from experiments import glyphs, leo, navigation, sinusoid
-    from experiments.shared import common
+    from experiments.shared import cli, common
 
 RESULTS = Path(__file__).resolve().parents[2] / "experiments" / "results"
 # Of every protocol that settings were recorded of: those of all algorithms, in one flat record.
@@ -82,18 +82,43 @@ OLD_LEO |= {
     ],
     ids=["glyphs", "sinusoid", "navigation", "leo"],
 )
-def test_the_record_of_a_run_is_read(tmp_path, config, dataset, settings, top):
+def test_the_record_of_a_run_is_read(config, dataset, settings, top):
     """It is equal to that of the same run now, and differs where the run does."""
     now = json.loads(json.dumps(common.recorded(config, dataset), default=str))
     fields = {name: value for name, value in now.items() if name != "settings"}
     old = {**fields, **top, "meta_steps": None, "inner_rate": None, "root_key": [0, 1]}
-    path = tmp_path / "config.json"
-    for changes, is_equal in (({}, True), ({"outer_rate": 0.5, "inner_rate": 0.7}, False)):
-        path.write_text(json.dumps({**old, "settings": settings | changes}))
-        common._read_older(tmp_path, common.recorded(config, dataset))
-        found = json.loads(path.read_text())
+    for changes, more, is_equal in (
+        ({}, {}, True),
+        ({"outer_rate": 0.5, "inner_rate": 0.7}, {}, False),
+        ({}, {name: 7 for name, value in top.items() if value}, not any(top.values())),
+    ):
+        found = common.migrated(config, {**old, **more, "settings": settings | changes})
+        found = json.loads(json.dumps(found, default=str))
         assert found.pop("root_key") == [0, 1]
         assert (found == now) == is_equal
+        assert common.migrated(config, now) == now
+
+
+@pytest.mark.parametrize(
+    ("config", "text"),
+    [
+        (glyphs.Config.of(shots=5), "algorithm: imaml\nprotocol: null\nshots: 5\ncurvature: null"),
+        (sinusoid.Config.of(algorithm="maml"), "algorithm: maml\nkernel: null\nreg_strength: null"),
+        (navigation.Config.of(estimator="lvc"), "outer: null\nestimator: lvc\nhorizon: 100"),
+        (leo.Config.of(shots=5), "shots: 5\nnum_latents: 64\ndropout: null\nkl_weight: null"),
+        (glyphs.Config.of(algorithm="mamlpp"), "algorithm: mamlpp\ninner: sgd\nsolve: null"),
+    ],
+    ids=["glyphs", "sinusoid", "navigation", "leo", "mamlpp"],
+)
+def test_a_file_of_settings_is_read(tmp_path, config, text):
+    """It had null for what was not given, whatever the setting."""
+    path, got = tmp_path / "config.yaml", []
+    nulls = "outer_rate: null\nnum_steps: null\neval_num_steps: null\nmeta_steps: null\n"
+    path.write_text(
+        nulls + "inner_rate: null\ntemperature: null\nmax_seconds: null\ntest_tasks: null\n" + text
+    )
+    cli.run_cli(got.append, type(config), "", ["--config", str(path)])
+    assert got == [config]
 
 
 def test_settings_of_committed_results_are_read():

@@ -11,7 +11,7 @@ import optax
 import pytest
 
 from experiments import family, features, leo
-from experiments.shared import common
+from experiments.shared import common, family_runs
 from imaml_jax.data import episodes
 from imaml_jax.data import features as cached
 from imaml_jax.learners.registry import ALGORITHMS
@@ -96,7 +96,7 @@ def test_published_values_stand_beside_features_of_mini_imagenet(
         common.write_results(folder, {"dataset": dataset})
     assert leo.published(folder, 5, 1) == ((61.76, 0.08) if is_printed else None)
     assert leo.published(folder, 20, 1) is leo.published(folder, 5, 2) is None
-    runs = family.of_features(family.Config(features=folder))
+    runs = family_runs.of_features(family.Config(features=folder))
     assert [run.published for run in runs] == ["", "61.76 ± 0.08" if is_printed else ""]
     (tmp_path / "release" / "embeddings" / "miniImageNet").mkdir(parents=True)
     assert leo.published(tmp_path / "release", 5, 5) == (77.59, 0.12)
@@ -128,14 +128,14 @@ def test_the_nearest_centroid_needs_no_training_of_leo(tmp_path):
 
 @pytest.mark.slow
 def test_memory_of_leo(tmp_path):
-    _, run = family.of_features(family.Config(features=tmp_path))
+    _, run = family_runs.of_features(family.Config(features=tmp_path))
     assert run.algorithm == "leo" and (run.memory({"width": 3}) or 0) > 0
 
 
 def test_photographs_in_the_family():
-    runs = list(family.of_images(family.Config(), "mini_imagenet"))
+    runs = list(family_runs.of_images(family.Config(), "mini_imagenet"))
     assert [run.algorithm for run in runs] == list(ALGORITHMS)
     assert {(run.task, run.protocol) for run in runs} == {("mini_imagenet 5-way 1-shot", "common")}
     assert (runs[0].published, runs[0].full_meta_steps) == ("48.7 ± 1.84", 5_000)
-    glyphs = next(family.of_images(family.Config(), "glyphs"))
+    glyphs = next(family_runs.of_images(family.Config(), "glyphs"))
     assert (glyphs.published, glyphs.full_meta_steps) == ("", 5_000)

@@ -27,7 +27,7 @@ from imaml_jax.types import MetaLearner
 with mock.patch.dict(os.environ, XLA_FLAGS=os.environ.get("XLA_FLAGS", "")):
     from experiments import family, glyphs, sinusoid
     from experiments.report import __main__ as report
-    from experiments.shared import common
+    from experiments.shared import common, family_runs
 
 
 def sign_maml(network, loss_fn, *, step_length, num_steps, fast, statistics):
@@ -133,5 +133,5 @@ def test_help_shows_it(module, capsys):
 
 def test_it_has_a_row_in_the_tables():
     config = family.Config(algorithms=("sign_maml",), ways=3)
-    runs = [run for run in family.of_images(config, "glyphs") if run.algorithm == "sign_maml"]
+    runs = [run for run in family_runs.of_images(config, "glyphs") if run.algorithm == "sign_maml"]
     assert len(runs) == 1 and jnp.isfinite(runs[0].full_meta_steps)

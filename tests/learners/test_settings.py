@@ -5,6 +5,8 @@ import math
 from pathlib import Path
 from typing import Annotated, Any, ClassVar, Literal
 
+import jax
+import jax.numpy as jnp
 import pytest
 
 from imaml_jax.learners import registry
@@ -96,8 +98,8 @@ def test_ranges(bounds, inside, outside, said):
         ({"rate": math.inf}, "rate=inf must be a finite number, above 0"),
         ({"kind": "newtn"}, "kind='newtn' must be one of sgd, newton; did you mean newton?"),
         ({"kind": "newton", "rate": 0.2}, "rate=0.2 has no effect on kind=newton; leave it out"),
-        ({"sizes": (1, 0)}, r"sizes=\(1, 0\) must be values, each an integer, at least 1"),
-        ({"sizes": [1]}, r"sizes=\[1\] must be values"),
+        ({"sizes": (1, 0)}, r"sizes=\(1, 0\) must be a list, each an integer, at least 1"),
+        ({"sizes": [1]}, r"sizes=\[1\] must be a list"),
         ({"bound": -1}, "bound=-1 must be a finite number, at least 0 or None"),
         ({"bound": 2}, "bound=2 must be at least steps=5"),
         ({"place": "here"}, "place='here' must be a path or None"),
@@ -153,12 +155,27 @@ def test_records_from_files():
 
 def test_a_factory_checks_by_the_record():
     check_arguments("factory", Whole, {"steps": 1, "only": "whatever", "others": -1})
+    check_arguments("factory", Inner, {"rate": jnp.float32(0.1)})
+    jax.jit(lambda rate: check_arguments("factory", Inner, {"rate": rate}))(-1.0)  # not known
     with pytest.raises(ValueError, match="factory: steps=0 must be an integer, at least 1"):
         check_arguments("factory", Whole, {"steps": 0})
 
 
+def test_names_are_not_used_twice():
+    @dataclasses.dataclass(frozen=True)
+    class Twice(Record):
+        rate: Positive = 1.0
+        inner: Inner = Inner()
+
+    with pytest.raises(ValueError, match="two settings are named rate"):
+        settings_of(Twice())
+
+
 def test_a_name_belongs_to_one_algorithm():
-    assert registry.register(MamlSettings) is MamlSettings
+    again = dataclasses.dataclass(frozen=True)(type("MamlSettings", (MamlSettings,), {}))
+    again.__module__, again.__qualname__ = MamlSettings.__module__, MamlSettings.__qualname__
+    assert registry.register(again) is registry.ALGORITHMS["maml"] is again  # a cell ran again
+    assert registry.register(MamlSettings) is registry.ALGORITHMS["maml"] is MamlSettings
     taken = dataclasses.dataclass(frozen=True)(type("Other", (MamlSettings,), {}))
     with pytest.raises(ValueError, match="algorithm='maml' is registered already"):
         registry.register(taken)

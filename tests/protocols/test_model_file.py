@@ -218,6 +218,17 @@ def test_a_description_that_lacks_a_field(folder):
         model_file.load_model(folder)
 
 
+@pytest.mark.parametrize("name", ["inner_rate", "split", "name", "filters"])
+def test_a_description_whose_protocol_lacks_a_setting(folder, name):
+    text = json.loads((folder / "model.json").read_text())
+    del text["protocol"][name]
+    (folder / "model.json").write_text(json.dumps(text))
+    with pytest.raises(
+        ValueError, match=rf"{name}(=None must be text| of its protocol is missing)"
+    ):
+        model_file.load_model(folder)
+
+
 def put(folder, content):
     """Weights with the checksum that belongs to them."""
     (folder / "weights.npz").write_bytes(content)
