@@ -2,7 +2,8 @@
 
     python -m experiments.tune --algorithm imaml --data-dir DIR --output experiments/results/tuning
 
-Each trial changes some settings of the `common` protocol, which has the best of them. Finished trials are skipped, so that a run that was stopped goes on.
+Each trial changes some settings of the `common` protocol, which has the best of them. Finished
+trials are skipped, so that a run that was stopped goes on.
 """
 
 import dataclasses
