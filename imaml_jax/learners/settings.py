@@ -1,13 +1,8 @@
 """Settings as records: frozen dataclasses whose fields declare their ranges, once.
 
 A range serves whoever takes the setting: the record itself, the factory of an algorithm (see
-`check_arguments`), a command line, a YAML file, a saved model. Records hold records, and all of
-their settings have names of their own, so that a tree of records is also one flat mapping::
-
-    @dataclass(frozen=True)
-    class Settings(Record):
-        num_steps: Count = 5
-        \"\"\"Inner steps in training.\"\"\"
+`check_arguments`), a command line, a YAML file, a saved model. Records hold records, and no two
+settings have one name, so that a tree of records is also one flat mapping.
 """
 
 import ast
