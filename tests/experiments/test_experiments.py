@@ -136,6 +136,7 @@ def check_results(workdir, done, algorithm):
     rows = (workdir / "metrics.jsonl").read_text(encoding="utf-8").splitlines()
     assert json.loads(rows[-1])["step"] == results["trained_meta_steps"]
     stored = yaml.safe_load((workdir / "config.yaml").read_text(encoding="utf-8"))
+    stored = {name: None if value == "None" else value for name, value in stored.items()}
     assert {
         name: results[name] for name in stored.keys() & results.keys()
     }.items() <= stored.items()
