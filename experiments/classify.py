@@ -19,7 +19,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from experiments.shared import common
+from experiments.shared import common, reports
 from experiments.shared.saved_model import percent
 from imaml_jax.data import class_splits, images, listings, own
 from imaml_jax.data.archives import DataError
@@ -75,8 +75,7 @@ def main(config: Config) -> dict[str, Any]:
     Raises:
       ValueError: a model, folder or image that cannot be used.
     """
-    common.cache_compilations()
-    common.check_output(config.output)
+    reports.begin(config)
     model = model_file.load_model(config.model)
     found = model.description
     support = read_support(config.support, found)

@@ -31,7 +31,7 @@ from jax import lax
 import imaml_jax
 from experiments import glyphs
 from experiments.shared import common, reports
-from experiments.shared.inner_problems import in_float64, start_and_tasks
+from experiments.shared.inner_problems import start_and_tasks
 from imaml_jax.data import episodes
 from imaml_jax.data import glyphs as glyph_data
 from imaml_jax.learners.settings import Count, Positive, Record, Seed
@@ -278,7 +278,7 @@ def _solve_all(solve: Solve, solver: Solver, systems: Sequence[System]) -> list[
         return x, info, optax.tree.norm(left) / optax.tree.norm(system.query_grad)
 
     with jax.enable_x64(True):
-        return [jax.device_get(program(in_float64(system))) for system in systems]
+        return [jax.device_get(program(common.in_float64(system))) for system in systems]
 
 
 def _median_error(found: Sequence[Any], exact: Sequence[Any] | None) -> float | None:

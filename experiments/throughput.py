@@ -22,8 +22,7 @@ import jax.numpy as jnp
 import optax
 
 from experiments import glyphs
-from experiments.shared import common, reports
-from imaml_jax.data import episodes
+from experiments.shared import common, few_shot, reports
 from imaml_jax.learners.registry import ALGORITHMS
 from imaml_jax.learners.settings import Count, Record
 from imaml_jax.training import mapping, train
@@ -66,23 +65,12 @@ def main(config: Config) -> dict[str, Any]:
             algorithm=config.algorithm, meta_steps=num_steps, log_every=1, validate_every=1
         )
     )
-    protocol, tasks = run.settings, run.settings.tasks
-    dataset = splits.train
-    example = jnp.zeros((1, *dataset.images.shape[1:]))
-    learner = protocol.build(5)
-    devices = common.task_devices(None, tasks.meta_batch)
+    protocol = run.settings
+    example = jnp.zeros((1, *splits.train.images.shape[1:]))
+    learner = protocol.build(run.ways)
+    devices = common.task_devices(None, protocol.tasks.meta_batch)
     tx = protocol.build_outer()
-
-    sample = partial(
-        episodes.sample_tasks,
-        dataset=dataset,
-        num_tasks=tasks.meta_batch,
-        ways=5,
-        shots=tasks.train_shots,
-        queries=tasks.train_queries,
-        rotations=None,
-        invert=tasks.invert,
-    )
+    sample = few_shot.training_tasks(run, splits.train)
 
     def trained_rate() -> tuple[float, float]:
         with tempfile.TemporaryDirectory() as folder:

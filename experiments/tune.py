@@ -16,7 +16,7 @@ from typing import Any
 from experiments import omniglot
 from experiments.shared import common, few_shot
 from imaml_jax import protocols
-from imaml_jax.learners.settings import Count, Record, Seed, nearest
+from imaml_jax.learners.settings import Count, Record, Seed, check_choice
 from imaml_jax.protocols.trials import TRIALS
 
 
@@ -44,11 +44,7 @@ class Config(Record):
 
     def check_together(self) -> None:
         """Raises ValueError for an algorithm without trials."""
-        if self.algorithm not in TRIALS:
-            raise ValueError(
-                f"algorithm={self.algorithm!r} must be one of {', '.join(TRIALS)}"
-                f"{nearest(self.algorithm, TRIALS)}"
-            )
+        check_choice("algorithm", self.algorithm, TRIALS)
 
 
 def main(config: Config) -> list[dict[str, Any]]:

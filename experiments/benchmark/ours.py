@@ -13,7 +13,7 @@ from flax.traverse_util import flatten_dict, unflatten_dict
 
 import imaml_jax
 from experiments.benchmark import workload
-from experiments.shared import common
+from experiments.shared import common, reports
 from imaml_jax.networks import conv4
 from imaml_jax.training.mapping import map_over_tasks, replicated
 from imaml_jax.types import Batch, MetaLearner, Task
@@ -71,12 +71,9 @@ def meta_gradient(name: str, num_devices: int) -> workload.Program:
         return {name: float(value) for name, value in info._asdict().items() if value is not None}
 
     def gradients(tasks):
-        # LLVM's optimisations would take longer than they save.
-        options = {"xla_backend_optimization_level": 0}
         with jax.enable_x64(True):
-            inputs = jax.tree.map(lambda x: jnp.asarray(x, _double(x)), (params, _task(tasks)))
-            check = jax.jit(partial(_means, learner, None), compiler_options=options)
-            grads, _ = check(*inputs)
+            inputs = common.in_float64((params, _task(tasks)))
+            grads, _ = reports.jit_small(partial(_means, learner, None))(*inputs)
         return {path: np.asarray(leaf) for path, leaf in flatten_dict(grads, sep="/").items()}
 
     def temp_bytes():
@@ -120,10 +117,6 @@ def _means(learner: MetaLearner, devices: Any, params: Any, tasks: Task) -> Any:
 
 def _task(tasks: workload.Tasks) -> Task:
     return Task(*(Batch(jnp.asarray(images), jnp.asarray(labels)) for images, labels in tasks))
-
-
-def _double(x: jax.Array) -> Any:
-    return jnp.float64 if jnp.issubdtype(x.dtype, jnp.floating) else x.dtype
 
 
 if __name__ == "__main__":

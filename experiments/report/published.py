@@ -3,7 +3,7 @@
 import re
 from typing import Any, NamedTuple
 
-from experiments.report.runs import provenance, word
+from experiments.report.runs import mapping, provenance, word
 from imaml_jax import protocols
 from imaml_jax.protocols import leo, navigation, sinusoid
 from imaml_jax.protocols.published import OWN_PROTOCOL, PUBLISHED, SPREADS
@@ -19,15 +19,9 @@ class Published(NamedTuple):
     kind: str
 
 
-def settings_of(results: dict[str, Any]) -> dict[str, Any]:
-    settings = results.get("settings")
-    return settings if isinstance(settings, dict) else {}
-
-
 def shape_of(results: dict[str, Any]) -> tuple[str, int | None, int | None]:
     """Data set, ways and shots."""
-    tested = results.get("test_tasks")
-    places = [results, tested if isinstance(tested, dict) else {}]
+    places = results, mapping(results, "test_tasks")
     dataset, ways, shots = (
         next((place[name] for place in places if place.get(name) is not None), None)
         for name in ("dataset", "ways", "shots")
@@ -75,7 +69,8 @@ def full_steps_of(results: dict[str, Any]) -> int | None:
         return navigation.SETTINGS[algorithm][1].meta_steps
     if dataset == "sinusoid" and algorithm in sinusoid.SETTINGS:
         return sinusoid.SETTINGS[algorithm][1].meta_steps
-    names = word(settings_of(results), "name"), word(results, "protocol"), own_protocol(results)
+    name = word(mapping(results, "settings"), "name")
+    names = name, word(results, "protocol"), own_protocol(results)
     found = (protocol_of(name, results) for name in names)
     return next((protocol.outer.meta_steps for protocol in found if protocol is not None), None)
 

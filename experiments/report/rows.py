@@ -12,10 +12,9 @@ from experiments.report.published import (
     own_protocol,
     protocol_of,
     published_of,
-    settings_of,
     shape_of,
 )
-from experiments.report.runs import Run, number, word
+from experiments.report.runs import Run, mapping, number, word
 from imaml_jax import protocols
 from imaml_jax.learners.registry import ALGORITHMS
 
@@ -136,7 +135,7 @@ def _group(members: list[Run]) -> Group:
     scores = tuple(_score(run) for run in runs)
     full = full_steps_of(results)
     status = _status(runs, scores, published, full)
-    protocol = word(settings_of(results), "name") or word(results, "protocol")
+    protocol = word(mapping(results, "settings"), "name") or word(results, "protocol")
     name = " ".join(filter(None, (algorithm_name(results), protocol and f"({protocol})")))
     return Group(
         name or runs[0].name, place, runs, scores, published, full, status,
@@ -257,7 +256,7 @@ def _deviations(
     own = own_protocol(results)
     theirs = protocol_of(own, results)
     if published is not None and theirs is not None:
-        ours = _flat(settings_of(results))
+        ours = _flat(mapping(results, "settings"))
         for name, value in theirs.recorded().items():
             skipped = name in ("name", "source", "meta_steps") or name not in ours
             if not skipped and ours[name] != value:

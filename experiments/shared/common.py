@@ -122,6 +122,15 @@ def relative_difference(found: Any, exact: Any) -> float:
     return float(np.linalg.norm(found - exact) / np.linalg.norm(exact))
 
 
+def in_float64(tree: Any) -> Any:
+    """The tree with its real numbers in float64, which must be enabled."""
+
+    def cast(x):
+        return x.astype(jnp.float64) if jnp.issubdtype(x.dtype, jnp.floating) else x
+
+    return jax.tree.map(cast, jax.tree.map(jnp.asarray, tree))
+
+
 def say(text: str) -> None:
     """Prints it, once for all processes."""
     if processes.is_first():
@@ -269,11 +278,12 @@ def write_report(
     output: Path,
     results: Any,
     table: Callable[[Any], str],
-    draw: Callable[[Any, Path], None],
+    draw: Callable[[Any, Path], None] | None = None,
 ) -> None:
-    """Writes `output`.json and `output`.png and prints the table."""
+    """Writes `output`.json, with something to draw `output`.png too, and prints the table."""
     write_json(with_ending(output, "json"), results)
-    draw(results, with_ending(output, "png"))
+    if draw is not None:
+        draw(results, with_ending(output, "png"))
     print(table(results), flush=True)
 
 

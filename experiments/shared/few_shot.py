@@ -19,6 +19,7 @@ from imaml_jax.protocols.protocol import ImageTasks
 from imaml_jax.training import plots, processes
 from imaml_jax.training.evaluation import Evaluation, ensemble, stack_members
 from imaml_jax.training.loop import TrainResult
+from imaml_jax.training.mapping import Sample
 from imaml_jax.training.step import init_meta_params
 
 _WITHOUT_VALIDATION = ("lake", "reptile")
@@ -119,19 +120,6 @@ def meta_train(config: Config, splits: episodes.Splits, dataset: str) -> TrainRe
     tasks = config.settings.tasks
     devices = common.task_devices(config.devices, tasks.meta_batch)
     _check_data(config, splits)
-
-    def sample_train(key):
-        return episodes.sample_tasks(
-            key,
-            splits.train,
-            num_tasks=tasks.meta_batch,
-            ways=config.ways,
-            shots=tasks.train_shots,
-            queries=tasks.train_queries,
-            rotations=tasks.train_rotations,
-            invert=tasks.invert,
-        )
-
     learner, validate = config.settings.build(config.ways), None
     if splits.val is not None:
         validate = scores.accuracy_on(
@@ -142,7 +130,7 @@ def meta_train(config: Config, splits: episodes.Splits, dataset: str) -> TrainRe
         config,
         learner,
         config.settings.build_outer(),
-        sample_train,
+        training_tasks(config, splits.train),
         num_steps=config.settings.outer.meta_steps,
         example_inputs=_example(splits),
         validate=validate,
@@ -152,6 +140,25 @@ def meta_train(config: Config, splits: episodes.Splits, dataset: str) -> TrainRe
         devices=devices,
         config=common.recorded(config, dataset),
     )
+
+
+def training_tasks(config: Config, dataset: episodes.Dataset) -> Sample:
+    """`key -> Task`, a meta-batch of new tasks."""
+    tasks = config.settings.tasks
+
+    def sample(key):
+        return episodes.sample_tasks(
+            key,
+            dataset,
+            num_tasks=tasks.meta_batch,
+            ways=config.ways,
+            shots=tasks.train_shots,
+            queries=tasks.train_queries,
+            rotations=tasks.train_rotations,
+            invert=tasks.invert,
+        )
+
+    return sample
 
 
 def with_tasks(protocol: Protocol, kind: type[ImageTasks], **changes: Any) -> Protocol:

@@ -13,7 +13,7 @@ import optax
 from jax.flatten_util import ravel_pytree
 
 import imaml_jax
-from experiments.shared import few_shot
+from experiments.shared import common, few_shot
 from imaml_jax.data import episodes, glyphs, sinusoid
 from imaml_jax.networks import Network, conv4, mlp
 from imaml_jax.training import train
@@ -58,15 +58,6 @@ def start_and_tasks(
     )
     params = jax.device_put(trained.meta_params, jax.local_devices()[0])
     return params, [jax.tree.map(itemgetter(i), tasks) for i in range(num_tasks)]
-
-
-def in_float64(tree: Any) -> Any:
-    """The tree with its real numbers in float64, which must be enabled."""
-
-    def cast(x):
-        return x.astype(jnp.float64) if jnp.issubdtype(x.dtype, jnp.floating) else x
-
-    return jax.tree.map(cast, jax.tree.map(jnp.asarray, tree))
 
 
 def random_tasks(
@@ -217,4 +208,4 @@ def _meta_train(family: Family) -> Any:
         log_every=META_STEPS,
         progress=False,
     )
-    return in_float64(trained.meta_params)
+    return common.in_float64(trained.meta_params)

@@ -55,10 +55,7 @@ def report(
       The results: settings, provenance and what was measured.
     """
     results = {**about(config), **measured}
-    common.write_json(common.with_ending(config.output, "json"), results)
-    if draw is not None:
-        draw(results, common.with_ending(config.output, "png"))
-    print(table(results), flush=True)
+    common.write_report(config.output, results, table, draw)
     return results
 
 

@@ -14,7 +14,7 @@ from imaml_jax.learners.maml import AnilSettings, FomamlSettings, MamlSettings
 from imaml_jax.learners.mamlpp import MamlppSettings
 from imaml_jax.learners.platipus import PlatipusSettings
 from imaml_jax.learners.reptile import ReptileSettings, TransductiveReptileSettings
-from imaml_jax.learners.settings import nearest
+from imaml_jax.learners.settings import check_choice
 
 ALGORITHMS: dict[str, type[LearnerSettings]] = {}
 """The settings of each algorithm by its name, in the order of tables."""
@@ -46,11 +46,7 @@ def settings_class(algorithm: str) -> type[LearnerSettings]:
     Raises:
       ValueError: an unknown name.
     """
-    if algorithm not in ALGORITHMS:
-        raise ValueError(
-            f"algorithm={algorithm!r} must be one of {', '.join(ALGORITHMS)}"
-            f"{nearest(algorithm, ALGORITHMS)}"
-        )
+    check_choice("algorithm", algorithm, ALGORITHMS)
     return ALGORITHMS[algorithm]
 
 

@@ -16,7 +16,7 @@ import sys
 import textwrap
 import types
 import typing
-from collections.abc import Callable, Iterable, Iterator, Mapping
+from collections.abc import Callable, Collection, Iterable, Iterator, Mapping
 from numbers import Integral, Real
 from pathlib import Path
 from typing import Annotated, Any, Literal, NamedTuple, Self, TypeVar
@@ -225,6 +225,14 @@ def check_value(name: str, value: Any, hint: Any, prefix: str = "") -> None:
         )
 
 
+def check_choice(name: str, value: str, choices: Collection[str]) -> None:
+    """Raises ValueError for a value that is none of the choices."""
+    if value not in choices:
+        raise ValueError(
+            f"{name}={value!r} must be one of {', '.join(choices)}{nearest(value, choices)}"
+        )
+
+
 def nearest(name: Any, names: Iterable[str]) -> str:
     """A hint at the most similar of some names, or nothing."""
     found = difflib.get_close_matches(str(name), list(names), 1)
@@ -247,23 +255,28 @@ def plain(hint: Any) -> Any:
     return hint
 
 
-@functools.cache
 def field_docs(record: type) -> dict[str, str]:
     """The strings below the fields of a dataclass, by name; bases included."""
     found: dict[str, str] = {}
     for each in reversed(record.__mro__):
-        if not dataclasses.is_dataclass(each):
-            continue
-        try:
-            (tree,) = ast.parse(textwrap.dedent(inspect.getsource(each))).body
-        except (OSError, TypeError):  # made in an interactive session
-            continue
-        assert isinstance(tree, ast.ClassDef)
-        for field, doc in itertools.pairwise(tree.body):
-            if isinstance(field, ast.AnnAssign) and isinstance(field.target, ast.Name):
-                match doc:
-                    case ast.Expr(ast.Constant(str() as text)):
-                        found[field.target.id] = " ".join(text.split())
+        if dataclasses.is_dataclass(each):
+            found |= _own_field_docs(each)
+    return found
+
+
+@functools.cache
+def _own_field_docs(record: type) -> dict[str, str]:
+    try:
+        (tree,) = ast.parse(textwrap.dedent(inspect.getsource(record))).body
+    except (OSError, TypeError):  # made in an interactive session
+        return {}
+    assert isinstance(tree, ast.ClassDef)
+    found = {}
+    for field, doc in itertools.pairwise(tree.body):
+        if isinstance(field, ast.AnnAssign) and isinstance(field.target, ast.Name):
+            match doc:
+                case ast.Expr(ast.Constant(str() as text)):
+                    found[field.target.id] = " ".join(text.split())
     return found
 
 

@@ -3,7 +3,7 @@
 import dataclasses
 from typing import Annotated, Literal
 
-from imaml_jax.learners.settings import Count, Positive, Record, When, nearest
+from imaml_jax.learners.settings import Count, Positive, Record, When, check_choice
 from imaml_jax.policies.settings import (
     FomamlPolicySettings,
     ImamlPolicySettings,
@@ -67,11 +67,7 @@ def get(algorithm: str) -> Protocol:
     Raises:
       ValueError: an unknown algorithm.
     """
-    if algorithm not in SETTINGS:
-        raise ValueError(
-            f"algorithm={algorithm!r} must be one of {', '.join(SETTINGS)}"
-            f"{nearest(algorithm, SETTINGS)}"
-        )
+    check_choice("algorithm", algorithm, SETTINGS)
     learner, outer = SETTINGS[algorithm]
     return Protocol(
         "navigation",
