@@ -14,7 +14,10 @@ from imaml_jax.bilevel.curvature import (
     hvp,
     hvp_fn,
 )
+from imaml_jax.bilevel.dense import solve_dense, solve_lstsq
 from imaml_jax.bilevel.diagonal import estimate_diagonal, jacobi_preconditioner
+from imaml_jax.bilevel.failure import LinearSolveError
+from imaml_jax.bilevel.gmres import solve_gmres
 from imaml_jax.bilevel.gradient_error import (
     GradientError,
     implicit_gradient_bound,
@@ -29,15 +32,15 @@ from imaml_jax.bilevel.inner import (
     proximal_objective,
 )
 from imaml_jax.bilevel.linear_solve import (
-    SolveInfo,
+    solve_auto,
     solve_cg,
     solve_cg_steihaug,
-    solve_dense,
-    solve_gmres,
     solve_neumann,
     solve_right_preconditioned,
 )
+from imaml_jax.bilevel.linear_system import SolveInfo, transpose
 from imaml_jax.bilevel.low_rank import nystrom_preconditioner, solve_nystrom, solve_woodbury
+from imaml_jax.bilevel.lsmr import solve_lsmr
 from imaml_jax.bilevel.minres import solve_minres
 from imaml_jax.learners import (
     PlatipusParams,
@@ -78,6 +81,7 @@ __all__ = [
     "Environment",
     "GradientError",
     "LinearOperator",
+    "LinearSolveError",
     "LowRank",
     "MetaLearner",
     "MinimizeInfo",
@@ -127,10 +131,13 @@ __all__ = [
     "reptile",
     "root_jvp",
     "root_vjp",
+    "solve_auto",
     "solve_cg",
     "solve_cg_steihaug",
     "solve_dense",
     "solve_gmres",
+    "solve_lsmr",
+    "solve_lstsq",
     "solve_minres",
     "solve_neumann",
     "solve_nystrom",
@@ -138,4 +145,5 @@ __all__ = [
     "solve_woodbury",
     "svgd_direction",
     "svgd_objective",
+    "transpose",
 ]

@@ -47,19 +47,27 @@ class LowRank(NamedTuple):
 class LinearOperator(NamedTuple):
     """A linear map on parameter-shaped pytrees, `A = B + diag(sum of dampings)`.
 
-    Symmetric, as most solvers of `linear_solve` need it, but where a root is differentiated.
+    Most solvers of `linear_solve` need a symmetric one. Wherever one is asked for, a function
+    `v -> A v` or, for vectors, a matrix will do.
 
     Attributes:
-      matvec: `v -> A v`; input and output share their tree structure, shapes and dtypes.
+      matvec: `v -> A v`; input and output share their tree structure, shapes and dtypes, unless
+        `domain` is given.
       factor: where `B` is low-rank, a function of no arguments that returns its `LowRank` pieces. A
         function, so that nothing of size `m x P` exists until it is asked for.
       dampings: what `damped` added to the diagonal, each a scalar or a tree prefix of the
         parameters.
+      domain: a tree with the shapes and dtypes of `v`, such as of `jax.ShapeDtypeStruct`, where
+        they are not those of `A v`: for matrices that are not square.
+      transposed: whether this is the transpose of the matrix that a solver's settings, such as a
+        preconditioner, are made for.
     """
 
     matvec: Callable[[PyTree], PyTree]
     factor: Callable[[], LowRank] | None = None
     dampings: tuple[PyTree, ...] = ()
+    domain: PyTree = None
+    transposed: bool = False
 
 
 class Environment(NamedTuple):

@@ -10,13 +10,10 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
+from imaml_jax.bilevel.dense import solve_dense
+from imaml_jax.bilevel.gmres import solve_gmres
 from imaml_jax.bilevel.implicit import custom_argmin, custom_root
-from imaml_jax.bilevel.linear_solve import (
-    solve_cg,
-    solve_cg_steihaug,
-    solve_dense,
-    solve_gmres,
-)
+from imaml_jax.bilevel.linear_solve import solve_cg, solve_cg_steihaug
 from imaml_jax.bilevel.minres import solve_minres
 from imaml_jax.types import LinearOperator
 from tests.programs import jit

@@ -43,7 +43,7 @@ def objective(
 
 _newton = partial(minimize, objective, tx=newton_cg(max_cg_steps=50, cg_tol=1e-2), num_steps=6)
 _solve = partial(solve_cg_steihaug, tol=1e-4, max_steps=100)
-fit = custom_argmin(objective, _solve, has_aux=True)(_newton)
+fit = custom_argmin(objective, _solve, has_aux=True, on_failure="accept")(_newton)
 """`(init, inputs, labels, weights, reg_strength) -> (params, MinimizeInfo)`.
 
 Minimises the objective from `init` by Newton's method with products by the Hessian.

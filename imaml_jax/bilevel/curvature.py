@@ -8,12 +8,29 @@ References:
 """
 
 from collections.abc import Callable
+from functools import wraps
+from typing import Any
 
 import jax
 import jax.numpy as jnp
 from jax.flatten_util import ravel_pytree
 
 from imaml_jax.types import Array, LinearOperator, LowRank, PyTree
+
+
+def steepest_ascent(fun: Callable[..., Array]) -> Callable[..., PyTree]:
+    """`jax.grad`, whose conjugate it is in complex parameters.
+
+    The direction in which `fun` grows fastest, so that its derivative is symmetric as a map of real
+    and imaginary parts.
+    """
+
+    @wraps(fun)
+    def gradient(params: PyTree, *args: Any, **kwargs: Any) -> PyTree:
+        grads = jax.grad(fun)(params, *args, **kwargs)
+        return jax.tree.map(lambda g: g.conj() if jnp.iscomplexobj(g) else g, grads)
+
+    return gradient
 
 
 def hvp(fun: Callable[[PyTree], Array], params: PyTree, v: PyTree) -> PyTree:
@@ -27,7 +44,7 @@ def hvp(fun: Callable[[PyTree], Array], params: PyTree, v: PyTree) -> PyTree:
     Returns:
       `H v`, shaped like `params`.
     """
-    return jax.jvp(jax.grad(fun), (params,), (v,))[1]
+    return jax.jvp(steepest_ascent(fun), (params,), (v,))[1]
 
 
 def hvp_fn(fun: Callable[[PyTree], Array], params: PyTree) -> Callable[[PyTree], PyTree]:
@@ -42,7 +59,7 @@ def hvp_fn(fun: Callable[[PyTree], Array], params: PyTree) -> Callable[[PyTree],
     Returns:
       `v -> H v`.
     """
-    return jax.linearize(jax.grad(fun), params)[1]
+    return jax.linearize(steepest_ascent(fun), params)[1]
 
 
 def ggnvp(
@@ -125,20 +142,23 @@ def damped(operator: LinearOperator, damping: PyTree) -> LinearOperator:
     """`A + diag(damping)`.
 
     Args:
-      operator: `A`.
+      operator: `A`, or a function `v -> A v`.
       damping: a scalar, or a tree prefix of the parameters whose leaves broadcast to theirs.
 
     Returns:
       The damped operator; it keeps the low-rank factor of `A`, if there is one, and knows what was
       added.
     """
+    if not isinstance(operator, LinearOperator):
+        operator = LinearOperator(operator)
+    undamped = operator.matvec
 
     def matvec(v: PyTree) -> PyTree:
         return jax.tree.map(
             lambda av, d, x: av + jnp.asarray(d, x.dtype) * x,
-            operator.matvec(v),
+            undamped(v),
             jax.tree.broadcast(damping, v),
             v,
         )
 
-    return LinearOperator(matvec, operator.factor, (*operator.dampings, damping))
+    return operator._replace(matvec=matvec, dampings=(*operator.dampings, damping))

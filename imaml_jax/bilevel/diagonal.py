@@ -4,9 +4,13 @@ from collections.abc import Callable
 
 import jax
 import jax.numpy as jnp
-from jax.flatten_util import ravel_pytree
 
-from imaml_jax.bilevel.linear_system import broadcast_to_leaves, random_products, raveled_damping
+from imaml_jax.bilevel.linear_system import (
+    broadcast_to_leaves,
+    random_products,
+    ravel,
+    raveled_damping,
+)
 from imaml_jax.types import Array, LinearOperator, PyTree
 
 
@@ -40,7 +44,7 @@ def jacobi_preconditioner(
     """
     if diagonal is None:
         diagonal = estimate_diagonal(operator, b, key, num_probes=num_probes)
-    flat = ravel_pytree(broadcast_to_leaves(diagonal, b))[0]
+    flat = ravel(broadcast_to_leaves(diagonal, b))[0]
     smallest = jnp.min(jnp.where(flat > 0, flat, jnp.inf), initial=jnp.inf)
     smallest = jnp.where(smallest < jnp.inf, smallest, 1)
     safe = jnp.where(flat <= 0, smallest, flat)  # NaN stays, so that the solve tells
@@ -77,4 +81,4 @@ def estimate_diagonal(
         raise ValueError(f"estimate_diagonal: num_probes={num_probes} must be at least 1")
     basis, image = random_products(operator, b, key, num_probes, jax.random.rademacher)
     estimate = (basis * image).sum(1) / (basis**2).sum(1)
-    return ravel_pytree(b)[1](jnp.maximum(estimate, raveled_damping(operator, b)))
+    return ravel(b)[1](jnp.maximum(estimate, raveled_damping(operator, b)))

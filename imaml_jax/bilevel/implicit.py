@@ -11,18 +11,20 @@ References:
 """
 
 from collections.abc import Callable, Sequence
-from functools import partial, wraps
-from typing import Any
+from functools import lru_cache, partial, wraps
+from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
 from jax import lax
 from jax.custom_derivatives import SymbolicZero, zero_from_primal
-from jax.flatten_util import ravel_pytree
 
-from imaml_jax.bilevel.linear_solve import solve_cg, solve_gmres
-from imaml_jax.bilevel.linear_system import Solve, SolveInfo
-from imaml_jax.types import LinearOperator, PyTree
+from imaml_jax.bilevel.arguments import Skeleton, check_call, closes_over_tracers, hoist
+from imaml_jax.bilevel.curvature import steepest_ascent
+from imaml_jax.bilevel.failure import OnFailure, check_on_failure, handle_failure
+from imaml_jax.bilevel.linear_solve import solve_auto
+from imaml_jax.bilevel.linear_system import Solve, SolveInfo, ravel, transpose
+from imaml_jax.types import Array, LinearOperator, PyTree
 
 
 def root_jvp(
@@ -30,38 +32,40 @@ def root_jvp(
     root: PyTree,
     args: Sequence[PyTree],
     tangents: Sequence[PyTree],
-    solve: Solve,
+    solve: Solve | None = None,
     *,
     symmetric: bool = False,
+    operator: LinearOperator | None = None,
+    on_failure: OnFailure = "raise",
 ) -> PyTree:
     """Tangent of a root: solves `A dx = -dF`, differentiable to any order in both modes.
 
     Args:
-      optimality_fn: `F(x, *args)`, shaped like `x`; zero at the root.
-      root: `x*`.
+      optimality_fn: `F(x, *args)`, as many numbers as `x`, or more; zero at the root.
+      root: `x*`, of floating-point leaves.
       args: the other arguments of `F`.
       tangents: one for each of `args`.
-      solve: a solver of `imaml_jax.bilevel.linear_solve`.
+      solve: a solver of `imaml_jax.bilevel.linear_solve`; None (default) for `solve_auto`.
       symmetric: whether `A` is symmetric; else reverse mode solves with its transpose.
+      operator: what stands in for `A`, as the Gauss-Newton matrix for a Hessian; None (default) for
+        `dF/dx`.
+      on_failure: see `custom_root`.
 
     Returns:
       `dx*`, shaped like `root`.
+
+    Raises:
+      LinearSolveError: the system was not solved, see `custom_root`.
+      TypeError: a leaf of `root` that is not floating-point.
     """
-    flat_root, unravel = ravel_pytree(root)
+    check_on_failure(on_failure)
 
-    def flat_optimality(x, *call_args):
-        return ravel_pytree(optimality_fn(unravel(x), *call_args))[0]
+    def optimality(x: PyTree, arrays: Sequence[PyTree], unused: None) -> PyTree:
+        return optimality_fn(x, *arrays)
 
-    right = jax.jvp(partial(flat_optimality, flat_root), tuple(args), tuple(tangents))[1]
-    matvec = jax.linearize(lambda x: flat_optimality(x, *args), flat_root)[1]
-
-    def solve_flat(operator, b):
-        return solve(LinearOperator(operator), b)[0]
-
-    tangent = lax.custom_linear_solve(
-        matvec, -right, solve_flat, transpose_solve=solve_flat, symmetric=symmetric
-    )
-    return unravel(tangent)
+    curvature = None if operator is None else lambda *unused: operator
+    system = _tangent_system(optimality, solve, symmetric, curvature)
+    return _tangent(system, root, list(args), None, list(tangents), symmetric, on_failure)
 
 
 def root_vjp(
@@ -69,53 +73,87 @@ def root_vjp(
     root: PyTree,
     args: Sequence[PyTree],
     cotangent: PyTree,
-    operator: LinearOperator,
-    solve: Solve,
+    solve: Solve | None = None,
     *,
+    symmetric: bool = False,
+    operator: LinearOperator | None = None,
     key: jax.Array | None = None,
 ) -> tuple[tuple[PyTree, ...], SolveInfo]:
     """Cotangents of the arguments of a root, with the report of the linear solve.
 
-    `u = A^-T v` and `-(dF/dargs)^T u`. The operator is given, so that an approximation of `A` (the
-    Gauss-Newton matrix, a truncated solve) can stand in for it. Not itself differentiable past the
-    approximation; for exact higher orders use `custom_root`.
+    `u = A^-T v` and `-(dF/dargs)^T u`. A truncated solve is meant here, and the report says how far
+    it came. Not itself differentiable past the operator; for exact higher orders use `custom_root`.
 
     Args:
-      optimality_fn: `F(x, *args)`.
+      optimality_fn: `F(x, *args)`, shaped like `x`.
       root: `x*`.
-      args: the other arguments of `F`, all of floating dtype.
+      args: the other arguments of `F`.
       cotangent: `v`, shaped like `root`.
-      operator: `A^T`, the transposed Jacobian of `F` in `x`, or what stands in for it.
-      solve: a solver of `imaml_jax.bilevel.linear_solve`.
+      solve: a solver of `imaml_jax.bilevel.linear_solve`; None (default) for `solve_auto`.
+      symmetric: whether `A` is symmetric; else the solver gets its transpose.
+      operator: what stands in for `A`, not transposed; None (default) for `dF/dx`.
       key: passed to the solver.
 
     Returns:
-      `(cotangents, info)`, one cotangent for each of `args`.
+      `(cotangents, info)`, one cotangent for each of `args`; of dtype float0 for integers.
     """
+    args = tuple(args)
+    if operator is None:
+        operator = LinearOperator(jax.linearize(lambda x: optimality_fn(x, *args), root)[1])
+    if not symmetric:
+        operator = transpose(operator, cotangent)
+    solve = partial(solve_auto, symmetric=symmetric) if solve is None else solve
     adjoint, info = solve(operator, cotangent, key=key)
     _, pullback = jax.vjp(partial(optimality_fn, root), *args)
-    return jax.tree.map(jnp.negative, pullback(adjoint)), info
+
+    def negative(x: Array) -> Array:
+        return x if x.dtype == jax.dtypes.float0 else -x
+
+    return jax.tree.map(negative, pullback(adjoint)), info
 
 
 def custom_root(
     optimality_fn: Callable[..., PyTree],
-    solve: Solve = solve_gmres,
+    solve: Solve | None = None,
     *,
     symmetric: bool = False,
     has_aux: bool = False,
+    curvature: Callable[..., LinearOperator] | None = None,
+    on_failure: OnFailure = "raise",
 ) -> Callable[[Callable[..., Any]], Callable[..., Any]]:
-    """Decorator that makes `solver(init, *args) -> x*` differentiable in every one of `args`.
+    """Decorator that makes `solver(init, *args, **kwargs) -> x*` differentiable in its arguments.
 
-    The derivative in `init` is zero, as a root does not depend on where the search began.
+    Differentiable, in both modes and to any order, in every floating-point array among `args` and
+    `kwargs`, and in those that `optimality_fn` closes over. The derivative in `init` is zero, as a
+    root does not depend on where the search began. Strings, integers, functions and modules that
+    hold them may be arguments too.
+
+    Call it under `jax.jit`; outside, nothing of the derivative is compiled twice either, as long as
+    the decorated function stays the same one.
 
     Args:
-      optimality_fn: `F(x, *args)`, shaped like `x`; zero at the root.
-      solve: a solver of `imaml_jax.bilevel.linear_solve` for the tangent system.
+      optimality_fn: `F(x, *args, **kwargs)`, as many numbers as `x`; zero at the root. More numbers
+        than `x` has, as with equations that say the same twice, need `solve_lstsq` or `solve_lsmr`.
+      solve: a solver of `imaml_jax.bilevel.linear_solve` for the tangent system; None (default) for
+        `solve_auto`.
       symmetric: whether `dF/dx` is symmetric, as for a minimum.
       has_aux: whether the solver returns `(x*, aux)`; `aux` is not differentiated.
+      curvature: `(x, *args, **kwargs) -> LinearOperator`, a matrix in place of `dF/dx`, with its
+        dampings and its factor; None (default) for `dF/dx` itself.
+      on_failure: what to do where the solver has not converged. "raise" (default): the derivative
+        is NaN, and outside of `jax.jit` `LinearSolveError` is raised. "nan": NaN alone. "accept":
+        the solution as far as it came, where a truncated solve is meant. A function: NaN, and it is
+        called with the `SolveInfo` on the host.
 
     Returns:
       The decorator.
+
+    Raises:
+      LinearSolveError: on differentiation, see `on_failure`.
+      TypeError: an argument that `optimality_fn` does not take; a root with leaves that are not
+        floating-point; a pair returned without `has_aux`.
+      ValueError: an unknown `on_failure`; more or fewer equations than unknowns for a solver of
+        square systems.
 
     Example:
       >>> import jax, jax.numpy as jnp
@@ -123,43 +161,43 @@ def custom_root(
       >>> @custom_root(lambda x, a: x**2 - a)
       ... def square_root(init, a):
       ...     return jnp.sqrt(a)  # any solver; here the answer itself
-      >>> print(jax.grad(square_root, argnums=1)(1.0, 4.0))
+      >>> print(jax.jit(jax.grad(square_root, argnums=1))(1.0, 4.0))
       0.25
     """
+    check_on_failure(on_failure)
 
     def decorate(solver):
-        @jax.custom_jvp
-        def find_root(init, *args):
-            return solver(init, *args)
-
-        @partial(find_root.defjvp, symbolic_zeros=True)
-        def rule(primals, tangents):
-            (_, *args), (_, *tangents) = primals, tangents
-            result = find_root(*primals)
-            root, aux = result if has_aux else (result, None)
-
-            def moving(tree):  # with None for what has no tangent, as integers
-                return jax.tree.map(
-                    lambda _, t, x: None if isinstance(t, SymbolicZero) else x, args, tangents, tree
-                )
-
-            def optimality(x, *new_args):
-                all_args = jax.tree.map(
-                    lambda new, x: x if new is None else new,
-                    list(new_args),
-                    args,
-                    is_leaf=lambda new: new is None,
-                )
-                return optimality_fn(x, *all_args)
-
-            tangent = root_jvp(
-                optimality, root, moving(args), moving(tangents), solve, symmetric=symmetric
-            )
-            return result, (tangent, zero_from_primal(aux)) if has_aux else tangent
+        @lru_cache(maxsize=16)
+        def system_of(call):
+            """Compiled once for arguments that differ in their arrays alone."""
+            matrix = curvature and partial(_with_call, curvature, call)
+            optimality = partial(_with_call, optimality_fn, call)
+            return _compiled(_tangent_system(optimality, solve, symmetric, matrix))
 
         @wraps(solver, updated=())  # a solver that is itself a custom_jvp keeps its rule to itself
-        def differentiable(init, *args):
-            return find_root(init, *args)
+        def differentiable(init, *args, **kwargs):
+            check_call(optimality_fn, "optimality_fn", init, *args, **kwargs)
+            start, call = Skeleton(init), Skeleton((args, kwargs))
+            starts, arrays = start.arrays(init), call.arrays((args, kwargs))
+
+            def find(starts, arrays):
+                args, kwargs = call.merge(arrays)
+                return solver(start.merge(starts), *args, **kwargs)
+
+            functions = (solver, optimality_fn, curvature, start.others, call.others)
+            if any(map(closes_over_tracers, functions)):
+                if curvature is not None:
+                    raise TypeError(
+                        "custom_root: with curvature, pass what its functions close over and is "
+                        "traced (differentiated or compiled) as arguments of the solver"
+                    )
+                find, optimality, arrays = _hoisted(
+                    find, partial(_with_call, optimality_fn, call), starts, arrays, has_aux
+                )
+                system = _compiled(_tangent_system(optimality, solve, symmetric, None))
+            else:
+                system = system_of(call)
+            return _find_root(find, system, symmetric, has_aux, on_failure)(starts, arrays)
 
         return differentiable
 
@@ -167,19 +205,31 @@ def custom_root(
 
 
 def custom_argmin(
-    objective: Callable[..., jax.Array], solve: Solve = solve_cg, *, has_aux: bool = False
+    objective: Callable[..., jax.Array],
+    solve: Solve | None = None,
+    *,
+    has_aux: bool = False,
+    curvature: Callable[..., LinearOperator] | None = None,
+    on_failure: OnFailure = "raise",
 ) -> Callable[[Callable[..., Any]], Callable[..., Any]]:
-    """Decorator that makes a minimiser `solver(init, *args) -> x*` differentiable in its `args`.
+    """Decorator that makes a minimiser `solver(init, *args, **kwargs) -> x*` differentiable.
 
     `custom_root` of the gradient, with a symmetric solve.
 
     Args:
-      objective: `(x, *args) -> scalar`, minimised by the solver in `x`.
-      solve: a solver of `imaml_jax.bilevel.linear_solve` for systems with the Hessian.
+      objective: `(x, *args, **kwargs) -> scalar`, minimised by the solver in `x`.
+      solve: a solver of `imaml_jax.bilevel.linear_solve` for systems with the Hessian; None
+        (default) for `solve_auto`.
       has_aux: whether the solver returns `(x*, aux)`; `aux` is not differentiated.
+      curvature: `(x, *args, **kwargs) -> LinearOperator`, a symmetric matrix in place of the
+        Hessian, as `damped(gauss_newton(...), strength)`; None (default) for the Hessian.
+      on_failure: see `custom_root`.
 
     Returns:
       The decorator.
+
+    Raises:
+      As `custom_root`.
 
     Example:
       The derivative of a ridge regression in its regularisation strength:
@@ -192,7 +242,193 @@ def custom_argmin(
       >>> @custom_argmin(objective)
       ... def ridge(init, strength):
       ...     return jnp.linalg.solve(inputs.T @ inputs + strength * jnp.eye(2), inputs.T @ targets)
-      >>> print(jax.jacobian(ridge, argnums=1)(jnp.zeros(2), 1.0))  # -1 / (1 + strength)^2
+      >>> derivative = jax.jit(jax.jacobian(ridge, argnums=1))
+      >>> print(derivative(jnp.zeros(2), 1.0))  # -1 / (1 + strength)^2
       [-0.25 -0.25]
     """
-    return custom_root(jax.grad(objective), solve, symmetric=True, has_aux=has_aux)
+    return custom_root(
+        steepest_ascent(objective),
+        solve,
+        symmetric=True,
+        has_aux=has_aux,
+        curvature=curvature,
+        on_failure=on_failure,
+    )
+
+
+class _TangentSystem(NamedTuple):
+    """`A dx = -dF` on raveled vectors, as functions of `(x, moving, still)`.
+
+    `moving` are the arrays that have a tangent, `still` those that have none.
+    """
+
+    right: Callable[..., Array]  # (..., tangents of moving) -> -dF
+    matvec: Callable[..., Array]
+    solve: Callable[..., tuple[Array, SolveInfo]]
+    solve_transposed: Callable[..., tuple[Array, SolveInfo]]
+
+
+def _tangent_system(
+    optimality: Callable[..., PyTree],
+    solve: Solve | None,
+    symmetric: bool,
+    curvature: Callable[..., LinearOperator] | None,
+) -> _TangentSystem:
+    """Of `optimality(x, moving, still)` and `curvature` of the same arguments."""
+    linear_solve = partial(solve_auto, symmetric=symmetric) if solve is None else solve
+
+    def right(x, moving, still, tangents):
+        _, right = jax.jvp(lambda m: flat_optimality(x, m, still), (moving,), (tangents,))
+        return -right
+
+    def flat_optimality(x, moving, still):
+        return ravel(optimality(x, moving, still))[0].astype(ravel(x)[0].dtype)
+
+    def operator_at(x, moving, still):
+        flat, unravel = ravel(x)
+        if curvature is not None:
+            return curvature(x, moving, still), x
+        value, flat_matvec = jax.linearize(
+            lambda v: flat_optimality(unravel(v), moving, still), flat
+        )
+        if value.size != flat.size:
+            if solve is None:
+                raise ValueError(
+                    f"the optimality function returns {value.size} numbers for {flat.size} "
+                    "unknowns: give solve=solve_lstsq or solve_lsmr"
+                )
+            return LinearOperator(lambda v: flat_matvec(ravel(v)[0]), domain=x), value
+        return LinearOperator(lambda v: unravel(flat_matvec(ravel(v)[0]))), x
+
+    def matvec(x, moving, still, v):
+        operator, _ = operator_at(x, moving, still)
+        return ravel(operator.matvec(ravel(x)[1](v)))[0].astype(v.dtype)
+
+    def solve_once(x, moving, still, b):
+        operator, image = operator_at(x, moving, still)
+        solution, info = linear_solve(operator, ravel(image)[1](b))
+        return ravel(solution)[0].astype(b.dtype), info
+
+    def solve_transposed(x, moving, still, b):
+        operator, image = operator_at(x, moving, still)
+        solution, info = linear_solve(transpose(operator, image), ravel(x)[1](b))
+        return ravel(solution)[0].astype(b.dtype), info
+
+    return _TangentSystem(right, matvec, solve_once, solve_transposed)
+
+
+def _compiled(system: _TangentSystem) -> _TangentSystem:
+    return _TangentSystem(*map(jax.jit, system))
+
+
+def _tangent(
+    system: _TangentSystem,
+    root: PyTree,
+    moving: PyTree,
+    still: PyTree,
+    tangents: PyTree,
+    symmetric: bool,
+    on_failure: OnFailure,
+) -> PyTree:
+    for path, leaf in jax.tree_util.tree_leaves_with_path(root):
+        if not jnp.issubdtype(jnp.result_type(leaf), jnp.inexact):
+            raise TypeError(
+                f"the root's leaf {jax.tree_util.keystr(path) or 'x'} has dtype "
+                f"{jnp.result_type(leaf)}; a root must be floating-point: return such values as "
+                "aux (has_aux=True), or pass them as arguments"
+            )
+    flat, unravel = ravel(root)
+    at = (root, moving, still)
+    right = system.right(*at, tangents)
+
+    def solved(solve, b):
+        return handle_failure(*solve(*at, b), on_failure)
+
+    def matvec(v):
+        return system.matvec(*at, v)
+
+    if right.size == flat.size:
+        tangent = lax.custom_linear_solve(
+            matvec,
+            right,
+            lambda _, b: solved(system.solve, b),
+            transpose_solve=lambda _, b: solved(system.solve_transposed, b),
+            symmetric=symmetric,
+        )
+        return unravel(tangent)
+
+    def pull(v):
+        return jax.linear_transpose(matvec, flat)(v)[0]
+
+    def solve_normal(_, b):  # (A^T A)^+ = A^+ (A^T)^+
+        return solved(system.solve, solved(system.solve_transposed, b))
+
+    tangent = lax.custom_linear_solve(
+        lambda v: pull(matvec(v)), pull(right), solve_normal, symmetric=True
+    )
+    return unravel(tangent)
+
+
+def _find_root(
+    find: Callable[..., Any],
+    system: _TangentSystem,
+    symmetric: bool,
+    has_aux: bool,
+    on_failure: OnFailure,
+) -> Callable[..., Any]:
+    """`find(starts, arrays)`, differentiable in the arrays."""
+    find_root = jax.custom_jvp(find)
+
+    @partial(find_root.defjvp, symbolic_zeros=True)
+    def rule(primals, tangents):
+        (starts, arrays), (_, tangents) = primals, tangents
+        result = find_root(starts, arrays)
+        root, aux = result if has_aux else (result, None)
+        pairs = list(zip(arrays, tangents, strict=True))
+        moving = [None if isinstance(t, SymbolicZero) else x for x, t in pairs]
+        still = [x if isinstance(t, SymbolicZero) else None for x, t in pairs]
+        tangents = [None if isinstance(t, SymbolicZero) else t for t in tangents]
+        try:
+            tangent = _tangent(system, root, moving, still, tangents, symmetric, on_failure)
+        except (TypeError, AttributeError, ValueError) as error:
+            if has_aux or not (isinstance(result, tuple) and len(result) == 2):
+                raise
+            raise TypeError(
+                "the optimality function fails at what the solver returned, a pair: if that is "
+                "(x, something else), as from minimize, give has_aux=True"
+            ) from error
+        return result, (tangent, zero_from_primal(aux)) if has_aux else tangent
+
+    return find_root
+
+
+def _with_call(fun: Callable[..., Any], call: Skeleton, x: PyTree, moving: Any, still: Any) -> Any:
+    """`fun(x, *args, **kwargs)` with the arrays of a call, each in one of two lists."""
+    arrays = [s if m is None else m for m, s in zip(moving, still, strict=True)]
+    args, kwargs = call.merge(arrays)
+    return fun(x, *args, **kwargs)
+
+
+def _hoisted(
+    find: Callable[..., Any],
+    optimality: Callable[..., PyTree],
+    starts: list[Array],
+    arrays: list[Array],
+    has_aux: bool,
+) -> tuple[Callable[..., Any], Callable[..., PyTree], list[Array]]:
+    """The functions, and the arrays with what the functions closed over behind them."""
+    find, found = hoist(find, starts, arrays)
+    result = jax.eval_shape(find, found, starts, arrays)
+    root = jax.tree.map(lambda x: jnp.zeros(x.shape, x.dtype), result[0] if has_aux else result)
+    nothing = [None] * len(arrays)
+    optimality, closed = hoist(lambda x, arrays: optimality(x, arrays, nothing), root, arrays)
+    size, more = len(arrays), len(arrays) + len(found)
+
+    def find_with(starts, arrays):
+        return find(arrays[size:more], starts, arrays[:size])
+
+    def optimality_with(x, moving, still):
+        arrays = [s if m is None else m for m, s in zip(moving, still, strict=True)]
+        return optimality(arrays[more:], x, arrays[:size])
+
+    return find_with, optimality_with, [*arrays, *found, *closed]

@@ -18,26 +18,72 @@ the solution with the solver's own matrix):
   3 to 1,000 times smaller, at the price of a product a rank.
 
 Where the matrix is not symmetric: `solve_gmres`, behind `solve_right_preconditioned` if there is a
-matrix close to it.
+matrix close to it. Up to some hundred unknowns `solve_dense` is exact and quicker, which
+`solve_auto` chooses by itself. Singular systems, and those with more equations than unknowns:
+`solve_lstsq` if small, else `solve_lsmr`.
 
-`solve_minres`, and those that need a low rank, are in `minres.py` and `low_rank.py`;
-preconditioners there and in `diagonal.py`.
+The solvers that are not here are in `dense.py`, `gmres.py`, `lsmr.py`, `minres.py` and
+`low_rank.py`; preconditioners there and in `diagonal.py`.
 """
 
 from collections.abc import Callable
 from typing import NamedTuple
 
-import jax
 import jax.numpy as jnp
 from jax import lax
-from jax.flatten_util import ravel_pytree
-from jax.scipy.sparse.linalg import cg, gmres
+from jax.scipy.sparse.linalg import cg
 
-from imaml_jax.bilevel.linear_system import Solve, SolveInfo, dot, in_range, ravel_system
+from imaml_jax.bilevel.dense import solve_dense
+from imaml_jax.bilevel.gmres import solve_gmres
+from imaml_jax.bilevel.linear_system import (
+    Solve,
+    SolveInfo,
+    as_operator,
+    dot,
+    in_range,
+    ravel,
+    ravel_system,
+    require_square,
+    transpose,
+)
 from imaml_jax.types import Array, LinearOperator, PyTree
 
 # `(operator, b, key) -> (r -> M^-1 r)` on raveled vectors.
 Precondition = Callable[[LinearOperator, PyTree, Array | None], Callable[[Array], Array]]
+
+
+def solve_auto(
+    operator: LinearOperator,
+    b: PyTree,
+    *,
+    key: Array | None = None,
+    tol: float | Array | None = None,
+    symmetric: bool = False,
+    max_dense: int = 500,
+) -> tuple[PyTree, SolveInfo]:
+    """`solve_dense` for small systems; beyond, conjugate gradient or GMRES.
+
+    What `custom_root` and `custom_argmin` solve with unless told otherwise.
+
+    Args:
+      operator: `A`.
+      b: right-hand side.
+      key: unused.
+      tol: relative tolerance on the residual; None (default) for `eps ** (2/3)`.
+      symmetric: whether `A` is symmetric positive definite, so that conjugate gradient serves where
+        `solve_dense` does not.
+      max_dense: most unknowns of `solve_dense`; complex ones count twice. On one core of a CPU it
+        was the quicker one up to here for matrices of condition 100.
+
+    Returns:
+      `(x, SolveInfo)`.
+    """
+    size = ravel_system(operator, b, tol).size
+    if size <= max_dense:
+        return solve_dense(operator, b, key=key, tol=tol)
+    if symmetric:
+        return solve_cg_steihaug(operator, b, key=key, tol=tol, max_steps=min(10 * size, 10_000))
+    return solve_gmres(operator, b, key=key, tol=tol)
 
 
 def solve_cg(
@@ -45,7 +91,7 @@ def solve_cg(
     b: PyTree,
     *,
     key: Array | None = None,
-    tol: float = 1e-5,
+    tol: float | Array | None = None,
     max_steps: int | None = None,
 ) -> tuple[PyTree, SolveInfo]:
     """Conjugate gradient of `jax.scipy.sparse.linalg.cg`; A symmetric positive definite.
@@ -57,7 +103,7 @@ def solve_cg(
       operator: `A`.
       b: right-hand side.
       key: unused.
-      tol: relative tolerance on the residual.
+      tol: relative tolerance on the residual; None (default) for `eps ** (2/3)`.
       max_steps: most iterations; None for ten times the number of unknowns.
 
     Returns:
@@ -65,40 +111,8 @@ def solve_cg(
     """
     del key
     system = ravel_system(operator, b, tol)
-    x, _ = cg(system.matvec, system.b, tol=tol, maxiter=max_steps)
-    return system.report(x)
-
-
-def solve_gmres(
-    operator: LinearOperator,
-    b: PyTree,
-    *,
-    key: Array | None = None,
-    tol: float = 1e-5,
-    restart: int = 20,
-    max_restarts: int | None = None,
-) -> tuple[PyTree, SolveInfo]:
-    """GMRES of `jax.scipy.sparse.linalg.gmres`, for non-symmetric `A`.
-
-    Its QR factorisation is built step by step; the normal equations, its default and quicker on
-    GPUs, square the condition and give NaN on systems that are hard in float32. A singular system
-    may give a huge result, or one that is not finite: see `converged`.
-
-    Args:
-      operator: `A`.
-      b: right-hand side.
-      key: unused.
-      tol: relative tolerance on the residual.
-      restart: size of the Krylov space.
-      max_restarts: most restarts; None for ten times the number of unknowns.
-
-    Returns:
-      `(x, SolveInfo)`, with `num_steps` and `min_curvature` None.
-    """
-    del key
-    system = ravel_system(operator, b, tol)
-    settings = {"restart": restart, "maxiter": max_restarts, "solve_method": "incremental"}
-    x, _ = gmres(system.matvec, system.b, tol=tol, **settings)
+    require_square(system, "solve_cg")
+    x, _ = cg(system.matvec, system.b, tol=system.tol, maxiter=max_steps)
     return system.report(x)
 
 
@@ -118,7 +132,8 @@ def solve_right_preconditioned(
       operator: `A`.
       b: right-hand side.
       solve: such as `solve_gmres`; `A M^-1` is not symmetric even where `A` and `M` are.
-      inverse: `v -> M^-1 v`, linear, of trees shaped like `b`.
+      inverse: `v -> M^-1 v`, linear, of trees shaped like `b`. For the transpose of `A`, as reverse
+        mode solves with, it is transposed as well.
       key: passed to `solve`.
 
     Returns:
@@ -140,9 +155,12 @@ def solve_right_preconditioned(
     References:
       Saad, "Iterative Methods for Sparse Linear Systems", 2nd ed., 2003, section 9.3.2.
     """
+    operator, b = as_operator(operator, b)
+    if operator.transposed:
+        inverse = transpose(LinearOperator(inverse), b).matvec
     y, info = solve(LinearOperator(lambda v: operator.matvec(inverse(v))), b, key=key)
     x = inverse(y)
-    kept = in_range(x, (ravel_pytree(y)[0] == 0).all())
+    kept = in_range(x, (ravel(y)[0] == 0).all())
     converged = info.converged & kept
     return x, info._replace(min_curvature=None, converged=converged, condition=None)
 
@@ -152,7 +170,7 @@ def solve_cg_steihaug(
     b: PyTree,
     *,
     key: Array | None = None,
-    tol: float = 1e-5,
+    tol: float | Array | None = None,
     max_steps: int = 100,
     precondition: Precondition | None = None,
 ) -> tuple[PyTree, SolveInfo]:
@@ -166,7 +184,7 @@ def solve_cg_steihaug(
       operator: symmetric `A`.
       b: right-hand side.
       key: of the preconditioner.
-      tol: relative tolerance on the residual.
+      tol: relative tolerance on the residual; None (default) for `eps ** (2/3)`.
       max_steps: most iterations, one product each.
       precondition: `(operator, b, key) -> (r -> M^-1 r)`, on raveled vectors, with a positive
         definite `M` close to `A`: `partial(nystrom_preconditioner, rank=20)`, or
@@ -183,40 +201,13 @@ def solve_cg_steihaug(
     return _descend(operator, b, tol, max_steps, inverse)
 
 
-def solve_dense(
-    operator: LinearOperator, b: PyTree, *, key: Array | None = None, tol: float = 1e-5
-) -> tuple[PyTree, SolveInfo]:
-    """LU on the assembled matrix, for small problems and as the reference of the others.
-
-    Args:
-      operator: any invertible `A`; `P` products and `[P, P]` of memory.
-      b: right-hand side.
-      key: unused.
-      tol: relative residual up to which the solve counts as converged.
-
-    Returns:
-      `(x, SolveInfo)`; `min_curvature` is the smallest eigenvalue of the symmetric part of `A`,
-      `condition` the condition number itself.
-    """
-    del key
-    system = ravel_system(operator, b, tol)
-    matrix = jax.vmap(system.matvec, out_axes=1)(jnp.eye(system.b.size, dtype=system.b.dtype))
-    x = jnp.linalg.solve(matrix, system.b)
-    return system.report(
-        x,
-        system.relative(system.b - dot(matrix, x)),
-        min_curvature=jnp.linalg.eigvalsh((matrix + matrix.T) / 2)[0],
-        condition=jnp.linalg.cond(matrix),
-    )
-
-
 def solve_neumann(
     operator: LinearOperator,
     b: PyTree,
     *,
     step_size: float,
     key: Array | None = None,
-    tol: float = 1e-5,
+    tol: float | Array | None = None,
     max_steps: int = 100,
 ) -> tuple[PyTree, SolveInfo]:
     """Truncated Neumann series `step_size * sum_k (I - step_size A)^k b`.
@@ -229,7 +220,7 @@ def solve_neumann(
       b: right-hand side.
       step_size: the factor above.
       key: unused.
-      tol: relative tolerance on the residual.
+      tol: relative tolerance on the residual; None (default) for `eps ** (2/3)`.
       max_steps: most terms, one product each.
 
     Returns:
@@ -258,18 +249,21 @@ class _Descent(NamedTuple):
 def _descend(
     operator: LinearOperator,
     b: PyTree,
-    tol: float | Array,
+    tol: float | Array | None,
     max_steps: int | Array,
     inverse: Callable[[Array], Array] = lambda r: r,
     step_size: float | None = None,
 ) -> tuple[PyTree, SolveInfo]:
     """Conjugate gradient; with a step size, descent along the residuals, whatever the curvature."""
     system = ravel_system(operator, b, tol)
+    require_square(system, "conjugate gradient" if step_size is None else "solve_neumann")
     squared_b = dot(system.b, system.b)
     first = inverse(system.b)
 
     def keep_going(state: _Descent) -> Array:
-        unfinished = (state.squared_residual > tol**2 * squared_b) & (state.num_steps < max_steps)
+        unfinished = (state.squared_residual > system.tol**2 * squared_b) & (
+            state.num_steps < max_steps
+        )
         return unfinished & state.positive
 
     def step(state: _Descent) -> _Descent:
@@ -312,7 +306,7 @@ def _descend(
         max_stretch=jnp.zeros((), system.b.dtype),
         positive=jnp.array(True),
     )
-    end = lax.while_loop(keep_going, step, start)
+    end = lax.while_loop(keep_going, step, system.carry(start))
     relative, curvature = system.confirmed(end.x, end.residual), end.min_curvature
     bound = jnp.where(curvature > 0, jnp.maximum(end.max_stretch / curvature, 1), jnp.inf)
-    return system.report(end.x, relative, end.num_steps, curvature, bound)
+    return system.report(end.x, relative, end.num_steps, curvature, bound, norm=end.max_stretch)

@@ -12,6 +12,7 @@ from jax.scipy.linalg import lu_factor, lu_solve
 
 from imaml_jax.bilevel.linear_system import (
     SolveInfo,
+    as_operator,
     dot,
     random_products,
     ravel_system,
@@ -21,7 +22,11 @@ from imaml_jax.types import Array, LinearOperator, PyTree
 
 
 def solve_woodbury(
-    operator: LinearOperator, b: PyTree, *, key: Array | None = None, tol: float = 1e-5
+    operator: LinearOperator,
+    b: PyTree,
+    *,
+    key: Array | None = None,
+    tol: float | Array | None = None,
 ) -> tuple[PyTree, SolveInfo]:
     """Exact solve with a damped Gauss-Newton matrix `J^T S J + D` by an `m x m` system.
 
@@ -33,18 +38,23 @@ def solve_woodbury(
       operator: `damped(gauss_newton(...), damping)`.
       b: right-hand side.
       key: unused.
-      tol: relative residual up to which the solve counts as converged.
+      tol: relative residual up to which the solve counts as converged; None (default) for
+        `eps ** (2/3)`.
 
     Returns:
       `(x, SolveInfo)` with `num_steps` and `min_curvature` None.
 
     Raises:
       ValueError: the operator carries no low-rank factor, or no damping.
+      TypeError: complex entries.
 
     References:
       Ren and Goldfarb, "Efficient subsampled Gauss-Newton and natural gradient methods", 2019.
     """
     del key
+    operator, b = as_operator(operator, b)
+    if any(jnp.iscomplexobj(leaf) for leaf in jax.tree.leaves(b)):
+        raise TypeError("solve_woodbury takes real parameters only; use solve_dense or a CG")
     if operator.factor is None:
         raise ValueError(
             "solve_woodbury needs an operator with a low-rank factor, such as "
@@ -64,7 +74,7 @@ def solve_nystrom(
     *,
     rank: int,
     key: Array | None = None,
-    tol: float = 1e-5,
+    tol: float | Array | None = None,
 ) -> tuple[PyTree, SolveInfo]:
     """Direct solve with a random low-rank approximation of the undamped matrix.
 
@@ -80,7 +90,8 @@ def solve_nystrom(
       rank: random directions, at least 1; as many products, taken at once, and `[P, rank]` of
         memory.
       key: of the directions; default a fixed one.
-      tol: relative residual up to which the solve counts as converged.
+      tol: relative residual up to which the solve counts as converged; None (default) for
+        `eps ** (2/3)`.
 
     Returns:
       `(x, SolveInfo)` with `num_steps` and `min_curvature` None.
@@ -93,6 +104,7 @@ def solve_nystrom(
       AISTATS 2023.
       Frangella, Tropp, Udell, "Randomized Nyström preconditioning", 2021.
     """
+    operator, b = as_operator(operator, b)
     system = ravel_system(operator, b, tol)
     x = nystrom_preconditioner(operator, b, key, rank=rank)(system.b)
     return system.report(x)

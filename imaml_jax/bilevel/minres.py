@@ -5,7 +5,13 @@ from typing import NamedTuple
 import jax.numpy as jnp
 from jax import lax
 
-from imaml_jax.bilevel.linear_system import SolveInfo, dot, ravel_system
+from imaml_jax.bilevel.linear_system import (
+    SolveInfo,
+    dot,
+    ravel_system,
+    require_square,
+    safe_ratio,
+)
 from imaml_jax.types import Array, LinearOperator, PyTree
 
 
@@ -32,7 +38,7 @@ def solve_minres(
     b: PyTree,
     *,
     key: Array | None = None,
-    tol: float = 1e-5,
+    tol: float | Array | None = None,
     max_steps: int = 100,
 ) -> tuple[PyTree, SolveInfo]:
     """MINRES, for symmetric matrices that may be indefinite, as Hessians with batch norm are.
@@ -45,7 +51,7 @@ def solve_minres(
       operator: symmetric `A`.
       b: right-hand side.
       key: unused.
-      tol: relative tolerance on the residual.
+      tol: relative tolerance on the residual; None (default) for `eps ** (2/3)`.
       max_steps: most iterations, one product each.
 
     Returns:
@@ -56,11 +62,12 @@ def solve_minres(
     """
     del key
     system = ravel_system(operator, b, tol)
+    require_square(system, "solve_minres")
     norm = jnp.sqrt(dot(system.b, system.b))
     zero = jnp.zeros_like(norm)
 
     def keep_going(state: _MinresState) -> Array:
-        unfinished = (state.residual > tol * norm) & (state.num_steps < max_steps)
+        unfinished = (state.residual > system.tol * norm) & (state.num_steps < max_steps)
         return unfinished & (state.off_diagonal > 0)
 
     def step(state: _MinresState) -> _MinresState:
@@ -72,12 +79,12 @@ def solve_minres(
         above = state.cosine * state.above + state.sine * curvature
         diagonal = state.sine * state.above - state.cosine * curvature
         length = jnp.hypot(diagonal, off_diagonal)
-        cosine, sine = _safe_ratio(diagonal, length), _safe_ratio(off_diagonal, length)
+        cosine, sine = safe_ratio(diagonal, length), safe_ratio(off_diagonal, length)
         known = above * state.direction + state.twice_above * state.last_direction
-        direction = _safe_ratio(state.basis - known, length)
+        direction = safe_ratio(state.basis - known, length)
         return _MinresState(
             x=state.x + cosine * state.residual * direction,
-            basis=_safe_ratio(product, off_diagonal),
+            basis=safe_ratio(product, off_diagonal),
             last_basis=state.basis,
             direction=direction,
             last_direction=state.direction,
@@ -95,36 +102,34 @@ def solve_minres(
         )
 
     nothing = jnp.zeros_like(system.b)
-    state = lax.while_loop(
-        keep_going,
-        step,
-        _MinresState(
-            x=nothing,
-            basis=_safe_ratio(system.b, norm),
-            last_basis=nothing,
-            direction=nothing,
-            last_direction=nothing,
-            off_diagonal=norm,
-            above=zero,
-            twice_above=zero,
-            cosine=zero - 1,
-            sine=zero,
-            residual=norm,
-            num_steps=jnp.zeros((), jnp.int32),
-            min_curvature=zero + jnp.inf,
-            min_length=zero + jnp.inf,
-            max_length=zero,
-        ),
+    start = _MinresState(
+        x=nothing,
+        basis=safe_ratio(system.b, norm),
+        last_basis=nothing,
+        direction=nothing,
+        last_direction=nothing,
+        off_diagonal=norm,
+        above=zero,
+        twice_above=zero,
+        cosine=zero - 1,
+        sine=zero,
+        residual=norm,
+        num_steps=jnp.zeros((), jnp.int32),
+        min_curvature=zero + jnp.inf,
+        min_length=zero + jnp.inf,
+        max_length=zero,
     )
+    state = lax.while_loop(keep_going, step, system.carry(start))
     product = system.matvec(state.x)
     relative = system.relative(system.b - product)
-    shrinkage = _safe_ratio(jnp.linalg.norm(state.x), jnp.linalg.norm(product))
+    shrinkage = safe_ratio(jnp.linalg.norm(state.x), jnp.linalg.norm(product))
     condition = state.max_length * jnp.maximum(shrinkage, 1 / state.min_length)
     condition = jnp.where(state.min_length == 0, jnp.inf, jnp.maximum(condition, 1))
-    return system.report(state.x, relative, state.num_steps, state.min_curvature, condition)
-
-
-def _safe_ratio(numerator: Array, denominator: Array) -> Array:
-    """`numerator / denominator`, 0 where the denominator is 0."""
-    zero = denominator == 0  # and not `denominator > 0`, which would take NaN for solved
-    return jnp.where(zero, 0.0, numerator / jnp.where(zero, 1, denominator))
+    return system.report(
+        state.x,
+        relative,
+        state.num_steps,
+        state.min_curvature,
+        condition,
+        norm=state.max_length,
+    )

@@ -256,8 +256,9 @@ def imaml(
             adapted,
             (anchor, strength, slow_params),
             query_grad,
-            inner_curvature(adapted, anchor, strength, slow_params, task.support),
             solve,
+            symmetric=True,
+            operator=inner_curvature(adapted, anchor, strength, slow_params, task.support),
             key=key,
         )
         (slow_grads,) = pull_back(optax.tree.add(direct, through_adaptation))

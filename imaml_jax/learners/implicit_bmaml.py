@@ -10,9 +10,10 @@ import jax.numpy as jnp
 import optax
 from jax.flatten_util import ravel_pytree
 
+from imaml_jax.bilevel.gmres import solve_gmres
 from imaml_jax.bilevel.implicit import Solve, root_vjp
 from imaml_jax.bilevel.inner import minimize
-from imaml_jax.bilevel.linear_solve import solve_gmres, solve_right_preconditioned
+from imaml_jax.bilevel.linear_solve import solve_right_preconditioned
 from imaml_jax.bilevel.linear_system import dot
 from imaml_jax.learners.base import (
     AverageOption,
@@ -34,7 +35,7 @@ from imaml_jax.learners.svgd import (
     svgd_direction,
     svgd_objective,
 )
-from imaml_jax.types import LinearOperator, MetaLearner
+from imaml_jax.types import MetaLearner
 
 _SHORT_GMRES = partial(solve_gmres, restart=20, max_restarts=2)
 
@@ -142,7 +143,7 @@ def implicit_bmaml(
         return svgd_direction(scores, particles, bandwidth=h, kernel=kernel)
 
     def approximate_inverse(particles, slow, support):
-        """Of `A^T`, as if its blocks were the particles' `-(G + lambda I) / M`."""
+        """Of `A`, as if its blocks were the particles' `-(G + lambda I) / M`."""
 
         def factor(particle):
             jacobian, output_hessian = problem.low_rank(particle, slow, support)
@@ -175,7 +176,6 @@ def implicit_bmaml(
             problem.outer_loss, argnums=(0, 1), has_aux=True
         )(adapted, slow, task, meta_loss == "particles")
         optimality = partial(direction, support=task.support)
-        transposed = jax.vjp(lambda p: optimality(p, anchors, slow), adapted)[1]
         solver = solve
         if precondition:
             inverse = approximate_inverse(adapted, slow, task.support)
@@ -185,7 +185,6 @@ def implicit_bmaml(
             adapted,
             (anchors, slow),
             query_grad,
-            LinearOperator(lambda v: transposed(v)[0]),
             solver,
             key=key,
         )

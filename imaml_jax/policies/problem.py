@@ -11,7 +11,8 @@ from jax import lax
 from imaml_jax.bilevel.curvature import hessian
 from imaml_jax.bilevel.implicit import custom_argmin, root_vjp
 from imaml_jax.bilevel.inner import MinimizeInfo, minimize, proximal_objective
-from imaml_jax.bilevel.linear_solve import SolveInfo, solve_cg_steihaug
+from imaml_jax.bilevel.linear_solve import solve_cg_steihaug
+from imaml_jax.bilevel.linear_system import SolveInfo
 from imaml_jax.learners.base import MetaInfo, inner_report
 from imaml_jax.learners.settings import Count, Positive, check_value
 from imaml_jax.policies.losses import Estimator, surrogate_loss, weighted_regression
@@ -198,7 +199,8 @@ def policy_problem(
         return Adaptation(supports, *find_proximal(steps, params, params, supports))
 
     def repeat_proximal(params, supports):
-        find = custom_argmin(proximal, solve, has_aux=True)(partial(find_proximal, num_steps))
+        differentiable = custom_argmin(proximal, solve, has_aux=True, on_failure="accept")
+        find = differentiable(partial(find_proximal, num_steps))
         return find(params, params, supports)[0]
 
     implicit = algorithm == "imaml"
@@ -225,8 +227,9 @@ def policy_problem(
             adapted,
             (params,),
             cotangent,
-            hessian(lambda p: proximal(p, params, supports), adapted),
             solve,
+            symmetric=True,
+            operator=hessian(lambda p: proximal(p, params, supports), adapted),
         )
         return grads, inner_report(
             inner_info,

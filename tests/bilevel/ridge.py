@@ -6,8 +6,10 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
+from imaml_jax.bilevel.dense import solve_dense
+from imaml_jax.bilevel.gmres import solve_gmres
 from imaml_jax.bilevel.implicit import custom_argmin
-from imaml_jax.bilevel.linear_solve import solve_cg, solve_cg_steihaug, solve_dense, solve_gmres
+from imaml_jax.bilevel.linear_solve import solve_cg, solve_cg_steihaug
 
 TIGHT = {
     "cg": partial(solve_cg, tol=1e-13),

@@ -7,13 +7,9 @@ import numpy as np
 from jax.flatten_util import ravel_pytree
 
 from imaml_jax.bilevel.curvature import damped, gauss_newton
-from imaml_jax.bilevel.linear_solve import (
-    solve_cg,
-    solve_cg_steihaug,
-    solve_dense,
-    solve_gmres,
-    solve_neumann,
-)
+from imaml_jax.bilevel.dense import solve_dense
+from imaml_jax.bilevel.gmres import solve_gmres
+from imaml_jax.bilevel.linear_solve import solve_cg, solve_cg_steihaug, solve_neumann
 from imaml_jax.bilevel.low_rank import nystrom_preconditioner, solve_nystrom, solve_woodbury
 from imaml_jax.bilevel.minres import solve_minres
 from imaml_jax.types import LinearOperator
@@ -29,7 +25,7 @@ def make_solvers(size, preconditioner_rank, **neumann):
         "cg": solve_cg,
         "cg_steihaug": solve_cg_steihaug,
         "gmres": solve_gmres,
-        "dense": solve_dense,
+        "dense": partial(solve_dense, diagnose=True),
         "minres": solve_minres,
         "neumann": partial(solve_neumann, **neumann),
         "nystrom": partial(solve_nystrom, rank=size),

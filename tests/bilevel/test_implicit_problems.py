@@ -10,9 +10,9 @@ import scipy.optimize
 from jax.flatten_util import ravel_pytree
 
 from imaml_jax.bilevel.curvature import damped, hessian
+from imaml_jax.bilevel.dense import solve_dense
 from imaml_jax.bilevel.implicit import custom_argmin
 from imaml_jax.bilevel.inner import adaptive_gd, minimize, proximal_objective
-from imaml_jax.bilevel.linear_solve import solve_dense
 from imaml_jax.networks import conv4
 from tests.bilevel.ridge import INPUTS, TARGETS, TIGHT, newton, ridge, ridge_closed_form
 
