@@ -16,7 +16,7 @@ from imaml_jax.bilevel.gradient_error import (
     share_of,
 )
 from imaml_jax.bilevel.inner import minimize
-from imaml_jax.bilevel.linear_system import Solve
+from imaml_jax.bilevel.linear_system import Solve, vary_like
 from imaml_jax.types import Array, LinearOperator, PyTree
 
 
@@ -163,9 +163,13 @@ def adaptive_gradient(
     shapes = jax.eval_shape(one_round, init_params, init_params, jnp.int32(0))
     empty = jax.tree.map(lambda x: jnp.zeros(x.shape, x.dtype), shapes)
     unknown = empty.info._replace(error=jnp.full_like(empty.info.error, jnp.inf))
+
+    def same(state: _State) -> _State:  # over the devices of a `shard_map`, in every round
+        return vary_like(state, jax.tree.leaves(init_params)[0])
+
     state = lax.while_loop(
         lambda s: ~s.info.converged & (s.info.num_rounds < max_rounds),
-        lambda s: one_round(s.params, s.adjoint, s.info.num_rounds),
-        empty._replace(params=jax.tree.map(jnp.asarray, init_params), info=unknown),
+        lambda s: same(one_round(s.params, s.adjoint, s.info.num_rounds)),
+        same(empty._replace(params=jax.tree.map(jnp.asarray, init_params), info=unknown)),
     )
     return state.value, state.grads, state.params, state.info

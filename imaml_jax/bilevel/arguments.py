@@ -10,6 +10,7 @@ from typing import Any
 
 import jax
 import numpy as np
+from jax.core import Tracer
 
 from imaml_jax.types import Array, PyTree
 
@@ -35,8 +36,8 @@ class Skeleton:
 
     def merge(self, arrays: Sequence[Array]) -> PyTree:
         """The tree with these arrays."""
-        arrays, others = iter(arrays), iter(self.others)
-        leaves = [next(arrays if is_array else others) for is_array in self._is_array]
+        given, others = iter(arrays), iter(self.others)
+        leaves = [next(given if is_array else others) for is_array in self._is_array]
         return jax.tree.unflatten(self._structure, leaves)
 
     def __eq__(self, other: object) -> bool:
@@ -54,7 +55,7 @@ def closes_over_tracers(fun: Any) -> bool:
     seen, todo = set(), [fun]
     while todo:
         value = todo.pop()
-        if isinstance(value, jax.core.Tracer):
+        if isinstance(value, Tracer):
             return True
         if id(value) in seen or isinstance(value, (str, bytes, np.ndarray, jax.Array, type)):
             continue

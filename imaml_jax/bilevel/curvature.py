@@ -15,6 +15,7 @@ import jax
 import jax.numpy as jnp
 from jax.flatten_util import ravel_pytree
 
+from imaml_jax.bilevel.linear_system import vary_like
 from imaml_jax.types import Array, LinearOperator, LowRank, PyTree
 
 
@@ -129,7 +130,7 @@ def gauss_newton(
         def jacobian_row(cotangent: Array) -> Array:
             return ravel_pytree(pullback(unravel(cotangent))[0])[0]
 
-        basis = jnp.eye(flat_outputs.size, dtype=flat_outputs.dtype)
+        basis = vary_like(jnp.eye(flat_outputs.size, dtype=flat_outputs.dtype), flat_outputs)
         output_hessian = jax.hessian(lambda flat: loss_fn(unravel(flat)))(flat_outputs)
         rows_at_once = 1 if jax.default_backend() == "cpu" else 64
         jacobian = jax.lax.map(jacobian_row, basis, batch_size=rows_at_once)

@@ -23,7 +23,7 @@ from imaml_jax.bilevel.arguments import Skeleton, check_call, closes_over_tracer
 from imaml_jax.bilevel.curvature import steepest_ascent
 from imaml_jax.bilevel.failure import OnFailure, check_on_failure, handle_failure
 from imaml_jax.bilevel.linear_solve import solve_auto
-from imaml_jax.bilevel.linear_system import Solve, SolveInfo, ravel, transpose
+from imaml_jax.bilevel.linear_system import Solve, SolveInfo, ravel, transpose, transposed
 from imaml_jax.types import Array, LinearOperator, PyTree
 
 
@@ -342,7 +342,8 @@ def _tangent(
     right = system.right(*at, tangents)
 
     def solved(solve, b):
-        return handle_failure(*solve(*at, b), on_failure)
+        solution, info = solve(*at, b)
+        return handle_failure(solution, info, on_failure)
 
     def matvec(v):
         return system.matvec(*at, v)
@@ -357,8 +358,7 @@ def _tangent(
         )
         return unravel(tangent)
 
-    def pull(v):
-        return jax.linear_transpose(matvec, flat)(v)[0]
+    pull = partial(transposed, matvec, flat)
 
     def solve_normal(_, b):  # (A^T A)^+ = A^+ (A^T)^+
         return solved(system.solve, solved(system.solve_transposed, b))

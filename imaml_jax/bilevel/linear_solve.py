@@ -112,7 +112,12 @@ def solve_cg(
     del key
     system = ravel_system(operator, b, tol)
     require_square(system, "solve_cg")
-    x, _ = cg(system.matvec, system.b, tol=system.tol, maxiter=max_steps)
+    x, _ = cg(
+        system.matvec,
+        system.b,
+        tol=system.tol,  # pyright: ignore[reportArgumentType]
+        maxiter=max_steps,
+    )
     return system.report(x)
 
 

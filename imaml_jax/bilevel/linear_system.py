@@ -156,8 +156,8 @@ def ravel_system(operator: LinearOperator, b: PyTree, tol: float | Array | None 
     flat_b, unravel_b = ravel(b)
     size, unravel = flat_b.size, unravel_b
     if operator.domain is not None:
-        zero, unravel = ravel(jax.tree.map(lambda x: jnp.zeros(x.shape, x.dtype), operator.domain))
-        size = zero.size
+        nothing, unravel = ravel(_zeros(operator.domain))
+        size = nothing.size
     eps = precision(b)
     largest = lax.stop_gradient(jnp.max(jnp.abs(flat_b), initial=0))
     scale = jnp.where(largest == 0, 1, jnp.where(jnp.isfinite(largest), largest, jnp.nan))
@@ -175,8 +175,8 @@ def ravel_system(operator: LinearOperator, b: PyTree, tol: float | Array | None 
     flat_b = flat_b / scale
     if size == flat_b.size:
         flat_b = _vary_as_image(matvec, flat_b)
-    tol = eps ** (2 / 3) if tol is None else tol
-    return System(matvec, flat_b, size, lambda flat: unravel(scale * flat), tol, eps)
+    wanted = eps ** (2 / 3) if tol is None else tol
+    return System(matvec, flat_b, size, lambda flat: unravel(scale * flat), wanted, eps)
 
 
 def require_square(system: System, name: str) -> None:
@@ -231,15 +231,15 @@ def transpose(operator: LinearOperator, b: PyTree) -> LinearOperator:
     operator, b = as_operator(operator, b)
     image = jax.tree.map(lambda x: jax.ShapeDtypeStruct(jnp.shape(x), jnp.result_type(x)), b)
     domain = image if operator.domain is None else operator.domain
-    flat_image, _ = _ravel_shape(image)
-    flat_domain, unravel_domain = _ravel_shape(domain)
+    nothing, unravel_domain = ravel(_zeros(domain))
+    dtype = ravel(_zeros(image))[0].dtype
 
     def flat_matvec(flat: Array) -> Array:
-        return ravel(operator.matvec(unravel_domain(flat)))[0].astype(flat_image.dtype)
+        return ravel(operator.matvec(unravel_domain(flat)))[0].astype(dtype)
 
     def matvec(v: PyTree) -> PyTree:
-        flat = ravel(v)[0].astype(flat_image.dtype)
-        return unravel_domain(jax.linear_transpose(flat_matvec, flat_domain)(flat)[0])
+        flat, _ = ravel(v)
+        return unravel_domain(transposed(flat_matvec, nothing, flat.astype(dtype)))
 
     swapped = image if operator.domain is not None else None
     return operator._replace(matvec=matvec, domain=swapped, transposed=not operator.transposed)
@@ -280,9 +280,21 @@ def ravel(tree: PyTree) -> tuple[Array, Callable[[Array], PyTree]]:
     return flat.astype(floating), unravel
 
 
-def _ravel_shape(shapes: PyTree) -> tuple[jax.ShapeDtypeStruct, Callable[[Array], PyTree]]:
-    flat, unravel = ravel(jax.tree.map(lambda x: jnp.zeros(x.shape, x.dtype), shapes))
-    return jax.ShapeDtypeStruct(flat.shape, flat.dtype), unravel
+def transposed(matvec: Callable[[Array], Array], x: Array, v: Array) -> Array:
+    """`A^T v` on vectors, of a map of vectors like `x`.
+
+    Inside `shard_map`, `x` is made to vary over the devices as `A x` does: the transpose of a map
+    of what is the same everywhere would sum over them.
+    """
+    if jax.sharding.get_abstract_mesh().manual_axes:
+        x = vary_like(x, v)
+        image = matvec(x)
+        x, v = vary_like(x, image), vary_like(v, image)
+    return jax.linear_transpose(matvec, x)(v)[0]
+
+
+def _zeros(shapes: PyTree) -> PyTree:
+    return jax.tree.map(lambda x: jnp.zeros(x.shape, x.dtype), shapes)
 
 
 def precision(tree: PyTree) -> float:

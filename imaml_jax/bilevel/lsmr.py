@@ -1,12 +1,18 @@
 """LSMR, with the signature and the report of `imaml_jax.bilevel.linear_solve`."""
 
+from functools import partial
 from typing import NamedTuple
 
-import jax
 import jax.numpy as jnp
 from jax import lax
 
-from imaml_jax.bilevel.linear_system import SolveInfo, dot, ravel_system, safe_ratio
+from imaml_jax.bilevel.linear_system import (
+    SolveInfo,
+    dot,
+    ravel_system,
+    safe_ratio,
+    transposed,
+)
 from imaml_jax.types import Array, LinearOperator, PyTree
 
 _ORTHOGONAL = 30.0  # ||A^T r|| <= 30 eps ||A|| ||r|| ends the iteration
@@ -66,8 +72,7 @@ def solve_lsmr(
     """
     del key
     system = ravel_system(operator, b, tol)
-    unknowns = jax.ShapeDtypeStruct((system.size,), system.b.dtype)
-    pull = jax.linear_transpose(system.matvec, unknowns)
+    pull = partial(transposed, system.matvec, jnp.zeros(system.size, system.b.dtype))
     max_steps = max(100, 4 * system.size) if max_steps is None else max_steps
     eps = jnp.finfo(system.b.dtype).eps
     goal = system.tol * _norm(system.b)
@@ -82,7 +87,7 @@ def solve_lsmr(
         product = system.matvec(state.right)
         image = product - state.share * state.image
         left, beta = _normalise(product - state.alpha * state.left)
-        right, alpha = _normalise(pull(left)[0] - beta * state.right)
+        right, alpha = _normalise(pull(left) - beta * state.right)
         rho = jnp.hypot(state.rotated, beta)
         cosine, sine = safe_ratio(state.rotated, rho), safe_ratio(beta, rho)
         theta = sine * alpha
@@ -122,7 +127,7 @@ def solve_lsmr(
         )
 
     left, beta = _normalise(system.b)
-    right, alpha = _normalise(pull(left)[0])
+    right, alpha = _normalise(pull(left))
     one, nothing = jnp.ones_like(beta), jnp.zeros_like(right)
     start = _State(
         x=nothing,
@@ -150,7 +155,7 @@ def solve_lsmr(
     end = lax.while_loop(keep_going, step, system.carry(start))
     residual = system.b - system.matvec(end.x)
     norm = jnp.sqrt(end.squared_norm)
-    slope = _norm(pull(residual)[0])
+    slope = _norm(pull(residual))
     optimal = slope <= 2 * _ORTHOGONAL * eps * norm * _norm(residual)
     relative = system.relative(residual)
     return system.report(

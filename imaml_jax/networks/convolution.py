@@ -18,7 +18,6 @@ from functools import partial
 import jax
 import jax.numpy as jnp
 from jax import lax
-from jax.core import ShapedArray
 from jax.extend.core import Primitive
 from jax.interpreters import ad, batching, mlir
 
@@ -129,11 +128,12 @@ def _matrix(kernel):
 def _bilinear(name, fun, *params):
     """A primitive of two operands, computed by `fun`, with leading axes for `vmap`."""
     primitive = Primitive(name)
-    primitive.def_impl(jax.jit(fun, static_argnames=params))
+    compiled = jax.jit(fun, static_argnames=params)
+    primitive.def_impl(compiled)
 
     def abstract_eval(a, b, **params):
-        shape = jax.eval_shape(partial(fun, **params), a, b)
-        return ShapedArray(shape.shape, shape.dtype)
+        (result,) = jax.make_jaxpr(partial(compiled, **params))(a, b).out_avals
+        return result
 
     def batch(operands, axes, **params):
         ranks = [x.ndim - (axis is not None) for x, axis in zip(operands, axes, strict=True)]

@@ -38,6 +38,7 @@ from imaml_jax import (
 )
 from imaml_jax.learners.base import is_head
 from imaml_jax.networks import Network, conv4, mlp
+from imaml_jax.training.mapping import map_over_tasks
 from tests.programs import jit
 
 sgd = optax.sgd(0.1)
@@ -494,3 +495,16 @@ def test_plain_functions_and_any_pytree_serve(settings):
         assert_close(layer, (expected[name]["kernel"], expected[name]["bias"]))
     adapted, _ = jit(plain.adapt)(layers, task.support, key)
     assert plain.predict(adapted, task.query.inputs).shape == task.query.targets.shape
+
+
+def test_tasks_can_be_split_over_devices(case):
+    """Traced inside `shard_map` with its check, which types values by how they vary."""
+
+    def meta_grad(params, task, key):
+        return case.learner.meta_grad(params, task, key, 0)
+
+    split_over = map_over_tasks(meta_grad, "vmap", jax.devices()[:1])
+    grads, _ = jax.eval_shape(split_over, case.params, case.tasks, case.keys)
+    assert [g.shape[1:] for g in jax.tree.leaves(grads)] == [
+        p.shape for p in jax.tree.leaves(case.params)
+    ]
