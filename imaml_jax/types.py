@@ -4,6 +4,7 @@ from collections.abc import Callable
 from typing import Any, NamedTuple
 
 import jax
+import numpy as np
 
 Array = jax.Array
 PyTree = Any
@@ -68,6 +69,10 @@ class LinearOperator(NamedTuple):
     dampings: tuple[PyTree, ...] = ()
     domain: PyTree = None
     transposed: bool = False
+
+
+# What a solver takes for `A`: an operator, a function `v -> A v`, or a matrix `[m, n]`.
+Operator = LinearOperator | Callable[[PyTree], PyTree] | Array | np.ndarray
 
 
 class Environment(NamedTuple):

@@ -227,11 +227,10 @@ def test_docstring_examples_run(path):
     assert doctest.testmod(module, optionflags=DOCTEST_OPTIONS).failed == 0
 
 
-def test_readme_example_runs():
-    result = doctest.testfile(
-        str(ROOT / "README.md"), module_relative=False, optionflags=DOCTEST_OPTIONS
-    )
-    assert result.attempted > 0, "README.md has no example"
+@pytest.mark.parametrize("page", ["README.md", "docs/how_to/which_solver.md"])
+def test_examples_of_the_texts_run(page):
+    result = doctest.testfile(str(ROOT / page), module_relative=False, optionflags=DOCTEST_OPTIONS)
+    assert result.attempted > 0, f"{page} has no example"
     assert result.failed == 0
 
 

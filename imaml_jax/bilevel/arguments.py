@@ -9,6 +9,7 @@ from functools import partial
 from typing import Any
 
 import jax
+import jax.numpy as jnp
 import numpy as np
 from jax.core import Tracer
 
@@ -32,7 +33,8 @@ class Skeleton:
     def arrays(self, tree: PyTree) -> list[Array]:
         """The arrays of a tree of this structure."""
         pairs = zip(jax.tree.leaves(tree), self._is_array, strict=True)
-        return [leaf for leaf, is_array in pairs if is_array]
+        leaves = [leaf for leaf, is_array in pairs if is_array]
+        return [jnp.asarray(x) if isinstance(x, np.ndarray) else x for x in leaves]
 
     def merge(self, arrays: Sequence[Array]) -> PyTree:
         """The tree with these arrays."""

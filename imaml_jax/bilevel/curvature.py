@@ -15,8 +15,8 @@ import jax
 import jax.numpy as jnp
 from jax.flatten_util import ravel_pytree
 
-from imaml_jax.bilevel.linear_system import vary_like
-from imaml_jax.types import Array, LinearOperator, LowRank, PyTree
+from imaml_jax.bilevel.linear_system import as_operator, vary_like
+from imaml_jax.types import Array, LinearOperator, LowRank, Operator, PyTree
 
 
 def steepest_ascent(fun: Callable[..., Array]) -> Callable[..., PyTree]:
@@ -139,7 +139,7 @@ def gauss_newton(
     return LinearOperator(ggnvp_fn(apply_fn, loss_fn, params), factor)
 
 
-def damped(operator: LinearOperator, damping: PyTree) -> LinearOperator:
+def damped(operator: Operator, damping: PyTree) -> LinearOperator:
     """`A + diag(damping)`.
 
     Args:
@@ -150,8 +150,7 @@ def damped(operator: LinearOperator, damping: PyTree) -> LinearOperator:
       The damped operator; it keeps the low-rank factor of `A`, if there is one, and knows what was
       added.
     """
-    if not isinstance(operator, LinearOperator):
-        operator = LinearOperator(operator)
+    operator, _ = as_operator(operator, None)
     undamped = operator.matvec
 
     def matvec(v: PyTree) -> PyTree:

@@ -12,13 +12,13 @@ import numpy as np
 from jax.scipy.linalg import lu_factor, lu_solve
 
 from imaml_jax.bilevel.linear_system import SolveInfo, System, dot, ravel_system, require_square
-from imaml_jax.types import Array, LinearOperator, PyTree
+from imaml_jax.types import Array, Operator, PyTree
 
 _PROBES = 4
 
 
 def solve_dense(
-    operator: LinearOperator,
+    operator: Operator,
     b: PyTree,
     *,
     key: Array | None = None,
@@ -53,7 +53,8 @@ def solve_dense(
     x = solutions[:, 0]
     norm, inverse_norm = jnp.linalg.norm(matrix), jnp.linalg.norm(solutions[:, 1:])
     condition, curvature = norm * inverse_norm / math.sqrt(_PROBES), None
-    condition = jnp.where(jnp.isfinite(condition), condition, jnp.inf)
+    singular = jnp.isfinite(norm) & ~jnp.isfinite(inverse_norm)
+    condition = jnp.where(singular, jnp.inf, condition)
     if diagnose:
         curvature = jnp.linalg.eigvalsh((matrix + matrix.T) / 2)[0]
         condition = jnp.linalg.cond(matrix)
@@ -67,7 +68,7 @@ def solve_dense(
 
 
 def solve_lstsq(
-    operator: LinearOperator,
+    operator: Operator,
     b: PyTree,
     *,
     key: Array | None = None,
@@ -104,7 +105,11 @@ def solve_lstsq(
     residual = system.b - dot(matrix, x)
     optimal = system.relative(jnp.where(kept, dot(u.T, residual), 0)) <= system.tol
     return system.report(
-        x, system.relative(residual), condition=condition, norm=values[0], optimal=optimal
+        x,
+        system.relative(residual),
+        condition=condition,
+        norm=jnp.max(values, initial=0),
+        optimal=optimal,
     )
 
 

@@ -6,16 +6,17 @@ import jax
 import jax.numpy as jnp
 
 from imaml_jax.bilevel.linear_system import (
+    as_operator,
     broadcast_to_leaves,
     random_products,
     ravel,
     raveled_damping,
 )
-from imaml_jax.types import Array, LinearOperator, PyTree
+from imaml_jax.types import Array, Operator, PyTree
 
 
 def jacobi_preconditioner(
-    operator: LinearOperator,
+    operator: Operator,
     b: PyTree,
     key: Array | None = None,
     *,
@@ -52,7 +53,7 @@ def jacobi_preconditioner(
 
 
 def estimate_diagonal(
-    operator: LinearOperator, b: PyTree, key: Array | None = None, *, num_probes: int = 10
+    operator: Operator, b: PyTree, key: Array | None = None, *, num_probes: int = 10
 ) -> PyTree:
     """The diagonal of `A` from products with orthonormal random directions `q`.
 
@@ -79,6 +80,7 @@ def estimate_diagonal(
     """
     if num_probes < 1:
         raise ValueError(f"estimate_diagonal: num_probes={num_probes} must be at least 1")
+    operator, b = as_operator(operator, b)
     basis, image = random_products(operator, b, key, num_probes, jax.random.rademacher)
     estimate = (basis * image).sum(1) / (basis**2).sum(1)
     return ravel(b)[1](jnp.maximum(estimate, raveled_damping(operator, b)))

@@ -100,19 +100,19 @@ def _message(which: str, residual: float, curvature: float, condition: float) ->
         met.append(f"smallest curvature met {curvature:.2g}")
     if not np.isnan(condition):
         met.append(f"condition number about {condition:.2g}")
-    if not np.isfinite(residual):
-        remedy = "An entry of the system is not finite: look at the root and at F there."
-    elif curvature <= 0:
+    if curvature <= 0:
         remedy = (
             "The matrix is not positive definite. If the point is a minimum, let its solver go on; "
             "otherwise take solve_minres, or solve_dense for a small system."
         )
-    elif condition > 1e6 and residual < 1e-2:
+    elif condition > 1e6 and not residual > 1e-2:
         remedy = (
             "The matrix is singular to working precision. Take solve_lstsq or solve_lsmr for the "
             "solution of least norm, add the equations that fix the root (a conserved total, a "
             "gauge), or compute in float64."
         )
+    elif not np.isfinite(residual):
+        remedy = "An entry of the system is not finite: look at the root and at F there."
     else:
         remedy = (
             "Give the solver more steps (max_steps, restart) or a larger tol, a preconditioner, or "

@@ -7,7 +7,7 @@ from jax import lax
 from jax.scipy.linalg import solve_triangular
 
 from imaml_jax.bilevel.linear_system import SolveInfo, System, dot, ravel_system, require_square
-from imaml_jax.types import Array, LinearOperator, PyTree
+from imaml_jax.types import Array, Operator, PyTree
 
 _STAGNATION = 0.9
 
@@ -30,10 +30,11 @@ class _Restart(NamedTuple):
     num_steps: Array
     num_restarts: Array
     stretch: Array
+    condition: Array
 
 
 def solve_gmres(
-    operator: LinearOperator,
+    operator: Operator,
     b: PyTree,
     *,
     key: Array | None = None,
@@ -56,7 +57,7 @@ def solve_gmres(
       max_restarts: most restarts, at least 1; None (default) for as many as help.
 
     Returns:
-      `(x, SolveInfo)`, with `min_curvature` and `condition` None.
+      `(x, SolveInfo)`, with `min_curvature` None; `condition` is that of the Krylov space's image.
 
     Raises:
       ValueError: a setting out of its range.
@@ -82,7 +83,7 @@ def solve_gmres(
         return first | ((state.norm > goal) & helps & allowed)
 
     def one_restart(state: _Restart) -> _Restart:
-        change, end = _cycle(system, state.residual, state.norm, goal, restart)
+        change, end, condition = _cycle(system, state.residual, state.norm, goal, restart)
         x = state.x + change
         residual = system.b - system.matvec(x)
         norm = jnp.sqrt(dot(residual, residual))
@@ -95,6 +96,7 @@ def solve_gmres(
             num_steps=state.num_steps + end.step,
             num_restarts=state.num_restarts + 1,
             stretch=jnp.maximum(state.stretch, end.stretch),
+            condition=jnp.maximum(state.condition, condition),
         )
 
     norm = jnp.sqrt(dot(system.b, system.b))
@@ -106,16 +108,17 @@ def solve_gmres(
         num_steps=jnp.zeros((), jnp.int32),
         num_restarts=jnp.zeros((), jnp.int32),
         stretch=jnp.zeros_like(norm),
+        condition=jnp.ones_like(norm),
     )
     end = lax.while_loop(keep_going, one_restart, system.carry(start))
     relative = system.relative(end.residual)
-    return system.report(end.x, relative, end.num_steps, norm=end.stretch)
+    return system.report(end.x, relative, end.num_steps, condition=end.condition, norm=end.stretch)
 
 
 def _cycle(
     system: System, residual: Array, norm: Array, goal: Array, restart: int
-) -> tuple[Array, _Arnoldi]:
-    """What a Krylov space of at most `restart` vectors adds to `x`."""
+) -> tuple[Array, _Arnoldi, Array]:
+    """What a Krylov space of at most `restart` vectors adds to `x`, and its condition number."""
     dtype = residual.dtype
     rows = jnp.arange(restart + 1)
 
@@ -169,5 +172,10 @@ def _cycle(
     # A vector that the matrix maps to nothing new has no share in the solution.
     nothing_new = diagonal <= 10 * jnp.finfo(dtype).eps * end.stretch
     triangle = end.triangle + jnp.diag(jnp.where(nothing_new, jnp.inf, 0))
-    right = jnp.where(rows[:restart] < end.step, norm * end.rotation[:restart, 0], 0)
-    return dot(solve_triangular(triangle, right), end.basis[:restart]), end
+    taken = rows[:restart] < end.step
+    right = jnp.where(taken, norm * end.rotation[:restart, 0], 0)
+    change = dot(solve_triangular(triangle, right), end.basis[:restart])
+    neutral = jnp.diag(jnp.where(taken, 0, jnp.max(diagonal) - 1))
+    values = jnp.linalg.svd(end.triangle + neutral, compute_uv=False)
+    condition = jnp.where(end.step > 0, values[0] / values[-1], 1)
+    return change, end, condition

@@ -349,13 +349,16 @@ def _tangent(
         return system.matvec(*at, v)
 
     if right.size == flat.size:
-        tangent = lax.custom_linear_solve(
-            matvec,
-            right,
-            lambda _, b: solved(system.solve, b),
-            transpose_solve=lambda _, b: solved(system.solve_transposed, b),
-            symmetric=symmetric,
+        transposed_solve = system.solve if symmetric else system.solve_transposed
+        linear_solve = partial(
+            lax.custom_linear_solve, matvec, right, lambda _, b: solved(system.solve, b)
         )
+        try:
+            tangent = linear_solve(
+                transpose_solve=lambda _, b: solved(transposed_solve, b), symmetric=symmetric
+            )
+        except (TypeError, ValueError, NotImplementedError):  # F has no reverse mode
+            tangent = linear_solve()
         return unravel(tangent)
 
     pull = partial(transposed, matvec, flat)

@@ -46,14 +46,14 @@ from imaml_jax.bilevel.linear_system import (
     require_square,
     transpose,
 )
-from imaml_jax.types import Array, LinearOperator, PyTree
+from imaml_jax.types import Array, LinearOperator, Operator, PyTree
 
 # `(operator, b, key) -> (r -> M^-1 r)` on raveled vectors.
-Precondition = Callable[[LinearOperator, PyTree, Array | None], Callable[[Array], Array]]
+Precondition = Callable[[Operator, PyTree, Array | None], Callable[[Array], Array]]
 
 
 def solve_auto(
-    operator: LinearOperator,
+    operator: Operator,
     b: PyTree,
     *,
     key: Array | None = None,
@@ -87,7 +87,7 @@ def solve_auto(
 
 
 def solve_cg(
-    operator: LinearOperator,
+    operator: Operator,
     b: PyTree,
     *,
     key: Array | None = None,
@@ -122,7 +122,7 @@ def solve_cg(
 
 
 def solve_right_preconditioned(
-    operator: LinearOperator,
+    operator: Operator,
     b: PyTree,
     *,
     solve: Solve,
@@ -171,7 +171,7 @@ def solve_right_preconditioned(
 
 
 def solve_cg_steihaug(
-    operator: LinearOperator,
+    operator: Operator,
     b: PyTree,
     *,
     key: Array | None = None,
@@ -202,12 +202,13 @@ def solve_cg_steihaug(
     References:
       Steihaug, "The conjugate gradient method and trust regions in large scale optimization", 1983.
     """
+    operator, b = as_operator(operator, b)
     inverse = precondition(operator, b, key) if precondition else lambda r: r
     return _descend(operator, b, tol, max_steps, inverse)
 
 
 def solve_neumann(
-    operator: LinearOperator,
+    operator: Operator,
     b: PyTree,
     *,
     step_size: float,
@@ -252,7 +253,7 @@ class _Descent(NamedTuple):
 
 
 def _descend(
-    operator: LinearOperator,
+    operator: Operator,
     b: PyTree,
     tol: float | Array | None,
     max_steps: int | Array,

@@ -17,7 +17,7 @@ from jax import lax
 from jax.flatten_util import ravel_pytree
 from jax.sharding import NamedSharding, PartitionSpec
 
-from imaml_jax.types import Array, LinearOperator, PyTree
+from imaml_jax.types import Array, LinearOperator, Operator, PyTree
 
 _ROUNDING = 10.0  # a residual of so many eps of ||A|| ||x|| is what rounding alone may leave
 
@@ -143,7 +143,7 @@ class System(NamedTuple):
         return solution, SolveInfo(relative, num_steps, min_curvature, converged, condition)
 
 
-def ravel_system(operator: LinearOperator, b: PyTree, tol: float | Array | None = None) -> System:
+def ravel_system(operator: Operator, b: PyTree, tol: float | Array | None = None) -> System:
     """The `System` of an operator and a right-hand side.
 
     Args:
@@ -188,7 +188,7 @@ def require_square(system: System, name: str) -> None:
         )
 
 
-def as_operator(operator: Any, b: PyTree) -> tuple[LinearOperator, PyTree]:
+def as_operator(operator: Operator, b: PyTree) -> tuple[LinearOperator, PyTree]:
     """A `LinearOperator` from one, from a function `v -> A v`, or from a matrix `[m, n]`.
 
     Returns:
@@ -215,7 +215,7 @@ def as_operator(operator: Any, b: PyTree) -> tuple[LinearOperator, PyTree]:
     )
 
 
-def transpose(operator: LinearOperator, b: PyTree) -> LinearOperator:
+def transpose(operator: Operator, b: PyTree) -> LinearOperator:
     """`A^T`, in the inner product of the real vectors: for complex matrices the adjoint `A^H`.
 
     Keeps the dampings and the factor, both of symmetric matrices, and says that it is `transposed`,
@@ -330,7 +330,7 @@ def safe_ratio(numerator: Array, denominator: Array) -> Array:
 
 
 def random_products(
-    operator: LinearOperator, b: PyTree, key: Array | None, number: int, draw: Callable[..., Array]
+    operator: Operator, b: PyTree, key: Array | None, number: int, draw: Callable[..., Array]
 ) -> tuple[Array, Array]:
     """`Q [P, min(number, P)]`, drawn by `(key, shape, dtype)` and made orthonormal, and `A Q`."""
     system = ravel_system(operator, b, 0.0)

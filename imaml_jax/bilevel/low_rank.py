@@ -18,11 +18,11 @@ from imaml_jax.bilevel.linear_system import (
     ravel_system,
     raveled_damping,
 )
-from imaml_jax.types import Array, LinearOperator, PyTree
+from imaml_jax.types import Array, Operator, PyTree
 
 
 def solve_woodbury(
-    operator: LinearOperator,
+    operator: Operator,
     b: PyTree,
     *,
     key: Array | None = None,
@@ -69,7 +69,7 @@ def solve_woodbury(
 
 
 def solve_nystrom(
-    operator: LinearOperator,
+    operator: Operator,
     b: PyTree,
     *,
     rank: int,
@@ -111,7 +111,7 @@ def solve_nystrom(
 
 
 def nystrom_preconditioner(
-    operator: LinearOperator, b: PyTree, key: Array | None = None, *, rank: int
+    operator: Operator, b: PyTree, key: Array | None = None, *, rank: int
 ) -> Callable[[Array], Array]:
     """`r -> M^-1 r` with the Nyström approximation `M = Y (Q^T Y)^+ Y^T + D` of `solve_nystrom`.
 
@@ -132,6 +132,7 @@ def nystrom_preconditioner(
     """
     if rank < 1:
         raise ValueError(f"nystrom_preconditioner: rank={rank} must be at least 1")
+    operator, b = as_operator(operator, b)
     diagonal = raveled_damping(operator, b, needed_by="nystrom_preconditioner")
     basis, image = random_products(operator, b, key, rank, jax.random.normal)
     image = image - diagonal[:, None] * basis

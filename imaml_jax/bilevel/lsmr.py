@@ -13,9 +13,9 @@ from imaml_jax.bilevel.linear_system import (
     safe_ratio,
     transposed,
 )
-from imaml_jax.types import Array, LinearOperator, PyTree
+from imaml_jax.types import Array, Operator, PyTree
 
-_ORTHOGONAL = 30.0  # ||A^T r|| <= 30 eps ||A|| ||r|| ends the iteration
+_ORTHOGONAL = 5.0  # ||A^T r|| <= 5 eps ||A|| ||r|| ends the iteration
 
 
 class _State(NamedTuple):
@@ -43,7 +43,7 @@ class _State(NamedTuple):
 
 
 def solve_lsmr(
-    operator: LinearOperator,
+    operator: Operator,
     b: PyTree,
     *,
     key: Array | None = None,

@@ -12,7 +12,7 @@ from imaml_jax.bilevel.linear_system import (
     require_square,
     safe_ratio,
 )
-from imaml_jax.types import Array, LinearOperator, PyTree
+from imaml_jax.types import Array, Operator, PyTree
 
 
 class _MinresState(NamedTuple):
@@ -34,7 +34,7 @@ class _MinresState(NamedTuple):
 
 
 def solve_minres(
-    operator: LinearOperator,
+    operator: Operator,
     b: PyTree,
     *,
     key: Array | None = None,

@@ -364,7 +364,8 @@ def test_the_adaptation_can_be_repeated_from_its_experience(name, params, collec
 @pytest.mark.parametrize("name", ["maml", "loaded_dice", "imaml"])
 def test_the_derivative_of_the_adaptation(name, params, collect, finite_differences):
     """With its experience fixed; that of implicit MAML both by `repeat` and by `pull_back`."""
-    exact_solve = {"solve": solve_dense, "num_steps": 400} if name == "imaml" else {}
+    exact = partial(solve_dense, diagnose=True)
+    exact_solve = {"solve": exact, "num_steps": 400} if name == "imaml" else {}
     problem = make_problem(name, **exact_solve)
     adaptation, query = collect(problem)
     flat, unravel = ravel_pytree(params)
