@@ -48,13 +48,17 @@ def solve_dense(
     require_square(system, "solve_dense")
     size, dtype = system.b.size, system.b.dtype
     matrix = assemble(system)
-    probes = np.random.default_rng(0).normal(size=(size, _PROBES)).astype(dtype)
-    solutions = lu_solve(lu_factor(matrix), jnp.column_stack([system.b, probes]))
-    x = solutions[:, 0]
-    norm, inverse_norm = jnp.linalg.norm(matrix), jnp.linalg.norm(solutions[:, 1:])
-    condition, curvature = norm * inverse_norm / math.sqrt(_PROBES), None
-    singular = jnp.isfinite(norm) & ~jnp.isfinite(inverse_norm)
-    condition = jnp.where(singular, jnp.inf, condition)
+    if size == 1:
+        x, norm, condition = system.b / matrix[0], jnp.abs(matrix[0, 0]), jnp.ones((), dtype)
+        condition = jnp.where(norm > 0, condition, jnp.inf)
+    else:
+        probes = np.random.default_rng(0).normal(size=(size, _PROBES)).astype(dtype)
+        solutions = lu_solve(lu_factor(matrix), jnp.column_stack([system.b, probes]))
+        x, norm = solutions[:, 0], jnp.linalg.norm(matrix)
+        inverse_norm = jnp.linalg.norm(solutions[:, 1:]) / math.sqrt(_PROBES)
+        singular = jnp.isfinite(norm) & ~jnp.isfinite(inverse_norm)
+        condition = jnp.where(singular, jnp.inf, norm * inverse_norm)
+    curvature = None
     if diagnose:
         curvature = jnp.linalg.eigvalsh((matrix + matrix.T) / 2)[0]
         condition = jnp.linalg.cond(matrix)

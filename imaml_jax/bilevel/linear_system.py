@@ -65,6 +65,7 @@ class System(NamedTuple):
       matvec: `x -> A x`.
       b: `[m]`, scaled to largest entry 1, since squares of tiny or huge numbers leave the range.
         NaN everywhere where an entry is not finite.
+      scale: by what it was divided.
       size: number of unknowns.
       unravel: the tree of unknowns, scaled back.
       tol: relative residual up to which the system counts as solved.
@@ -73,6 +74,7 @@ class System(NamedTuple):
 
     matvec: Callable[[Array], Array]
     b: Array
+    scale: Array
     size: int
     unravel: Callable[[Array], PyTree]
     tol: float | Array
@@ -82,25 +84,6 @@ class System(NamedTuple):
         """`||residual|| / ||b||`, 0 where both are 0. NaN stays NaN, also where `b` is 0."""
         squared = dot(residual, residual)
         return jnp.sqrt(squared / jnp.where(squared == 0, 1, dot(self.b, self.b)))
-
-    def confirmed(self, x: Array, residual: Array) -> Array:
-        """A recurrence's relative residual, or the true one where it claims to be within `tol`.
-
-        In rounding the recurrence goes to zero and the true residual does not. With a `tol` of 0.0
-        no solution of a system that is not zero is within it, so that the recurrence's is returned.
-        A loop of at most one turn, for under `vmap` a `lax.cond` would always spend the product.
-        """
-
-        def measure(_):
-            return self.relative(self.b - self.matvec(x)), false
-
-        claimed = self.relative(residual)
-        if isinstance(self.tol, float) and self.tol == 0:  # nothing is within it: no product
-            tiny = jnp.finfo(claimed.dtype).tiny
-            return jnp.where(dot(self.b, self.b) > 0, jnp.maximum(claimed, tiny), claimed)
-        start = claimed, claimed <= self.tol
-        false = start[1] & False
-        return lax.while_loop(lambda state: state[1], measure, start)[0]
 
     def carry(self, tree: PyTree) -> PyTree:
         """A loop's first state, varying over the devices of a `shard_map` as `A b` does."""
@@ -132,14 +115,15 @@ class System(NamedTuple):
         """
         if relative is None:
             relative = self.relative(self.b - self.matvec(x))
-        solution = self.unravel(x)
+        largest = jnp.max(jnp.abs(x), initial=0)
         converged = (relative <= self.tol) | optimal
         if not (isinstance(norm, float) and norm == 0):
-            stretched = norm * jnp.sqrt(dot(x, x) / dot(self.b, self.b))
+            stretched = norm * largest / jnp.sqrt(dot(self.b, self.b))
             converged |= relative <= jnp.minimum(_ROUNDING * self.eps * stretched, 1e-3)
         if condition is not None:
             converged &= condition < 1 / jnp.finfo(self.b.dtype).eps
-        converged &= in_range(solution, (x == 0).all())
+        solution = self.unravel(x)
+        converged &= in_range(solution, self.scale * largest, largest == 0)
         return solution, SolveInfo(relative, num_steps, min_curvature, converged, condition)
 
 
@@ -176,7 +160,7 @@ def ravel_system(operator: Operator, b: PyTree, tol: float | Array | None = None
     if size == flat_b.size:
         flat_b = _vary_as_image(matvec, flat_b)
     wanted = eps ** (2 / 3) if tol is None else tol
-    return System(matvec, flat_b, size, lambda flat: unravel(scale * flat), wanted, eps)
+    return System(matvec, flat_b, scale, size, lambda flat: unravel(scale * flat), wanted, eps)
 
 
 def require_square(system: System, name: str) -> None:
@@ -360,9 +344,15 @@ def broadcast_to_leaves(prefix: PyTree, tree: PyTree) -> PyTree:
     )
 
 
-def in_range(solution: PyTree, is_zero: Array) -> Array:
-    """Whether its largest entry neither left the range nor, unless it `is_zero`, lost digits."""
+def in_range(solution: PyTree, largest: Array, is_zero: Array) -> Array:
+    """Whether the largest entry fits its dtypes, and is not so small that digits are lost.
+
+    Args:
+      solution: of whose dtypes.
+      largest: its largest entry, in the dtype of the computation.
+      is_zero: whether that is 0 exactly.
+    """
     limits = [jnp.finfo(x.dtype) for x in jax.tree.leaves(solution)]
-    lost = max((float(limit.tiny) / float(limit.eps) for limit in limits), default=0.0)
-    largest = jnp.max(jnp.abs(ravel(solution)[0]), initial=0)
-    return (largest < jnp.inf) & ((largest > lost) | is_zero)
+    most = min((float(limit.max) for limit in limits), default=1.0)
+    least = max((float(limit.tiny) / float(limit.eps) for limit in limits), default=0.0)
+    return (largest <= most) & ((largest > least) | is_zero)
