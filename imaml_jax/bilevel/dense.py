@@ -4,8 +4,6 @@ One product with `A` for each unknown and `[m, n]` of memory: for small problems
 reference of the others.
 """
 
-import math
-
 import jax
 import jax.numpy as jnp
 import numpy as np
@@ -44,30 +42,35 @@ def solve_dense(
       spectral one and `min_curvature` the smallest eigenvalue of the symmetric part of `A`.
     """
     del key
-    system = ravel_system(operator, b, tol)
+    system = ravel_system(operator, b, tol, scaled=False)
     require_square(system, "solve_dense")
     size, dtype = system.b.size, system.b.dtype
     matrix = assemble(system)
+    norm, curvature = jnp.linalg.norm(matrix), None
     if size == 1:
-        x, norm, condition = system.b / matrix[0], jnp.abs(matrix[0, 0]), jnp.ones((), dtype)
-        condition = jnp.where(norm > 0, condition, jnp.inf)
+        solutions = jnp.stack([system.b, jnp.ones(1, dtype)], 1) / matrix
     else:
         probes = np.random.default_rng(0).normal(size=(size, _PROBES)).astype(dtype)
         solutions = lu_solve(lu_factor(matrix), jnp.column_stack([system.b, probes]))
-        x, norm = solutions[:, 0], jnp.linalg.norm(matrix)
-        inverse_norm = jnp.linalg.norm(solutions[:, 1:]) / math.sqrt(_PROBES)
-        singular = jnp.isfinite(norm) & ~jnp.isfinite(inverse_norm)
-        condition = jnp.where(singular, jnp.inf, norm * inverse_norm)
-    curvature = None
+    x = solutions[:, 0]
+    # One pass over all vectors: every reduction costs kernels to compile.
+    vectors = jnp.column_stack([system.b, system.b - dot(matrix, x), solutions])
+    largest = jnp.max(jnp.abs(vectors), axis=0, initial=0)
+    squares = jnp.sum((vectors / jnp.where(largest > 0, largest, 1)) ** 2, axis=0)
+    norms = largest * jnp.sqrt(squares)
+    norm_b, residual, inverse_norm = norms[0], norms[1], jnp.sqrt(jnp.mean(norms[3:] ** 2))
+    singular = jnp.isfinite(norm) & ~jnp.isfinite(inverse_norm)
+    condition = jnp.where(singular, jnp.inf, norm * inverse_norm)
     if diagnose:
         curvature = jnp.linalg.eigvalsh((matrix + matrix.T) / 2)[0]
         condition = jnp.linalg.cond(matrix)
     return system.report(
-        x,
-        system.relative(system.b - dot(matrix, x)),
+        jnp.where(jnp.isfinite(norm_b), x, jnp.nan),
+        residual / jnp.where(residual == 0, 1, norm_b),
         min_curvature=curvature,
         condition=condition,
         norm=norm,
+        sizes=(largest[2], norm_b),
     )
 
 

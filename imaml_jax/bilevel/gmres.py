@@ -129,12 +129,12 @@ def _cycle(
     def step(state: _Arnoldi) -> _Arnoldi:
         k = state.step
         vector = system.matvec(state.basis[k])
-        length = jnp.sqrt(dot(vector, vector))
         column = jnp.zeros(restart + 1, dtype)
         for _ in range(2):
             shares = dot(state.basis, vector)
             column, vector = column + shares, vector - dot(shares, state.basis)
         left = jnp.sqrt(dot(vector, vector))
+        length = jnp.hypot(jnp.linalg.norm(column), left)
         invariant = left <= 10 * jnp.finfo(dtype).eps * length
         left = jnp.where(invariant, 0, left)
         column = dot(state.rotation, jnp.where(rows == k + 1, left, column))

@@ -99,6 +99,7 @@ class System(NamedTuple):
         *,
         norm: Array | float = 0.0,
         optimal: Array | bool = False,
+        sizes: tuple[Array, Array] | None = None,
     ) -> tuple[PyTree, SolveInfo]:
         """The solution as a tree, and what its solver met; costs a product without the residual.
 
@@ -112,13 +113,16 @@ class System(NamedTuple):
           condition: see `SolveInfo`.
           norm: of `A`, or a lower bound.
           optimal: whether `x` minimises the residual, which need not vanish.
+          sizes: the largest entry of `x` and the norm of `b`, where they are known.
         """
         if relative is None:
             relative = self.relative(self.b - self.matvec(x))
-        largest = jnp.max(jnp.abs(x), initial=0)
+        if sizes is None:
+            sizes = jnp.max(jnp.abs(x), initial=0), jnp.sqrt(dot(self.b, self.b))
+        largest, norm_b = sizes
         converged = (relative <= self.tol) | optimal
         if not (isinstance(norm, float) and norm == 0):
-            stretched = norm * largest / jnp.sqrt(dot(self.b, self.b))
+            stretched = norm * largest / norm_b
             converged |= relative <= jnp.minimum(_ROUNDING * self.eps * stretched, 1e-3)
         if condition is not None:
             converged &= condition < 1 / jnp.finfo(self.b.dtype).eps
@@ -127,7 +131,9 @@ class System(NamedTuple):
         return solution, SolveInfo(relative, num_steps, min_curvature, converged, condition)
 
 
-def ravel_system(operator: Operator, b: PyTree, tol: float | Array | None = None) -> System:
+def ravel_system(
+    operator: Operator, b: PyTree, tol: float | Array | None = None, *, scaled: bool = True
+) -> System:
     """The `System` of an operator and a right-hand side.
 
     Args:
@@ -135,6 +141,7 @@ def ravel_system(operator: Operator, b: PyTree, tol: float | Array | None = None
       b: right-hand side.
       tol: relative residual; None for `eps ** (2/3)` of the least precise leaf of `b`: 2e-5 in
         float32, 4e-11 in float64.
+      scaled: whether to scale `b`; a direct solver, which takes no squares of it, need not.
     """
     operator, b = as_operator(operator, b)
     flat_b, unravel_b = ravel(b)
@@ -143,8 +150,10 @@ def ravel_system(operator: Operator, b: PyTree, tol: float | Array | None = None
         nothing, unravel = ravel(_zeros(operator.domain))
         size = nothing.size
     eps = precision(b)
-    largest = lax.stop_gradient(jnp.max(jnp.abs(flat_b), initial=0))
-    scale = jnp.where(largest == 0, 1, jnp.where(jnp.isfinite(largest), largest, jnp.nan))
+    scale = jnp.ones((), flat_b.dtype)
+    if scaled:
+        largest = lax.stop_gradient(jnp.max(jnp.abs(flat_b), initial=0))
+        scale = jnp.where(largest == 0, 1, jnp.where(jnp.isfinite(largest), largest, jnp.nan))
 
     def matvec(flat: Array) -> Array:
         image = ravel(operator.matvec(unravel(flat.astype(flat_b.dtype))))[0]
@@ -156,11 +165,15 @@ def ravel_system(operator: Operator, b: PyTree, tol: float | Array | None = None
             )
         return image.astype(flat_b.dtype)
 
-    flat_b = flat_b / scale
+    flat_b = flat_b / scale if scaled else flat_b
     if size == flat_b.size:
         flat_b = _vary_as_image(matvec, flat_b)
     wanted = eps ** (2 / 3) if tol is None else tol
-    return System(matvec, flat_b, scale, size, lambda flat: unravel(scale * flat), wanted, eps)
+
+    def unravel_scaled(flat: Array) -> PyTree:
+        return unravel(scale * flat if scaled else flat)
+
+    return System(matvec, flat_b, scale, size, unravel_scaled, wanted, eps)
 
 
 def require_square(system: System, name: str) -> None:
