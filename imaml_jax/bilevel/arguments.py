@@ -6,6 +6,8 @@ JAX's custom derivatives take arrays only, and nothing that a function closes ov
 import inspect
 from collections.abc import Callable, Sequence
 from functools import partial
+from pathlib import Path
+from types import BuiltinFunctionType, CodeType, ModuleType
 from typing import Any
 
 import jax
@@ -49,29 +51,78 @@ class Skeleton:
         return hash(self._key)
 
 
-def closes_over_tracers(fun: Any) -> bool:
-    """Whether a function closes over values that JAX is tracing, as far as Python tells.
+class Same:
+    """Equal to what holds the same object, which it keeps alive."""
 
-    Looks into closures, defaults of partial functions, bound objects and wrapped functions.
+    def __init__(self, value: Any):
+        self.value = value
+
+    def __eq__(self, other: object) -> bool:
+        return isinstance(other, Same) and self.value is other.value
+
+    def __hash__(self) -> int:
+        return id(self.value)
+
+
+def closure(fun: Any) -> list[Any]:
+    """What the value of a function may depend on besides its arguments, as far as Python tells.
+
+    Looks into closures, defaults, the globals that are named, partial functions, bound objects and
+    wrapped functions; not into the globals of installed libraries, nor into modules.
     """
-    seen, todo = set(), [fun]
+    found: list[Any] = []
+    seen: dict[int, Any] = {}
+    todo = [fun]
     while todo:
         value = todo.pop()
-        if isinstance(value, Tracer):
-            return True
-        if id(value) in seen or isinstance(value, (str, bytes, np.ndarray, jax.Array, type)):
+        if value is None or isinstance(value, _CONSTANT) or id(value) in seen:
             continue
-        seen.add(id(value))
+        if isinstance(value, _VALUES):
+            found.append(value)
+            continue
+        seen[id(value)] = value
         if isinstance(value, partial):
-            todo += [value.func, value.args, value.keywords]
+            todo += [value.func, *value.args, *value.keywords.values()]
         elif inspect.ismethod(value):
             todo += [value.__func__, value.__self__]
-        elif callable(value):
-            todo += [c.cell_contents for c in getattr(value, "__closure__", None) or () if _full(c)]
-            todo += [getattr(value, "__wrapped__", None), jax.tree.leaves(value)]
-        elif not jax.tree_util.all_leaves([value]):
-            todo += jax.tree.leaves(value)
-    return False
+        elif inspect.isfunction(value):
+            cells = value.__closure__ or ()
+            todo += [cell.cell_contents for cell in cells if _is_full(cell)]
+            todo += [value.__defaults__, value.__kwdefaults__, getattr(value, "__wrapped__", None)]
+            if not value.__code__.co_filename.startswith(_LIBRARIES):
+                todo += [value.__globals__.get(name) for name in _names(value.__code__)]
+        elif callable(value) and hasattr(value, "__wrapped__"):
+            todo += [value.__wrapped__, *getattr(value, "__dict__", {}).values()]
+        elif jax.tree_util.all_leaves([value]):
+            found.append(value)
+        else:
+            leaves, structure = jax.tree.flatten(value)
+            found.append(structure)
+            todo += leaves
+    return found
+
+
+def has_tracers(values: list[Any]) -> bool:
+    """Whether JAX is differentiating, batching or compiling one of them."""
+    return any(isinstance(value, Tracer) for value in values)
+
+
+def fingerprint(values: list[Any]) -> tuple[Any, ...] | None:
+    """Equal for what a compiled function may take for equal; None where an object may change.
+
+    Arrays of JAX are compared by identity, those of NumPy, which can be changed, by their contents.
+    """
+    keys = []
+    for value in values:
+        if isinstance(value, jax.Array):
+            keys.append(Same(value))
+        elif isinstance(value, np.ndarray):
+            keys.append((value.shape, value.dtype.str, value.tobytes()))
+        elif isinstance(value, (*_VALUES, jax.tree_util.PyTreeDef)):
+            keys.append((type(value), value))
+        else:
+            return None
+    return tuple(keys)
 
 
 def hoist(fun: Callable[..., Any], *args: PyTree) -> tuple[Callable[..., Any], list[Array]]:
@@ -108,9 +159,23 @@ def _key(leaf: Any) -> Any:
     return type(leaf), leaf
 
 
-def _full(cell: Any) -> bool:
+def _is_full(cell: Any) -> bool:
     try:
         cell.cell_contents  # noqa: B018
     except ValueError:
         return False
     return True
+
+
+def _names(code: CodeType) -> set[str]:
+    """Global names in a function and in those that it defines."""
+    inner = [_names(const) for const in code.co_consts if isinstance(const, CodeType)]
+    return set(code.co_names).union(*inner)
+
+
+_VALUES = (Tracer, jax.Array, np.ndarray, np.generic, str, bytes, int, float, complex)
+_CONSTANT = (ModuleType, BuiltinFunctionType, type, np.ufunc, np.dtype)
+_LIBRARIES = tuple({str(Path(str(module.__file__)).parents[1]) for module in (jax, np)}) + (
+    str(Path(__file__).parents[1]),
+    str(Path(inspect.__file__).parent),
+)

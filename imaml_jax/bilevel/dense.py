@@ -56,7 +56,8 @@ def solve_dense(
     # One pass over all vectors: every reduction costs kernels to compile.
     vectors = jnp.column_stack([system.b, system.b - dot(matrix, x), solutions])
     largest = jnp.max(jnp.abs(vectors), axis=0, initial=0)
-    squares = jnp.sum((vectors / jnp.where(largest > 0, largest, 1)) ** 2, axis=0)
+    scale = jnp.where(largest > 0, largest, 1)
+    squares = jnp.sum((vectors / scale[None, :]) ** 2, axis=0)
     norms = largest * jnp.sqrt(squares)
     norm_b, residual, inverse_norm = norms[0], norms[1], jnp.sqrt(jnp.mean(norms[3:] ** 2))
     singular = jnp.isfinite(norm) & ~jnp.isfinite(inverse_norm)

@@ -19,7 +19,14 @@ import jax.numpy as jnp
 from jax import lax
 from jax.custom_derivatives import SymbolicZero, zero_from_primal
 
-from imaml_jax.bilevel.arguments import Skeleton, check_call, closes_over_tracers, hoist
+from imaml_jax.bilevel.arguments import (
+    Skeleton,
+    check_call,
+    closure,
+    fingerprint,
+    has_tracers,
+    hoist,
+)
 from imaml_jax.bilevel.curvature import steepest_ascent
 from imaml_jax.bilevel.failure import OnFailure, check_on_failure, handle_failure
 from imaml_jax.bilevel.linear_solve import solve_auto
@@ -128,8 +135,9 @@ def custom_root(
     root does not depend on where the search began. Strings, integers, functions and modules that
     hold them may be arguments too.
 
-    Call it under `jax.jit`; outside, nothing of the derivative is compiled twice either, as long as
-    the decorated function stays the same one.
+    Call it under `jax.jit`. Outside, the derivative is compiled once for a decorated function, and
+    anew where an argument that is no array, or a value that `optimality_fn` closes over, has
+    changed, or is an object of which that cannot be told.
 
     Args:
       optimality_fn: `F(x, *args, **kwargs)`, as many numbers as `x`; zero at the root. More numbers
@@ -167,12 +175,13 @@ def custom_root(
     check_on_failure(on_failure)
 
     def decorate(solver):
-        @lru_cache(maxsize=16)
-        def system_of(call):
-            """Compiled once for arguments that differ in their arrays alone."""
+        def system_of(call, fingerprint):
+            del fingerprint
             matrix = curvature and partial(_with_call, curvature, call)
             optimality = partial(_with_call, optimality_fn, call)
             return _compiled(_tangent_system(optimality, solve, symmetric, matrix))
+
+        compiled_once = lru_cache(maxsize=16)(system_of)
 
         @wraps(solver, updated=())  # a solver that is itself a custom_jvp keeps its rule to itself
         def differentiable(init, *args, **kwargs):
@@ -184,8 +193,8 @@ def custom_root(
                 args, kwargs = call.merge(arrays)
                 return solver(start.merge(starts), *args, **kwargs)
 
-            functions = (solver, optimality_fn, curvature, start.others, call.others)
-            if any(map(closes_over_tracers, functions)):
+            values = closure((optimality_fn, curvature, solve, call.others))
+            if has_tracers(values) or has_tracers(closure((solver, start.others))):
                 if curvature is not None:
                     raise TypeError(
                         "custom_root: with curvature, pass what its functions close over and is "
@@ -195,8 +204,10 @@ def custom_root(
                     find, partial(_with_call, optimality_fn, call), starts, arrays, has_aux
                 )
                 system = _compiled(_tangent_system(optimality, solve, symmetric, None))
+            elif (known := fingerprint(values)) is None:
+                system = system_of(call, None)
             else:
-                system = system_of(call)
+                system = compiled_once(call, known)
             return _find_root(find, system, symmetric, has_aux, on_failure)(starts, arrays)
 
         return differentiable

@@ -32,7 +32,7 @@ from imaml_jax import (
     solve_woodbury,
     transpose,
 )
-from imaml_jax.bilevel.arguments import Skeleton, closes_over_tracers
+from imaml_jax.bilevel.arguments import Skeleton, closure, fingerprint, has_tracers
 
 pytestmark = pytest.mark.usefixtures("x64")
 
@@ -125,13 +125,51 @@ def test_closures_are_looked_into():
             partial(max, theta),
             jax.jit(inner),
         )
-        seen.extend(closes_over_tracers(holder) for holder in holders)
-        seen.append(closes_over_tracers((inner, None)))
+        seen.extend(has_tracers(closure(holder)) for holder in (*holders, (inner, None)))
         return theta
 
     jax.grad(probe)(1.0)
     assert all(seen)
-    assert not any(map(closes_over_tracers, (None, np.sum, jnp.sum, partial(max, 1), lambda x: x)))
+    constant = closure((None, np.sum, jnp.sum, max, lambda x: x))
+    assert all(isinstance(value, jax.tree_util.PyTreeDef) for value in constant)
+    assert fingerprint(closure(partial(max, 1))) == ((int, 1),)
+    assert fingerprint(closure(object())) is None
+
+
+SLOPE = 2.0
+
+
+def sloped(x, a):
+    return SLOPE * x - a
+
+
+def test_what_changes_between_calls_is_seen(monkeypatch):
+    """Globals, arrays of NumPy changed in place, objects and mutable arguments."""
+    slopes, holder, given = np.array([2.0]), {"slope": 2.0}, [2.0]
+
+    class Model:
+        slope = 2.0
+
+        def optimality(self, x, a):
+            return self.slope * x - a
+
+    model = Model()
+    cases = {
+        "global": (sloped, ()),
+        "in place": (lambda x, a: slopes[0] * x - a, ()),
+        "dictionary": (lambda x, a: holder["slope"] * x - a, ()),
+        "object": (model.optimality, ()),
+        "argument": (lambda x, a, given: given[0] * x - a, (given,)),
+    }
+    solvers = {
+        name: (custom_root(fun)(lambda init, a, *args: 0 * a), args)
+        for name, (fun, args) in cases.items()
+    }
+    for slope in (2.0, 4.0, 2.0):
+        monkeypatch.setitem(globals(), "SLOPE", slope)
+        slopes[0] = holder["slope"] = model.slope = given[0] = slope
+        for name, (solver, args) in solvers.items():
+            assert jax.grad(solver, 1)(None, 1.0, *args) == 1 / slope, name
 
 
 def both_derivatives(solver, dtype=None):
