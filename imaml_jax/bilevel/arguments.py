@@ -88,11 +88,13 @@ def closure(fun: Any) -> list[Any]:
         elif inspect.isfunction(value):
             cells = value.__closure__ or ()
             todo += [cell.cell_contents for cell in cells if _is_full(cell)]
-            todo += [value.__defaults__, value.__kwdefaults__, getattr(value, "__wrapped__", None)]
+            todo.append(getattr(value, "__wrapped__", None))
             if not value.__code__.co_filename.startswith(_LIBRARIES):
+                todo += [value.__defaults__, value.__kwdefaults__]
                 todo += [value.__globals__.get(name) for name in _names(value.__code__)]
-        elif callable(value) and hasattr(value, "__wrapped__"):
-            todo += [value.__wrapped__, *getattr(value, "__dict__", {}).values()]
+        elif callable(value) and hasattr(value, "__wrapped__"):  # jit, custom_jvp, custom_vjp
+            rules = (getattr(value, name, None) for name in ("jvp", "fwd", "bwd"))
+            todo += [value.__wrapped__, *rules]
         elif jax.tree_util.all_leaves([value]):
             found.append(value)
         else:
