@@ -1,161 +1,76 @@
-"""One implicit gradient in this toolbox, jaxopt and optimistix: code, error, time and memory.
+"""Implicit gradients in this toolbox, jaxopt and optimistix: code, error, time and memory.
 
     python -m experiments.toolbox_comparison
 
-A ridge regression with a strength for each feature; wanted is the gradient of a held-out loss in
-the strengths, in float64, whose closed form NumPy gives. Every library solves the inner problem in
-two ways, by dense Newton steps (one of the user's, where the library takes any solver) and by its
-own minimiser, and the tangent system by CG with the same tolerance. Lines of code are those of the
-functions below, imports included; they share the objective. Seconds are medians of interleaved
-rounds, beside those of the inner solution alone. Libraries that are not installed are left out:
-`pip install -e .[crosscheck]`. Writes OUTPUT.json.
-"""
-# pyright: reportMissingImports=false
+Five bilevel problems in float64, whose gradients NumPy gives in closed form: entropic transport
+(Sinkhorn, 30 x 20), Kepler's equation of 1,000 orbits, a ridge regression with 200 strengths, a
+logistic regression with 500, and a deep equilibrium layer with 1,000 states. The libraries
+differentiate the same solver of the inner problem, optimistix also one of its own, by their default
+linear solver and, where that says something, by the same one. Where a default does not reach the
+accuracy of the others, it has `tol`.
 
+Libraries take turns, in compilation as in the gradients; the times of a contender are compared with
+those of this toolbox before it in the table, round by round: median and quartiles of the ratio.
+Compilation is tracing, lowering and compiling with empty caches, in seconds of the processor, which
+other work on the machine does not change. Seconds are medians, beside those of the inner solution
+alone. Eager compilations are those of one `jax.grad` without `jax.jit`, after a first one. Lines of
+code are those of one function for one problem, imports included. Libraries that are not installed
+are left out: `pip install -e .[crosscheck]`. Writes OUTPUT.json.
+"""
+
+import contextlib
 import dataclasses
+import gc
 import importlib.metadata
 import importlib.util
 import inspect
+import math
 import statistics
+import time
 import warnings
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from functools import partial
 from pathlib import Path
-from typing import Annotated, Any, NamedTuple
+from typing import Annotated, Any, Literal
 
 import jax
-import jax.numpy as jnp
 import numpy as np
 
 from experiments.shared import common, reports
+from experiments.shared.toolbox_contenders import CONTENDERS, Contender
+from experiments.shared.toolbox_problems import PROBLEMS, Problem
 from imaml_jax.learners.settings import Count, Range, Record, Seed
-from imaml_jax.types import Batch
 
-
-class Contender(NamedTuple):
-    """What is measured.
-
-    Attributes:
-      libraries: what must be installed, the one compared first.
-      inner: how the inner problem is solved.
-      make: `(objective, tol) -> (init, strength, train) -> x`; its source is what is counted.
-    """
-
-    libraries: tuple[str, ...]
-    inner: str
-    make: Callable[..., Any]
+_LEAST_SECONDS = 0.01
+_COMPILED = "/jax/core/compile/backend_compile_duration"
 
 
 @dataclasses.dataclass(frozen=True)
 class Config(Record):
     """What is measured."""
 
-    size: Count = 200
-    """Features; twice as many training examples; at least 1."""
-    tol: Annotated[float, Range(above=0, below=1)] = 1e-10
-    """Tolerance of the linear solves and of the minimisers, above 0 and below 1."""
-    rounds: Count = 15
-    """Interleaved rounds of the timing, at least 1."""
+    problems: tuple[Literal["sinkhorn", "kepler", "ridge", "logistic", "equilibrium"], ...] = (
+        "sinkhorn",
+        "kepler",
+        "ridge",
+        "logistic",
+        "equilibrium",
+    )
+    """Problems."""
+    tol: Annotated[float, Range(above=0, below=1)] = 1e-11
+    """Tolerance of the linear solves and of the libraries' own solvers, above 0 and below 1."""
+    compilations: Count = 5
+    """Interleaved rounds of the compilation, at least 1."""
+    rounds: Count = 31
+    """Interleaved rounds of the gradients, at least 1."""
     seed: Seed = 0
     """Seed of the data, at least 0."""
     output: Path = Path("runs/toolbox_comparison")
     """Where to write, without an ending."""
 
-
-def _ours_newton(objective, tol):
-    from functools import partial
-
-    from imaml_jax import custom_argmin, solve_cg
-
-    @custom_argmin(objective, partial(solve_cg, tol=tol))
-    def solver(init, *args):
-        hessian, gradient = (f(objective)(init, *args) for f in (jax.hessian, jax.grad))
-        return init - jnp.linalg.solve(hessian, gradient)
-
-    return solver
-
-
-def _jaxopt_newton(objective, tol):
-    from functools import partial
-
-    from jaxopt.implicit_diff import custom_root
-    from jaxopt.linear_solve import solve_cg
-
-    @custom_root(jax.grad(objective), solve=partial(solve_cg, tol=tol))
-    def solver(init, *args):
-        hessian, gradient = (f(objective)(init, *args) for f in (jax.hessian, jax.grad))
-        return init - jnp.linalg.solve(hessian, gradient)
-
-    return solver
-
-
-def _optimistix_newton(objective, tol):
-    import lineax
-    import optimistix
-
-    def solver(init, *args):
-        solution = optimistix.root_find(
-            lambda x, args: jax.grad(objective)(x, *args),
-            optimistix.Newton(rtol=tol, atol=tol),
-            init,
-            args,
-            adjoint=optimistix.ImplicitAdjoint(lineax.CG(rtol=tol, atol=tol)),
-            tags=frozenset({lineax.positive_semidefinite_tag}),
-        )
-        return solution.value
-
-    return solver
-
-
-def _ours_minimiser(objective, tol):
-    from functools import partial
-
-    from imaml_jax import custom_argmin, minimize, newton_cg, solve_cg
-
-    tx = newton_cg(max_cg_steps=100, cg_tol=tol)
-    solver = partial(minimize, objective, tx=tx, num_steps=2)
-    implicit = custom_argmin(objective, partial(solve_cg, tol=tol), has_aux=True)(solver)
-    return lambda init, *args: implicit(init, *args)[0]
-
-
-def _jaxopt_minimiser(objective, tol):
-    from functools import partial
-
-    from jaxopt import LBFGS
-    from jaxopt.linear_solve import solve_cg
-
-    implicit = partial(solve_cg, tol=tol)
-    solver = LBFGS(objective, tol=tol, maxiter=500, implicit_diff_solve=implicit)
-    return lambda init, *args: solver.run(init, *args).params
-
-
-def _optimistix_minimiser(objective, tol):
-    import lineax
-    import optimistix
-
-    def solver(init, *args):
-        solution = optimistix.minimise(
-            lambda x, args: objective(x, *args),
-            optimistix.BFGS(rtol=tol, atol=tol),
-            init,
-            args,
-            adjoint=optimistix.ImplicitAdjoint(lineax.CG(rtol=tol, atol=tol)),
-            tags=frozenset({lineax.positive_semidefinite_tag}),
-            max_steps=500,
-        )
-        return solution.value
-
-    return solver
-
-
-CONTENDERS = (
-    Contender(("imaml_jax",), "Newton step", _ours_newton),
-    Contender(("jaxopt",), "Newton step", _jaxopt_newton),
-    Contender(("optimistix", "lineax"), "Newton", _optimistix_newton),
-    Contender(("imaml_jax",), "newton_cg", _ours_minimiser),
-    Contender(("jaxopt",), "LBFGS", _jaxopt_minimiser),
-    Contender(("optimistix", "lineax"), "BFGS", _optimistix_minimiser),
-)
+    def check_together(self) -> None:
+        """There is something to measure."""
+        reports.check_not_empty(self, "problems")
 
 
 def main(config: Config) -> dict[str, Any]:
@@ -164,11 +79,18 @@ def main(config: Config) -> dict[str, Any]:
     Returns:
       One row for each contender that is installed, the libraries that are not, and provenance.
     """
-    reports.begin(config)
+    common.check_output(config.output)
     libraries = sorted({name for contender in CONTENDERS for name in contender.libraries})
     missing = [name for name in libraries if importlib.util.find_spec(name) is None]
-    with jax.enable_x64(True):
-        rows = measure(config, [c for c in CONTENDERS if not set(c.libraries) & set(missing)])
+    rows = []
+    with jax.enable_x64(True), _without_stored_programs():
+        for name in config.problems:
+            present = [
+                contender
+                for contender in CONTENDERS
+                if contender.problem == name and not set(contender.libraries) & set(missing)
+            ]
+            rows += measure(config, PROBLEMS[name](np.random.default_rng(config.seed)), present)
     versions = common.provenance()["versions"] | {
         name: importlib.metadata.version(name)
         for name in libraries
@@ -177,101 +99,152 @@ def main(config: Config) -> dict[str, Any]:
     return reports.report(config, {"rows": rows, "missing": missing, "versions": versions}, table)
 
 
-def measure(config: Config, contenders: list[Contender]) -> list[dict[str, Any]]:
-    """The rows; to be called with float64 enabled."""
-    args = problem(config)
-    exact = exact_gradient(*args)
+def measure(config: Config, problem: Problem, contenders: list[Contender]) -> list[dict[str, Any]]:
+    """The rows of one problem; to be called with float64 enabled."""
+    solvers = [_solver(contender, problem, config.tol) for contender in contenders]
+    gradients = [jax.grad(partial(problem.loss, solver)) for solver in solvers]
+    solutions = [partial(problem.loss, solver) for solver in solvers]
     programs = {
-        (contender, part): program
-        for contender in contenders
-        for part, program in _compiled(contender, config.tol, *args).items()
+        (part, i): jax.jit(fn).lower(*problem.args).compile()
+        for part, fns in (("gradient", gradients), ("solution", solutions))
+        for i, fn in enumerate(fns)
     }
-    runs = {name: partial(program, *args) for name, program in programs.items()}
-    seconds = reports.seconds_in_rounds(runs, config.rounds + 1)  # the first round warms up
-    rows = []
-    for contender in contenders:
-        gradient, timed = programs[contender, "gradient"], seconds[contender, "gradient"][1:]
+    compile_seconds = _compile_seconds(config, problem, contenders)  # after the imports of each
+    seconds = _run_seconds(config, problem, programs)
+    rows, ours = [], 0
+    for i, contender in enumerate(contenders):
+        ours = i if contender.libraries == ("imaml_jax",) else ours
+        gradient, timed = programs["gradient", i], seconds["gradient", i]
         memory = gradient.memory_analysis()
         rows.append(
             {
+                "problem": contender.problem,
                 "library": contender.libraries[0],
                 "inner": contender.inner,
+                "linear": contender.linear,
                 "lines": lines_of_code(contender.make),
-                "error": common.relative_difference(gradient(*args), exact),
+                "error": common.relative_difference(gradient(*problem.args), problem.exact),
+                "compile_seconds": statistics.median(compile_seconds[i]),
+                "compile_ratio": ratio(compile_seconds[i], compile_seconds[ours]),
                 "seconds": statistics.median(timed),
-                "solve_seconds": statistics.median(seconds[contender, "solution"][1:]),
+                "ratio": ratio(timed, seconds["gradient", ours]),
+                "solution_seconds": statistics.median(seconds["solution", i]),
                 "all_seconds": timed,
+                "all_compile_seconds": compile_seconds[i],
                 "temp_bytes": memory.temp_size_in_bytes if memory else None,
+                "eager_compilations": eager_compilations(gradients[i], *problem.args),
             }
         )
     return rows
 
 
-def objective(x: jax.Array, strength: jax.Array, train: Batch) -> jax.Array:
-    """Of the inner problem."""
-    residual = train.inputs @ x - train.targets
-    return jnp.mean(residual**2) / 2 + jnp.sum(strength * x**2) / 2
+def ratio(seconds: list[float], ours: list[float]) -> tuple[float, float, float]:
+    """Median, first and third quartile of the ratios of the rounds."""
+    middle, low, high = np.quantile(np.divide(seconds, ours), (0.5, 0.25, 0.75)).tolist()
+    return middle, low, high
 
 
-def held_out_loss(x: jax.Array, held_out: Batch) -> jax.Array:
-    """Of the outer problem."""
-    return jnp.mean((held_out.inputs @ x - held_out.targets) ** 2)
-
-
-def problem(config: Config) -> tuple[jax.Array, Batch, Batch]:
-    """The strengths, and random training and held-out examples."""
-    rng = np.random.default_rng(config.seed)
-    weight = rng.normal(size=config.size)
-
-    def examples():
-        inputs = rng.normal(size=(2 * config.size, config.size))
-        targets = inputs @ weight + rng.normal(size=2 * config.size)
-        return Batch(jnp.asarray(inputs), jnp.asarray(targets))
-
-    strength = jnp.asarray(rng.uniform(0.1, 0.4, config.size))
-    return strength, examples(), examples()
-
-
-def exact_gradient(strength: jax.Array, *parts: Batch) -> np.ndarray:
-    """`-x * A^-1 g` with `A x = X^T y / n` and the gradient `g` of the held-out loss at `x`."""
-    (inputs, targets), (held_out, held_out_targets) = jax.tree.map(np.asarray, parts)
-    matrix = inputs.T @ inputs / len(inputs) + np.diag(strength)
-    x = np.linalg.solve(matrix, inputs.T @ targets / len(inputs))
-    outer = 2 / len(held_out) * held_out.T @ (held_out @ x - held_out_targets)
-    return -x * np.linalg.solve(matrix, outer)
-
-
-def lines_of_code(make: Callable[..., Any]) -> int:
-    """Lines of the body of a function that hold something."""
+def lines_of_code(make: Callable[..., Any]) -> int | None:
+    """Lines of the body of a function that hold something; None for one of several problems."""
+    if isinstance(make, partial):
+        return None
     return sum(bool(line.strip()) for line in inspect.getsource(make).splitlines()[1:])
 
 
-def _compiled(contender: Contender, tol: float, *args: Any) -> dict[str, Any]:
-    """The inner solution and the gradient, as programs of the arguments."""
+def eager_compilations(fn: Callable[..., Any], *args: Any) -> int:
+    """How many programs a call compiles that follows another with the same arguments."""
+    jax.block_until_ready(fn(*args))
+    count = 0
+
+    def listener(event: str, duration_secs: float, **_: Any) -> None:
+        nonlocal count
+        del duration_secs
+        count += event == _COMPILED
+
+    jax.monitoring.register_event_duration_secs_listener(listener)
+    try:
+        jax.block_until_ready(fn(*args))
+    finally:
+        jax.monitoring.unregister_event_duration_listener(listener)
+    return count
+
+
+def _compile_seconds(
+    config: Config, problem: Problem, contenders: list[Contender]
+) -> list[list[float]]:
+    """Of the gradients and of the processor, of each contender by rounds."""
+    seconds: list[list[float]] = [[] for _ in contenders]
+    for _ in range(config.compilations):
+        for own, contender in zip(seconds, contenders, strict=True):
+            gradient = jax.grad(partial(problem.loss, _solver(contender, problem, config.tol)))
+            jax.clear_caches()
+            gc.collect()
+            started = time.process_time()
+            jax.jit(gradient).lower(*problem.args).compile()
+            own.append(time.process_time() - started)
+    return seconds
+
+
+def _run_seconds(config: Config, problem: Problem, programs: dict[Any, Any]) -> dict[Any, Any]:
+    """Of a call, by rounds; each round begins with another program and takes several calls of each.
+
+    So many that their time can be measured beside other work.
+    """
+    runs = {name: partial(program, *problem.args) for name, program in programs.items()}
+    warm = [reports.seconds_in_rounds(runs, 1) for _ in range(2)][-1]
+    calls = math.ceil(_LEAST_SECONDS / min(min(own) for own in warm.values()))
+    runs = {name: partial(_call, run, calls) for name, run in runs.items()}
+    seconds = {name: [] for name in runs}
+    for turn in range(config.rounds):
+        first = turn % len(runs)
+        order = [*runs][first:] + [*runs][:first]
+        for name, (spent,) in reports.seconds_in_rounds({n: runs[n] for n in order}, 1).items():
+            seconds[name].append(spent / calls)
+    return seconds
+
+
+def _call(run: Callable[[], Any], calls: int) -> None:
+    for _ in range(calls):
+        jax.block_until_ready(run())
+
+
+def _solver(contender: Contender, problem: Problem, tol: float) -> Callable[..., jax.Array]:
     with warnings.catch_warnings():
         warnings.filterwarnings("ignore", "JAXopt is no longer maintained", DeprecationWarning)
-        solver = contender.make(objective, tol)
+        return contender.make(problem, tol)
 
-    def solution(strength, train, held_out):
-        del held_out
-        return solver(jnp.zeros_like(strength), strength, train)
 
-    def loss(strength, train, held_out):
-        return held_out_loss(solution(strength, train, held_out), held_out)
+@contextlib.contextmanager
+def _without_stored_programs() -> Iterator[None]:
+    """Nothing that was compiled earlier comes from a file."""
+    folder = jax.config.jax_compilation_cache_dir  # pyright: ignore
+    _store_programs_in(None)
+    try:
+        yield
+    finally:
+        _store_programs_in(folder)
 
-    programs = {"solution": solution, "gradient": jax.grad(loss)}
-    return {name: jax.jit(fn).lower(*args).compile() for name, fn in programs.items()}
+
+def _store_programs_in(folder: str | None) -> None:
+    from jax.experimental.compilation_cache import compilation_cache
+
+    jax.config.update("jax_compilation_cache_dir", folder)
+    compilation_cache.reset_cache()  # it reads the setting once
 
 
 def table(results: dict[str, Any]) -> str:
     """The measurements as text."""
-    columns = {"": "", "lines": "d", "error": ".0e", "ms": ".2f", "solution": ".2f"}
-    columns |= {"temp KiB": ".0f"}
+    columns = [("", ""), ("inner", ""), ("linear", ""), ("lines", "d"), ("error", ".0e")]
+    columns += [("compile s", ".2f"), ("ratio", ""), ("ms", ".3f"), ("ratio", "")]
+    columns += [("solution ms", ".3f"), ("temp KiB", ".0f"), ("eager compilations", "d")]
     rows = [
         (
-            f"{row['library']}, {row['inner']}",
-            *(row["lines"], row["error"], 1e3 * row["seconds"], 1e3 * row["solve_seconds"]),
+            f"{row['problem']}, {row['library']}",
+            *(row["inner"], row["linear"], row["lines"], row["error"]),
+            *(row["compile_seconds"], _ratio_text(row["compile_ratio"])),
+            *(1e3 * row["seconds"], _ratio_text(row["ratio"]), 1e3 * row["solution_seconds"]),
             row["temp_bytes"] and row["temp_bytes"] / 1024,
+            row["eager_compilations"],
         )
         for row in results["rows"]
     ]
@@ -280,6 +253,11 @@ def table(results: dict[str, Any]) -> str:
     if results["missing"]:
         lines.append(f"not installed and left out: {', '.join(results['missing'])}")
     return "\n".join(lines)
+
+
+def _ratio_text(ratio: tuple[float, float, float]) -> str:
+    middle, low, high = ratio
+    return f"{middle:.2f} ({low:.2f}-{high:.2f})"
 
 
 if __name__ == "__main__":

@@ -6,12 +6,16 @@ import os
 from fractions import Fraction
 from unittest import mock
 
+import jax
+import jax.numpy as jnp
 import numpy as np
 import pytest
 
 # Importing the experiments must not change the devices of the other tests.
 with mock.patch.dict(os.environ, XLA_FLAGS=os.environ.get("XLA_FLAGS", "")):
     from experiments import conditioning, error_estimate, toolbox_comparison
+    from experiments.shared import common, toolbox_problems
+    from experiments.shared.toolbox_contenders import CONTENDERS
 
 
 def exact_solution(matrix, b):
@@ -62,20 +66,48 @@ def test_conditioning(tmp_path, capsys):
     assert not any(row["silent"] for row in rows if row["solver"] == "dense")
 
 
+@pytest.mark.parametrize("name", toolbox_problems.PROBLEMS)
+def test_the_gradients_in_closed_form(name, x64):
+    problem = toolbox_problems.PROBLEMS[name](np.random.default_rng(1))
+    own = [c for c in CONTENDERS if c.problem == name and c.libraries == ("imaml_jax",)]
+    solver = own[-1].make(problem, 1e-11)
+    gradient = jax.jit(jax.grad(lambda *args: problem.loss(solver, *args)))(*problem.args)
+    assert common.relative_difference(gradient, problem.exact) < 1e-9
+
+
 def test_toolbox_comparison(tmp_path, capsys):
-    ours = [c for c in toolbox_comparison.CONTENDERS if c.libraries == ("imaml_jax",)]
-    absent = toolbox_comparison.Contender(("no_such_library",), "none", lambda *_: None)
-    config = toolbox_comparison.Config(size=6, rounds=2, output=tmp_path / "beside")
-    with mock.patch.object(toolbox_comparison, "CONTENDERS", (*ours, absent)):
+    (own,) = (c for c in CONTENDERS if (c.problem, *c.libraries) == ("kepler", "imaml_jax"))
+    absent = own._replace(libraries=("no_such_library",))
+    another = absent._replace(problem="sinkhorn")
+    config = toolbox_comparison.Config(
+        problems=("kepler",), compilations=1, rounds=2, output=tmp_path / "beside"
+    )
+    folder = jax.config.jax_compilation_cache_dir
+    with mock.patch.object(toolbox_comparison, "CONTENDERS", (own, another, own, absent)):
         results = toolbox_comparison.main(config)
+    assert jax.config.jax_compilation_cache_dir == folder
     assert [row["library"] for row in results["rows"]] == ["imaml_jax"] * 2
-    for row, contender in zip(results["rows"], ours, strict=True):
-        assert row["error"] < 1e-8 and row["seconds"] > 0 and len(row["all_seconds"]) == 2
-        assert row["lines"] == toolbox_comparison.lines_of_code(contender.make)
+    for row in results["rows"]:
+        assert row["error"] < 1e-8 and row["lines"] is None
+        assert len(row["all_seconds"]) == 2 and len(row["all_compile_seconds"]) == 1
+        assert min(*row["all_seconds"], row["solution_seconds"], row["compile_seconds"]) > 0
+        assert row["ratio"] == row["compile_ratio"] == (1, 1, 1)
     assert results["missing"] == ["no_such_library"]
     assert "not installed and left out: no_such_library" in capsys.readouterr().out
     written = json.loads((tmp_path / "beside.json").read_text(encoding="utf-8"))
-    assert written["rows"] == results["rows"] and "imaml_jax" in written["versions"]
+    assert written["missing"] == results["missing"] and "imaml_jax" in written["versions"]
+
+
+def test_a_contender_is_compared_with_its_own_library_before_it():
+    """And every problem begins with one to compare with."""
+    firsts = {contender.problem: contender.libraries for contender in reversed(CONTENDERS)}
+    assert firsts == dict.fromkeys(toolbox_problems.PROBLEMS, ("imaml_jax",))
+    assert toolbox_comparison.ratio([2.0, 4.0], [1.0, 1.0]) == (3.0, 2.5, 3.5)
+
+
+def test_compilations_of_an_eager_call_are_counted():
+    assert toolbox_comparison.eager_compilations(jax.jit(jnp.sin), 1.0) == 0
+    assert toolbox_comparison.eager_compilations(lambda x: jax.jit(lambda x: x + 1)(x), 1.0) == 1
 
 
 @pytest.mark.slow
@@ -83,10 +115,19 @@ def test_toolbox_comparison_with_every_library(tmp_path):
     for name in ("jaxopt", "lineax", "optimistix"):
         if importlib.util.find_spec(name) is None:
             pytest.skip(f"no {name}: pip install -e .[crosscheck]")
-    config = toolbox_comparison.Config(size=6, rounds=1, output=tmp_path / "beside")
+    config = toolbox_comparison.Config(compilations=1, rounds=1, output=tmp_path / "beside")
     rows = toolbox_comparison.main(config)["rows"]
-    assert len(rows) == len(toolbox_comparison.CONTENDERS)
-    assert all(row["error"] < 1e-5 for row in rows)
+    assert len(rows) == len(CONTENDERS)
+    assert all(row["error"] < 1e-8 for row in rows)
+
+
+def test_lines_are_counted_of_what_serves_one_problem():
+    lines = [
+        toolbox_comparison.lines_of_code(contender.make)
+        for contender in CONTENDERS
+        if contender.problem == "ridge" and contender.linear == "cg"
+    ]
+    assert lines == [7, 8, 13, 6, 6, 14]
 
 
 def test_lines_that_hold_nothing_are_not_counted():

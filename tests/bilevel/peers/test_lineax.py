@@ -205,6 +205,7 @@ def test_transposed(name):
         close(found[0], -np.outer(of_b, np.linalg.solve(matrix, b)))
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("name", SOLVERS)
 def test_second_derivative(name):
     matrix, b, first, second, _ = system(SOLVERS[name][0], "real")
@@ -218,6 +219,7 @@ def test_second_derivative(name):
     close(found, -np.linalg.solve(matrix, second[0] @ along[0] + first[0] @ along[1]))
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("name", SOLVERS)
 def test_batched(name):
     """Over right-hand sides within a batch of matrices."""
@@ -225,6 +227,7 @@ def test_batched(name):
     close(found, np.einsum("mij,vj->mvi", np.linalg.inv(matrices), vectors))
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("name", SOLVERS)
 def test_batched_derivative(name):
     (_, found), (matrices, vectors), (d_matrices, d_vectors) = batches(name)
