@@ -150,7 +150,8 @@ def damped(operator: Operator, damping: PyTree) -> LinearOperator:
       The damped operator; it keeps the low-rank factor of `A`, if there is one, and knows what was
       added.
     """
-    operator, _ = as_operator(operator, None)
+    if not isinstance(operator, LinearOperator):
+        operator, _ = as_operator(operator, jnp.zeros(getattr(operator, "shape", ())[:1]))
     undamped = operator.matvec
 
     def matvec(v: PyTree) -> PyTree:

@@ -52,9 +52,10 @@ def solve_dense(
     else:
         probes = np.random.default_rng(0).normal(size=(size, _PROBES)).astype(dtype)
         solutions = lu_solve(lu_factor(matrix), jnp.column_stack([system.b, probes]))
-    x = solutions[:, 0]
+    x = jnp.where(jnp.any(system.b != 0), solutions[:, 0], 0)
     # One pass over all vectors: every reduction costs kernels to compile.
-    vectors = jnp.column_stack([system.b, system.b - dot(matrix, x), solutions])
+    vectors = [system.b, system.b - dot(matrix, x), x, solutions[:, 1:]]
+    vectors = jnp.column_stack(vectors)
     largest = jnp.max(jnp.abs(vectors), axis=0, initial=0)
     scale = jnp.where(largest > 0, largest, 1)
     squares = jnp.sum((vectors / scale[None, :]) ** 2, axis=0)
@@ -62,6 +63,7 @@ def solve_dense(
     norm_b, residual, inverse_norm = norms[0], norms[1], jnp.sqrt(jnp.mean(norms[3:] ** 2))
     singular = jnp.isfinite(norm) & ~jnp.isfinite(inverse_norm)
     condition = jnp.where(singular, jnp.inf, norm * inverse_norm)
+    condition = jnp.where((norm_b == 0) & jnp.isfinite(norm), 1, condition)
     if diagnose:
         curvature = jnp.linalg.eigvalsh((matrix + matrix.T) / 2)[0]
         condition = jnp.linalg.cond(matrix)
@@ -123,5 +125,5 @@ def solve_lstsq(
 
 def assemble(system: System) -> Array:
     """The matrix `[m, n]` of a system, by a product with every unit vector at once."""
-    basis = jnp.eye(system.size, dtype=system.b.dtype)
+    basis = system.carry(jnp.eye(system.size, dtype=system.b.dtype))
     return jax.vmap(system.matvec, out_axes=1)(basis)

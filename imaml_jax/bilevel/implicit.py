@@ -11,27 +11,28 @@ References:
 """
 
 from collections.abc import Callable, Sequence
-from functools import lru_cache, partial, wraps
+from functools import partial, wraps
 from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
 from jax import lax
+from jax.core import Tracer, eval_jaxpr
 from jax.custom_derivatives import SymbolicZero, zero_from_primal
 
-from imaml_jax.bilevel.arguments import (
-    Skeleton,
-    check_call,
-    closure,
-    fingerprint,
-    has_tracers,
-    hoist,
-)
+from imaml_jax.bilevel.arguments import Skeleton, check_call, depends_on_tracers, hoist
 from imaml_jax.bilevel.curvature import steepest_ascent
 from imaml_jax.bilevel.failure import OnFailure, check_on_failure, handle_failure
 from imaml_jax.bilevel.linear_solve import solve_auto
-from imaml_jax.bilevel.linear_system import Solve, SolveInfo, ravel, transpose, transposed
-from imaml_jax.types import Array, LinearOperator, PyTree
+from imaml_jax.bilevel.linear_system import (
+    Solve,
+    SolveInfo,
+    as_operator,
+    ravel,
+    transpose,
+    transposed,
+)
+from imaml_jax.types import Array, LinearOperator, Operator, PyTree
 
 
 def root_jvp(
@@ -42,7 +43,7 @@ def root_jvp(
     solve: Solve | None = None,
     *,
     symmetric: bool = False,
-    operator: LinearOperator | None = None,
+    operator: Operator | None = None,
     on_failure: OnFailure = "raise",
 ) -> PyTree:
     """Tangent of a root: solves `A dx = -dF`, differentiable to any order in both modes.
@@ -67,8 +68,8 @@ def root_jvp(
     """
     check_on_failure(on_failure)
 
-    def optimality(x: PyTree, arrays: Sequence[PyTree], unused: None) -> PyTree:
-        return optimality_fn(x, *arrays)
+    def optimality(x: PyTree, args: Sequence[PyTree], unused: None) -> PyTree:
+        return optimality_fn(x, *args)
 
     curvature = None if operator is None else lambda *unused: operator
     system = _tangent_system(optimality, solve, symmetric, curvature)
@@ -83,7 +84,7 @@ def root_vjp(
     solve: Solve | None = None,
     *,
     symmetric: bool = False,
-    operator: LinearOperator | None = None,
+    operator: Operator | None = None,
     key: jax.Array | None = None,
 ) -> tuple[tuple[PyTree, ...], SolveInfo]:
     """Cotangents of the arguments of a root, with the report of the linear solve.
@@ -125,7 +126,7 @@ def custom_root(
     *,
     symmetric: bool = False,
     has_aux: bool = False,
-    curvature: Callable[..., LinearOperator] | None = None,
+    curvature: Callable[..., Operator] | None = None,
     on_failure: OnFailure = "raise",
 ) -> Callable[[Callable[..., Any]], Callable[..., Any]]:
     """Decorator that makes `solver(init, *args, **kwargs) -> x*` differentiable in its arguments.
@@ -135,9 +136,9 @@ def custom_root(
     root does not depend on where the search began. Strings, integers, functions and modules that
     hold them may be arguments too.
 
-    Call it under `jax.jit`. Outside, the derivative is compiled once for a decorated function, and
-    anew where an argument that is no array, or a value that `optimality_fn` closes over, has
-    changed, or is an object of which that cannot be told.
+    Call it under `jax.jit`. Outside, `optimality_fn` is traced at every derivative, and compiled
+    once as long as its operations stay the same; with `curvature` it is compiled every time. Values
+    that JAX traces and that are hidden deep in an object are refused.
 
     Args:
       optimality_fn: `F(x, *args, **kwargs)`, as many numbers as `x`; zero at the root. More numbers
@@ -175,13 +176,7 @@ def custom_root(
     check_on_failure(on_failure)
 
     def decorate(solver):
-        def system_of(call, fingerprint):
-            del fingerprint
-            matrix = curvature and partial(_with_call, curvature, call)
-            optimality = partial(_with_call, optimality_fn, call)
-            return _compiled(_tangent_system(optimality, solve, symmetric, matrix))
-
-        compiled_once = lru_cache(maxsize=16)(system_of)
+        programs = _Programs(solve, symmetric)
 
         @wraps(solver, updated=())  # a solver that is itself a custom_jvp keeps its rule to itself
         def differentiable(init, *args, **kwargs):
@@ -193,22 +188,21 @@ def custom_root(
                 args, kwargs = call.merge(arrays)
                 return solver(start.merge(starts), *args, **kwargs)
 
-            values = closure((optimality_fn, curvature, solve, call.others))
-            if has_tracers(values) or has_tracers(closure((solver, start.others))):
+            def with_call(fun, x, arrays):
+                args, kwargs = call.merge(arrays)
+                return fun(x, *args, **kwargs)
+
+            optimality = partial(with_call, optimality_fn)
+            matrix = curvature and partial(with_call, curvature)
+            if any(map(depends_on_tracers, (solver, optimality_fn, curvature, start, call))):
                 if curvature is not None:
                     raise TypeError(
                         "custom_root: with curvature, pass what its functions close over and is "
                         "traced (differentiated or compiled) as arguments of the solver"
                     )
-                find, optimality, arrays = _hoisted(
-                    find, partial(_with_call, optimality_fn, call), starts, arrays, has_aux
-                )
-                system = _compiled(_tangent_system(optimality, solve, symmetric, None))
-            elif (known := fingerprint(values)) is None:
-                system = system_of(call, None)
-            else:
-                system = compiled_once(call, known)
-            return _find_root(find, system, symmetric, has_aux, on_failure)(starts, arrays)
+                find, optimality, arrays = _hoisted(find, optimality, starts, arrays, has_aux)
+            find_root = _differentiable(find, optimality, matrix, programs, has_aux, on_failure)
+            return find_root(starts, arrays)
 
         return differentiable
 
@@ -220,7 +214,7 @@ def custom_argmin(
     solve: Solve | None = None,
     *,
     has_aux: bool = False,
-    curvature: Callable[..., LinearOperator] | None = None,
+    curvature: Callable[..., Operator] | None = None,
     on_failure: OnFailure = "raise",
 ) -> Callable[[Callable[..., Any]], Callable[..., Any]]:
     """Decorator that makes a minimiser `solver(init, *args, **kwargs) -> x*` differentiable.
@@ -274,7 +268,7 @@ class _TangentSystem(NamedTuple):
     """
 
     right: Callable[..., Array]  # (..., tangents of moving) -> -dF
-    matvec: Callable[..., Array]
+    linearized: Callable[..., Callable[[Array], Array]]  # (...) -> (v -> A v)
     solve: Callable[..., tuple[Array, SolveInfo]]
     solve_transposed: Callable[..., tuple[Array, SolveInfo]]
 
@@ -283,7 +277,7 @@ def _tangent_system(
     optimality: Callable[..., PyTree],
     solve: Solve | None,
     symmetric: bool,
-    curvature: Callable[..., LinearOperator] | None,
+    curvature: Callable[..., Operator] | None,
 ) -> _TangentSystem:
     """Of `optimality(x, moving, still)` and `curvature` of the same arguments."""
     linear_solve = partial(solve_auto, symmetric=symmetric) if solve is None else solve
@@ -298,7 +292,7 @@ def _tangent_system(
     def operator_at(x, moving, still):
         flat, unravel = ravel(x)
         if curvature is not None:
-            return curvature(x, moving, still), x
+            return as_operator(curvature(x, moving, still), x)[0], x
         value, flat_matvec = jax.linearize(
             lambda v: flat_optimality(unravel(v), moving, still), flat
         )
@@ -311,25 +305,94 @@ def _tangent_system(
             return LinearOperator(lambda v: flat_matvec(ravel(v)[0]), domain=x), value
         return LinearOperator(lambda v: unravel(flat_matvec(ravel(v)[0]))), x
 
-    def matvec(x, moving, still, v):
+    def linearized(x, moving, still):
+        flat, unravel = ravel(x)
         operator, _ = operator_at(x, moving, still)
-        return ravel(operator.matvec(ravel(x)[1](v)))[0].astype(v.dtype)
 
-    def solve_once(x, moving, still, b):
+        def matvec(v):
+            return ravel(operator.matvec(unravel(v)))[0].astype(flat.dtype)
+
+        return jax.linearize(matvec, flat)[1]
+
+    def solve_with(x, moving, still, b, *, turned):
         operator, image = operator_at(x, moving, still)
-        solution, info = linear_solve(operator, ravel(image)[1](b))
-        return ravel(solution)[0].astype(b.dtype), info
+        domain = image
+        if turned:
+            operator, domain = transpose(operator, image), x
+        solved = linear_solve(operator, ravel(domain)[1](b))
+        if not (isinstance(solved, tuple) and isinstance(solved[-1], SolveInfo)):
+            raise TypeError("solve must return (x, SolveInfo), as the solvers of imaml_jax do")
+        return ravel(solved[0])[0].astype(b.dtype), solved[1]
 
-    def solve_transposed(x, moving, still, b):
-        operator, image = operator_at(x, moving, still)
-        solution, info = linear_solve(transpose(operator, image), ravel(x)[1](b))
-        return ravel(solution)[0].astype(b.dtype), info
-
-    return _TangentSystem(right, matvec, solve_once, solve_transposed)
+    return _TangentSystem(
+        right, linearized, partial(solve_with, turned=False), partial(solve_with, turned=True)
+    )
 
 
-def _compiled(system: _TangentSystem) -> _TangentSystem:
-    return _TangentSystem(*map(jax.jit, system))
+class _Programs:
+    """Tangent systems, compiled once for an optimality function that JAX traces to the same text.
+
+    The function is traced at every derivative, so that nothing that it depends on can be outdated;
+    what it closes over becomes an argument of the programs.
+    """
+
+    def __init__(self, solve: Solve | None, symmetric: bool):
+        self.settings = solve, symmetric
+        self.known: dict[Any, Any] = {}
+
+    def system(
+        self,
+        optimality: Callable[..., PyTree],
+        curvature: Callable[..., Operator] | None,
+        root: PyTree,
+        moving: list[Array | None],
+        still: list[Array | None],
+    ) -> tuple[_TangentSystem, tuple[list[Array | None], list[Array]]]:
+        """The programs, and their last argument: the arrays without tangent, and the constants."""
+
+        def of_parts(x, moving, still):
+            return optimality(x, _merge(moving, still))
+
+        if curvature is not None:  # a record of functions, of which there is no text
+
+            def matrix(x, moving, still):
+                return curvature(x, _merge(moving, still[0]))
+
+            solve, symmetric = self.settings
+            system = _tangent_system(
+                lambda x, moving, still: of_parts(x, moving, still[0]), solve, symmetric, matrix
+            )
+            return _TangentSystem(*map(jax.jit, system)), (still, [])
+
+        closed, shape = jax.make_jaxpr(of_parts, return_shape=True)(root, moving, still)
+        traced = [c for c in closed.consts if isinstance(c, Tracer)]
+        if any(jnp.issubdtype(c.dtype, jnp.inexact) for c in traced):
+            raise TypeError(
+                "custom_root: optimality_fn depends on a value that is traced (differentiated or "
+                "compiled) and hidden in an object: pass it as an argument of the solver"
+            )
+        structure = jax.tree.structure((root, moving, still, shape))
+        key = str(closed.jaxpr), structure
+        if key not in self.known:
+
+            def evaluate(x, moving, still):
+                leaves = jax.tree.leaves((x, moving, still[0]))
+                values = eval_jaxpr(closed.jaxpr, still[1], *leaves)
+                return jax.tree.unflatten(jax.tree.structure(shape), values)
+
+            if len(self.known) == _MOST_PROGRAMS:
+                self.known.pop(next(iter(self.known)))
+            system = _tangent_system(evaluate, *self.settings, None)
+            # The text may name functions by their address: they live as long as it is known.
+            self.known[key] = closed.jaxpr, _TangentSystem(*map(jax.jit, system))
+        return self.known[key][1], (still, list(closed.consts))
+
+
+_MOST_PROGRAMS = 16
+
+
+def _merge(moving: list[Array | None], still: list[Array | None]) -> list[Array | None]:
+    return [s if m is None else m for m, s in zip(moving, still, strict=True)]
 
 
 def _tangent(
@@ -351,13 +414,14 @@ def _tangent(
     flat, unravel = ravel(root)
     at = (root, moving, still)
     right = system.right(*at, tangents)
+    matvec = system.linearized(*at)
+
+    # How it is solved has no derivative; JAX would stumble over one where F is linear.
+    fixed = lax.stop_gradient(at)
 
     def solved(solve, b):
-        solution, info = solve(*at, b)
+        solution, info = solve(*fixed, b)
         return handle_failure(solution, info, on_failure)
-
-    def matvec(v):
-        return system.matvec(*at, v)
 
     if right.size == flat.size:
         transposed_solve = system.solve if symmetric else system.solve_transposed
@@ -368,7 +432,9 @@ def _tangent(
             tangent = linear_solve(
                 transpose_solve=lambda _, b: solved(transposed_solve, b), symmetric=symmetric
             )
-        except (TypeError, ValueError, NotImplementedError):  # F has no reverse mode
+        except (TypeError, ValueError, NotImplementedError):
+            if _has_transpose(matvec, flat):
+                raise
             tangent = linear_solve()
         return unravel(tangent)
 
@@ -383,44 +449,61 @@ def _tangent(
     return unravel(tangent)
 
 
-def _find_root(
+def _has_transpose(matvec: Callable[[Array], Array], x: Array) -> bool:
+    """Whether JAX can differentiate in reverse mode what `matvec` is the derivative of."""
+    try:
+        jax.eval_shape(lambda v: transposed(matvec, x, v), x)
+    except (TypeError, ValueError, NotImplementedError):
+        return False
+    return True
+
+
+def _differentiable(
     find: Callable[..., Any],
-    system: _TangentSystem,
-    symmetric: bool,
+    optimality: Callable[..., PyTree],
+    curvature: Callable[..., Operator] | None,
+    programs: _Programs,
     has_aux: bool,
     on_failure: OnFailure,
 ) -> Callable[..., Any]:
-    """`find(starts, arrays)`, differentiable in the arrays."""
+    """`find(starts, arrays)`, differentiable in the arrays; `optimality(x, arrays)`."""
     find_root = jax.custom_jvp(find)
 
     @partial(find_root.defjvp, symbolic_zeros=True)
     def rule(primals, tangents):
         (starts, arrays), (_, tangents) = primals, tangents
         result = find_root(starts, arrays)
+        if all(isinstance(t, SymbolicZero) for t in tangents):
+            return result, zero_from_primal(result)
         root, aux = result if has_aux else (result, None)
-        pairs = list(zip(arrays, tangents, strict=True))
-        moving = [None if isinstance(t, SymbolicZero) else x for x, t in pairs]
-        still = [x if isinstance(t, SymbolicZero) else None for x, t in pairs]
-        tangents = [None if isinstance(t, SymbolicZero) else t for t in tangents]
+        moves = [not isinstance(t, SymbolicZero) for t in tangents]
+        moving = [x if m else None for x, m in zip(arrays, moves, strict=True)]
+        still = [None if m else x for x, m in zip(arrays, moves, strict=True)]
+        tangents = [t if m else None for t, m in zip(tangents, moves, strict=True)]
         try:
-            tangent = _tangent(system, root, moving, still, tangents, symmetric, on_failure)
-        except (TypeError, AttributeError, ValueError) as error:
-            if has_aux or not (isinstance(result, tuple) and len(result) == 2):
-                raise
-            raise TypeError(
-                "the optimality function fails at what the solver returned, a pair: if that is "
-                "(x, something else), as from minimize, give has_aux=True"
-            ) from error
+            system, still = programs.system(optimality, curvature, root, moving, still)
+        except Exception as error:
+            if not has_aux and _is_root_and_more(result, optimality, arrays):
+                raise TypeError(
+                    "the solver returned a pair, of which the first is what the optimality "
+                    "function takes: give has_aux=True, as for minimize"
+                ) from error
+            raise
+        symmetric = programs.settings[1]
+        tangent = _tangent(system, root, moving, still, tangents, symmetric, on_failure)
         return result, (tangent, zero_from_primal(aux)) if has_aux else tangent
 
     return find_root
 
 
-def _with_call(fun: Callable[..., Any], call: Skeleton, x: PyTree, moving: Any, still: Any) -> Any:
-    """`fun(x, *args, **kwargs)` with the arrays of a call, each in one of two lists."""
-    arrays = [s if m is None else m for m, s in zip(moving, still, strict=True)]
-    args, kwargs = call.merge(arrays)
-    return fun(x, *args, **kwargs)
+def _is_root_and_more(result: Any, optimality: Callable[..., PyTree], arrays: list[Array]) -> bool:
+    if not isinstance(result, tuple) or len(result) != 2:
+        return False
+    try:
+        jax.eval_shape(optimality, result[0], arrays)
+    except Exception:
+        return False
+    return True
 
 
 def _hoisted(
@@ -434,15 +517,13 @@ def _hoisted(
     find, found = hoist(find, starts, arrays)
     result = jax.eval_shape(find, found, starts, arrays)
     root = jax.tree.map(lambda x: jnp.zeros(x.shape, x.dtype), result[0] if has_aux else result)
-    nothing = [None] * len(arrays)
-    optimality, closed = hoist(lambda x, arrays: optimality(x, arrays, nothing), root, arrays)
+    optimality, closed = hoist(optimality, root, arrays)
     size, more = len(arrays), len(arrays) + len(found)
 
     def find_with(starts, arrays):
         return find(arrays[size:more], starts, arrays[:size])
 
-    def optimality_with(x, moving, still):
-        arrays = [s if m is None else m for m, s in zip(moving, still, strict=True)]
+    def optimality_with(x, arrays):
         return optimality(arrays[more:], x, arrays[:size])
 
     return find_with, optimality_with, [*arrays, *found, *closed]

@@ -161,8 +161,9 @@ def solve_right_preconditioned(
       Saad, "Iterative Methods for Sparse Linear Systems", 2nd ed., 2003, section 9.3.2.
     """
     operator, b = as_operator(operator, b)
-    if operator.transposed:
-        inverse = transpose(LinearOperator(inverse), b).matvec
+    inverse = (
+        transpose(inverse, b).matvec if operator.transposed else as_operator(inverse, b)[0].matvec
+    )
     y, info = solve(LinearOperator(lambda v: operator.matvec(inverse(v))), b, key=key)
     x = inverse(y)
     largest, before = (jnp.max(jnp.abs(ravel(v)[0]), initial=0) for v in (x, y))

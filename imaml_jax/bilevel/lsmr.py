@@ -72,7 +72,15 @@ def solve_lsmr(
     """
     del key
     system = ravel_system(operator, b, tol)
-    pull = partial(transposed, system.matvec, jnp.zeros(system.size, system.b.dtype))
+    left, beta = _normalise(system.b)
+    nothing = jnp.zeros(system.size, system.b.dtype)
+    size = jnp.max(jnp.abs(transposed(system.matvec, nothing, left)), initial=0)
+    scale = jnp.where((size > 0) & jnp.isfinite(size), size, 1)  # squares of it may overflow
+
+    def push(v: Array) -> Array:
+        return system.matvec(v) / scale
+
+    pull = partial(transposed, push, nothing)
     max_steps = max(100, 4 * system.size) if max_steps is None else max_steps
     eps = jnp.finfo(system.b.dtype).eps
     goal = system.tol * _norm(system.b)
@@ -84,7 +92,7 @@ def solve_lsmr(
         return unfinished & (state.num_steps < max_steps)
 
     def step(state: _State) -> _State:
-        product = system.matvec(state.right)
+        product = push(state.right)
         image = product - state.share * state.image
         left, beta = _normalise(product - state.alpha * state.left)
         right, alpha = _normalise(pull(left) - beta * state.right)
@@ -126,7 +134,6 @@ def solve_lsmr(
             num_steps=state.num_steps + 1,
         )
 
-    left, beta = _normalise(system.b)
     right, alpha = _normalise(pull(left))
     one, nothing = jnp.ones_like(beta), jnp.zeros_like(right)
     start = _State(
@@ -153,13 +160,18 @@ def solve_lsmr(
         num_steps=jnp.zeros((), jnp.int32),
     )
     end = lax.while_loop(keep_going, step, system.carry(start))
-    residual = system.b - system.matvec(end.x)
+    residual = system.b - push(end.x)
     norm = jnp.sqrt(end.squared_norm)
     slope = _norm(pull(residual))
     optimal = slope <= 2 * _ORTHOGONAL * eps * norm * _norm(residual)
     relative = system.relative(residual)
     return system.report(
-        end.x, relative, end.num_steps, condition=end.condition, norm=norm, optimal=optimal
+        end.x / scale,
+        relative,
+        end.num_steps,
+        condition=end.condition,
+        norm=norm * scale,
+        optimal=optimal,
     )
 
 
