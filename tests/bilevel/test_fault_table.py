@@ -9,7 +9,7 @@ from tests.bilevel import fault_table
 pytestmark = pytest.mark.usefixtures("x64")
 
 PAGE = Path(__file__).resolve().parents[2] / "docs" / "how_to" / "which_solver.md"
-QUICK = ("solve_auto", "solve_cg_steihaug")
+QUICK = ("solve_auto",)
 solvers = pytest.mark.parametrize(
     "solver",
     [s if s in QUICK else pytest.param(s, marks=pytest.mark.slow) for s in fault_table.SOLVERS],

@@ -497,7 +497,7 @@ def test_plain_functions_and_any_pytree_serve(settings):
     assert plain.predict(adapted, task.query.inputs).shape == task.query.targets.shape
 
 
-@pytest.mark.parametrize("case", [*SMALL_CASES, CASES[1]], indirect=True)
+@pytest.mark.parametrize("case", [*PLAIN_CASES, CASES[1]], indirect=True)
 def test_tasks_can_be_split_over_devices(case):
     """Traced inside `shard_map` with its check, which types values by how they vary."""
 
