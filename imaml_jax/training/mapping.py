@@ -120,12 +120,9 @@ def map_over_tasks(
             )
         split = PartitionSpec(_AXIS)
         in_specs = (PartitionSpec(), *[split] * len(per_task))
-
-        def of_one_device(shared: PyTree, *per_task: PyTree) -> Any:
-            # Gradients in what is the same everywhere would be summed; we want those of each task.
-            return mapped(jax.lax.pcast(shared, _AXIS, to="varying"), *per_task)
-
-        run = jax.shard_map(of_one_device, mesh=mesh, in_specs=in_specs, out_specs=split)
+        # check_vma would sum gradients in `shared` over the devices; we want those of each task. It
+        # would also refuse Optax transforms whose state begins the same on all devices.
+        run = jax.shard_map(mapped, mesh=mesh, in_specs=in_specs, out_specs=split, check_vma=False)
         return run(shared, *per_task)
 
     return sharded

@@ -499,7 +499,7 @@ def test_plain_functions_and_any_pytree_serve(settings):
 
 @pytest.mark.parametrize("case", [*PLAIN_CASES, CASES[1]], indirect=True)
 def test_tasks_can_be_split_over_devices(case):
-    """Traced inside `shard_map` with its check, which types values by how they vary."""
+    """Traced inside `shard_map`."""
 
     def meta_grad(params, task, key):
         return case.learner.meta_grad(params, task, key, 0)
