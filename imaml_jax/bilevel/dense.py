@@ -52,10 +52,9 @@ def solve_dense(
     else:
         probes = np.random.default_rng(0).normal(size=(size, _PROBES)).astype(dtype)
         solutions = lu_solve(lu_factor(matrix), jnp.column_stack([system.b, probes]))
-    x = jnp.where(jnp.any(system.b != 0), solutions[:, 0], 0)
+    x = solutions[:, 0]
     # One pass over all vectors: every reduction costs kernels to compile.
-    vectors = [system.b, system.b - dot(matrix, x), x, solutions[:, 1:]]
-    vectors = jnp.column_stack(vectors)
+    vectors = jnp.column_stack([system.b, system.b - dot(matrix, x), solutions])
     largest = jnp.max(jnp.abs(vectors), axis=0, initial=0)
     scale = jnp.where(largest > 0, largest, 1)
     squares = jnp.sum((vectors / scale[None, :]) ** 2, axis=0)
@@ -63,7 +62,6 @@ def solve_dense(
     norm_b, residual, inverse_norm = norms[0], norms[1], jnp.sqrt(jnp.mean(norms[3:] ** 2))
     singular = jnp.isfinite(norm) & ~jnp.isfinite(inverse_norm)
     condition = jnp.where(singular, jnp.inf, norm * inverse_norm)
-    condition = jnp.where((norm_b == 0) & jnp.isfinite(norm), 1, condition)
     if diagnose:
         curvature = jnp.linalg.eigvalsh((matrix + matrix.T) / 2)[0]
         condition = jnp.linalg.cond(matrix)

@@ -34,6 +34,8 @@ from imaml_jax.bilevel.linear_system import (
 )
 from imaml_jax.types import Array, LinearOperator, Operator, PyTree
 
+_MOST_PROGRAMS = 16  # compiled, of one decorated function
+
 
 def root_jvp(
     optimality_fn: Callable[..., PyTree],
@@ -388,9 +390,6 @@ class _Programs:
         return self.known[key][1], (still, list(closed.consts))
 
 
-_MOST_PROGRAMS = 16
-
-
 def _merge(moving: list[Array | None], still: list[Array | None]) -> list[Array | None]:
     return [s if m is None else m for m, s in zip(moving, still, strict=True)]
 
@@ -421,6 +420,10 @@ def _tangent(
 
     def solved(solve, b):
         solution, info = solve(*fixed, b)
+        if info.condition is not None:  # of a masked lane: nothing to solve, whatever the matrix
+            nothing = jnp.all(b == 0) & (info.condition == jnp.inf)
+            solution = jnp.where(nothing, 0, solution)
+            info = info._replace(converged=info.converged | nothing)
         return handle_failure(solution, info, on_failure)
 
     if right.size == flat.size:
