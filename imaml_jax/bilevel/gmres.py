@@ -6,7 +6,14 @@ import jax.numpy as jnp
 from jax import lax
 from jax.scipy.linalg import solve_triangular
 
-from imaml_jax.bilevel.linear_system import SolveInfo, System, dot, ravel_system, require_square
+from imaml_jax.bilevel.linear_system import (
+    SolveInfo,
+    System,
+    dot,
+    norm_of,
+    ravel_system,
+    require_square,
+)
 from imaml_jax.types import Array, Operator, PyTree
 
 _STAGNATION = 0.9
@@ -75,7 +82,7 @@ def solve_gmres(
     system = ravel_system(operator, b, tol)
     require_square(system, "solve_gmres")
     restart = max(1, min(restart, system.b.size))
-    goal = system.tol * jnp.sqrt(dot(system.b, system.b))
+    goal = system.tol * norm_of(system.b)
 
     def keep_going(state: _Restart) -> Array:
         helps = state.norm < _STAGNATION * state.last_norm
@@ -87,7 +94,7 @@ def solve_gmres(
         change, end, condition = _cycle(system, state.residual, state.norm, goal, restart)
         x = state.x + change
         residual = system.b - system.matvec(x)
-        norm = jnp.sqrt(dot(residual, residual))
+        norm = norm_of(residual)
         worse = norm >= state.norm
         return _Restart(
             x=jnp.where(worse, state.x, x),
@@ -100,7 +107,7 @@ def solve_gmres(
             condition=jnp.maximum(state.condition, condition),
         )
 
-    norm = jnp.sqrt(dot(system.b, system.b))
+    norm = norm_of(system.b)
     start = _Restart(
         x=jnp.zeros_like(system.b),
         residual=system.b,
@@ -133,7 +140,7 @@ def _cycle(
         for _ in range(2):
             shares = dot(state.basis, vector)
             column, vector = column + shares, vector - dot(shares, state.basis)
-        left = jnp.sqrt(dot(vector, vector))
+        left = norm_of(vector)
         length = jnp.hypot(jnp.linalg.norm(column), left)
         invariant = left <= 10 * jnp.finfo(dtype).eps * length
         left = jnp.where(invariant, 0, left)

@@ -58,6 +58,11 @@ def dot(a: Array, b: Array) -> Array:
     return jnp.matmul(a, b, precision=lax.Precision.HIGHEST, out_sharding=out)
 
 
+def norm_of(vector: Array) -> Array:
+    """Of a vector, by `dot`."""
+    return jnp.sqrt(dot(vector, vector))
+
+
 class System(NamedTuple):
     """`A x = b` on raveled vectors: what every solver makes of its arguments, and reports on.
 
@@ -118,7 +123,7 @@ class System(NamedTuple):
         if relative is None:
             relative = self.relative(self.b - self.matvec(x))
         if sizes is None:
-            sizes = jnp.max(jnp.abs(x), initial=0), jnp.sqrt(dot(self.b, self.b))
+            sizes = jnp.max(jnp.abs(x), initial=0), norm_of(self.b)
         largest, norm_b = sizes
         converged = (relative <= self.tol) | optimal
         if not (isinstance(norm, float) and norm == 0):

@@ -8,7 +8,7 @@ from jax import lax
 
 from imaml_jax.bilevel.linear_system import (
     SolveInfo,
-    dot,
+    norm_of,
     ravel_system,
     safe_ratio,
     transposed,
@@ -83,10 +83,10 @@ def solve_lsmr(
     pull = partial(transposed, push, nothing)
     max_steps = max(100, 4 * system.size) if max_steps is None else max_steps
     eps = jnp.finfo(system.b.dtype).eps
-    goal = system.tol * _norm(system.b)
+    goal = system.tol * norm_of(system.b)
 
     def keep_going(state: _State) -> Array:
-        residual = _norm(state.residual)
+        residual = norm_of(state.residual)
         orthogonal = _ORTHOGONAL * eps * jnp.sqrt(state.squared_norm) * residual
         unfinished = (residual > goal) & (jnp.abs(state.gradient) > orthogonal)
         return unfinished & (state.num_steps < max_steps)
@@ -162,8 +162,8 @@ def solve_lsmr(
     end = lax.while_loop(keep_going, step, system.carry(start))
     residual = system.b - push(end.x)
     norm = jnp.sqrt(end.squared_norm)
-    slope = _norm(pull(residual))
-    optimal = slope <= 2 * _ORTHOGONAL * eps * norm * _norm(residual)
+    slope = norm_of(pull(residual))
+    optimal = slope <= 2 * _ORTHOGONAL * eps * norm * norm_of(residual)
     relative = system.relative(residual)
     return system.report(
         end.x / scale,
@@ -175,10 +175,6 @@ def solve_lsmr(
     )
 
 
-def _norm(vector: Array) -> Array:
-    return jnp.sqrt(dot(vector, vector))
-
-
 def _normalise(vector: Array) -> tuple[Array, Array]:
-    norm = _norm(vector)
+    norm = norm_of(vector)
     return safe_ratio(vector, norm), norm

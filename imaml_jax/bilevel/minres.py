@@ -8,6 +8,7 @@ from jax import lax
 from imaml_jax.bilevel.linear_system import (
     SolveInfo,
     dot,
+    norm_of,
     ravel_system,
     require_square,
     safe_ratio,
@@ -63,7 +64,7 @@ def solve_minres(
     del key
     system = ravel_system(operator, b, tol)
     require_square(system, "solve_minres")
-    norm = jnp.sqrt(dot(system.b, system.b))
+    norm = norm_of(system.b)
     zero = jnp.zeros_like(norm)
 
     def keep_going(state: _MinresState) -> Array:
@@ -74,7 +75,7 @@ def solve_minres(
         product = system.matvec(state.basis)
         curvature = dot(state.basis, product)
         product = product - curvature * state.basis - state.off_diagonal * state.last_basis
-        off_diagonal = jnp.sqrt(dot(product, product))
+        off_diagonal = norm_of(product)
         # The reflections of the two steps before, applied to the new column of the tridiagonal.
         above = state.cosine * state.above + state.sine * curvature
         diagonal = state.sine * state.above - state.cosine * curvature
