@@ -9,6 +9,9 @@ from pathlib import Path
 
 # Several test processes may share one GPU: none may take all of its memory.
 os.environ.setdefault("XLA_PYTHON_CLIENT_PREALLOCATE", "false")
+# Importing the experiments would set these, in the test processes or only in their children,
+# which would then compute other bits.
+os.environ.setdefault("XLA_FLAGS", "")
 
 import jax
 import pytest

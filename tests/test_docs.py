@@ -3,7 +3,6 @@
 import contextlib
 import importlib
 import importlib.util
-import os
 import re
 import runpy
 import shlex
@@ -15,10 +14,7 @@ from unittest import mock
 import pytest
 
 import imaml_jax
-
-# Importing the experiments must not change the devices of the other tests.
-with mock.patch.dict(os.environ, XLA_FLAGS=os.environ.get("XLA_FLAGS", "")):
-    from experiments.shared import cli
+from experiments.shared import cli
 
 ROOT = Path(__file__).resolve().parents[1]
 DOCS = ROOT / "docs"

@@ -1,7 +1,6 @@
 """The benchmark: what it counts, compares and refuses; it times only where slow tests are asked."""
 
 import json
-import os
 from unittest import mock
 
 import jax
@@ -9,10 +8,8 @@ import numpy as np
 import pytest
 from flax.traverse_util import unflatten_dict
 
-# Importing the experiments must not change the devices of the other tests.
-with mock.patch.dict(os.environ, XLA_FLAGS=os.environ.get("XLA_FLAGS", "")):
-    from experiments.benchmark import __main__ as benchmark
-    from experiments.benchmark import ours, peers, workload
+from experiments.benchmark import __main__ as benchmark
+from experiments.benchmark import ours, peers, workload
 
 IMAML, MAML, PEER = "iMAML, Hessian, solve_cg_steihaug", "MAML", "torchopt MAML"
 BY_NAME = {contender.name: contender for contender in workload.CONTENDERS}

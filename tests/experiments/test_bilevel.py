@@ -1,7 +1,6 @@
 """The bilevel problems of the experiments: what they claim, at a small size."""
 
 import json
-import os
 import sys
 from unittest import mock
 
@@ -10,11 +9,9 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-# Importing the experiments must not change the devices of the other tests.
-with mock.patch.dict(os.environ, XLA_FLAGS=os.environ.get("XLA_FLAGS", "")):
-    from experiments import distillation, equilibrium, feature_weights, hyper_cleaning, market
-    from experiments.shared import bundled, linear_model
-    from imaml_jax import Batch
+from experiments import distillation, equilibrium, feature_weights, hyper_cleaning, market
+from experiments.shared import bundled, linear_model
+from imaml_jax import Batch
 
 
 @pytest.fixture

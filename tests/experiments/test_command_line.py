@@ -16,24 +16,21 @@ import numpy as np
 import pytest
 import yaml
 
+from experiments import __main__ as listing
+from experiments import features, glyphs, sinusoid
+from experiments.shared import cli, common, config_file
 from imaml_jax.data import images
 from imaml_jax.learners.registry import ALGORITHMS
 from imaml_jax.learners.settings import plain, range_of, settings_of
 from imaml_jax.training import plots
 
-# Importing the experiments must not change the devices of the other tests.
-with mock.patch.dict(os.environ, XLA_FLAGS=os.environ.get("XLA_FLAGS", "")):
-    from experiments import __main__ as listing
-    from experiments import features, glyphs, sinusoid
-    from experiments.shared import cli, common, config_file
-
-    NAMES = tuple(listing.listing())
-    CONFIGS = {}
-    for name in NAMES:
-        path = f"experiments.{name}"
-        folder = Path(*path.split("."))
-        is_package = (Path(__file__).parents[2] / folder).is_dir()
-        CONFIGS[name] = importlib.import_module(path + ".__main__" * is_package).Config
+NAMES = tuple(listing.listing())
+CONFIGS = {}
+for name in NAMES:
+    path = f"experiments.{name}"
+    folder = Path(*path.split("."))
+    is_package = (Path(__file__).parents[2] / folder).is_dir()
+    CONFIGS[name] = importlib.import_module(path + ".__main__" * is_package).Config
 
 ROOT = Path(__file__).resolve().parents[2]
 _IN_WORDS = re.compile(r"at least|above|below|between \d|multiple of|positive")
@@ -273,6 +270,18 @@ def test_the_list_needs_no_jax():
     for name in NAMES:
         (line,) = [line for line in lines if line.split()[:1] == [name]]
         assert line.endswith(".") or line.endswith("`."), f"{name} has no first line"
+
+
+def test_an_experiment_has_one_device_a_core():
+    environment = {name: value for name, value in os.environ.items() if name != "XLA_FLAGS"}
+    code = "import experiments, jax, os; print(jax.device_count() - len(os.sched_getaffinity(0)))"
+    done = subprocess.run(
+        [sys.executable, "-c", code],
+        capture_output=True,
+        text=True,
+        env=environment | {"JAX_PLATFORMS": "cpu"},
+    )
+    assert done.stdout.strip() == "0", done.stderr
 
 
 def test_the_list_points_to_the_experiment(capsys):

@@ -1,18 +1,13 @@
 """What earlier versions wrote: records of runs, files of settings and saved models."""
 
 import json
-import os
 from pathlib import Path
-from unittest import mock
 
 import pytest
 
+from experiments import glyphs, leo, navigation, sinusoid
+from experiments.shared import cli, common
 from imaml_jax import protocols
-
-# Importing the experiments must not change the devices of the other tests.
-with mock.patch.dict(os.environ, XLA_FLAGS=os.environ.get("XLA_FLAGS", "")):
-    from experiments import glyphs, leo, navigation, sinusoid
-    from experiments.shared import cli, common
 
 RESULTS = Path(__file__).resolve().parents[2] / "experiments" / "results"
 # Of every protocol that settings were recorded of: those of all algorithms, in one flat record.

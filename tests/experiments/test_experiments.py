@@ -94,13 +94,12 @@ def environment(tmp_path_factory):
 
 @pytest.fixture(scope="session")
 def modules():
-    """The experiments by name; importing them must not change the devices of the other tests."""
-    with mock.patch.dict(os.environ, XLA_FLAGS=os.environ.get("XLA_FLAGS", "")):
-        names = ("demo", *COMMANDS)
-        found = {name: importlib.import_module(f"experiments.{name}") for name in names}
-        found["common"] = importlib.import_module("experiments.shared.common")
-        packages = ("benchmark", "introduction")
-        return found | {p: importlib.import_module(f"experiments.{p}.__main__") for p in packages}
+    """The experiments by name."""
+    names = ("demo", *COMMANDS)
+    found = {name: importlib.import_module(f"experiments.{name}") for name in names}
+    found["common"] = importlib.import_module("experiments.shared.common")
+    packages = ("benchmark", "introduction")
+    return found | {p: importlib.import_module(f"experiments.{p}.__main__") for p in packages}
 
 
 @pytest.fixture

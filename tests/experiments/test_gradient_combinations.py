@@ -2,7 +2,6 @@
 
 import itertools
 import json
-import os
 from functools import partial
 from unittest import mock
 
@@ -14,15 +13,12 @@ import pytest
 from jax.flatten_util import ravel_pytree
 
 import imaml_jax
+from experiments import gradient_combinations
+from experiments.shared import common, inner_gradients
 from imaml_jax.data import episodes, glyphs, omniglot
 from imaml_jax.networks import mlp
 from imaml_jax.training import mapping
 from imaml_jax.types import Batch, Task
-
-# Importing the experiments must not change the devices of the other tests.
-with mock.patch.dict(os.environ, XLA_FLAGS=os.environ.get("XLA_FLAGS", "")):
-    from experiments import gradient_combinations
-    from experiments.shared import common, inner_gradients
 
 NETWORK = mlp([3, 4, 2], activation=jnp.tanh)
 RATE = 0.3

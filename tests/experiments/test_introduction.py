@@ -3,19 +3,15 @@
 What a reader meets, and the numbers of the whole page, are in test_introduction_page.py.
 """
 
-import os
 import re
 from functools import partial
-from unittest import mock
 
 import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
 
-# Importing the experiments must not change the devices of the other tests.
-with mock.patch.dict(os.environ, XLA_FLAGS=os.environ.get("XLA_FLAGS", "")):
-    from experiments.introduction import implicit, landscape, page, plane
+from experiments.introduction import implicit, landscape, page, plane
 
 SEED, STEPS = 3, 3
 SIZES = plane.Sizes(side=5, rates=(0.05, 0.2), steps=(STEPS,), strengths=(0.5, 2.0))

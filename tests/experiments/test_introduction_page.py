@@ -1,22 +1,18 @@
 """The whole introduction: its numbers recomputed, and the page from a file in a browser."""
 
-import os
 import re
 import shutil
 import subprocess
 import sys
 from pathlib import Path
-from unittest import mock
 
 import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
 
-# Importing the experiments must not change the devices of the other tests.
-with mock.patch.dict(os.environ, XLA_FLAGS=os.environ.get("XLA_FLAGS", "")):
-    from experiments.introduction import implicit, landscape, plane, sinusoids
-    from experiments.introduction import page as pages
+from experiments.introduction import implicit, landscape, plane, sinusoids
+from experiments.introduction import page as pages
 
 pytestmark = [
     pytest.mark.slow,

@@ -2,9 +2,7 @@
 
 import dataclasses
 import json
-import os
 from typing import ClassVar
-from unittest import mock
 
 import jax
 import jax.numpy as jnp
@@ -13,6 +11,9 @@ import optax
 import pytest
 from jax import lax
 
+from experiments import family, glyphs, sinusoid
+from experiments.report import __main__ as report
+from experiments.shared import common, family_runs
 from imaml_jax.bilevel.inner import minimize
 from imaml_jax.data.episodes import Splits, from_class_arrays
 from imaml_jax.learners import registry
@@ -22,12 +23,6 @@ from imaml_jax.learners.settings import Positive
 from imaml_jax.learners.supervised import supervised
 from imaml_jax.protocols import model_file
 from imaml_jax.types import MetaLearner
-
-# Importing the experiments must not change the devices of the other tests.
-with mock.patch.dict(os.environ, XLA_FLAGS=os.environ.get("XLA_FLAGS", "")):
-    from experiments import family, glyphs, sinusoid
-    from experiments.report import __main__ as report
-    from experiments.shared import common, family_runs
 
 
 def sign_maml(network, loss_fn, *, step_length, num_steps, fast, statistics):

@@ -14,14 +14,11 @@ import numpy as np
 import pytest
 from PIL import Image
 
+from experiments import classify, export, folder
+from experiments.shared import common, few_shot, saved_model
 from imaml_jax import protocols
 from imaml_jax.data import class_splits, glyphs, images, omniglot, own
 from imaml_jax.protocols import model_file
-
-# Importing the experiments must not change the devices of the other tests.
-with mock.patch.dict(os.environ, XLA_FLAGS=os.environ.get("XLA_FLAGS", "")):
-    from experiments import classify, export, folder
-    from experiments.shared import common, few_shot, saved_model
 
 MODELS = Path(__file__).resolve().parents[2] / "experiments" / "models"
 GLYPHS = MODELS / "glyphs_5way_1shot"

@@ -1,7 +1,6 @@
 """The experiments on solvers, mappings and rates: what they compute, at a tiny size."""
 
 import json
-import os
 from unittest import mock
 
 import jax
@@ -9,10 +8,8 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-# Importing the experiments must not change the devices of the other tests.
-with mock.patch.dict(os.environ, XLA_FLAGS=os.environ.get("XLA_FLAGS", "")):
-    from experiments import platform_defaults, solvers, throughput
-    from experiments.benchmark import profile
+from experiments import platform_defaults, solvers, throughput
+from experiments.benchmark import profile
 
 TINY = platform_defaults.Workload(2, 2, 1, 1, 2, 8, 1, {"filters": 4, "num_blocks": 2})
 

@@ -6,14 +6,11 @@ import os
 import platform
 import re
 from pathlib import Path
-from unittest import mock
 
 import pytest
 
-# Importing the experiments must not change the devices of the other tests.
-with mock.patch.dict(os.environ, XLA_FLAGS=os.environ.get("XLA_FLAGS", "")):
-    from experiments.report import __main__ as report
-    from experiments.report import charts, rows, runs
+from experiments.report import __main__ as report
+from experiments.report import charts, rows, runs
 
 RESULTS = Path(__file__).resolve().parents[2] / "experiments" / "results"
 HOSTILE = "</script><img src=x onerror=alert(1)>&\u2028\"'"

@@ -1,27 +1,23 @@
 """What reports share, and the experiments that report on finished runs: comparison, tuning."""
 
 import json
-import os
 from unittest import mock
 
 import jax
 import pytest
 
+from experiments import (
+    compare,
+    mini_imagenet,
+    mini_imagenet_table,
+    omniglot,
+    omniglot_table,
+    tune,
+)
+from experiments.shared import accuracy_table, few_shot, reports
 from imaml_jax.learners.registry import ALGORITHMS
 from imaml_jax.protocols import PROTOCOLS, published
 from imaml_jax.training import NonFiniteError
-
-# Importing the experiments must not change the devices of the other tests.
-with mock.patch.dict(os.environ, XLA_FLAGS=os.environ.get("XLA_FLAGS", "")):
-    from experiments import (
-        compare,
-        mini_imagenet,
-        mini_imagenet_table,
-        omniglot,
-        omniglot_table,
-        tune,
-    )
-    from experiments.shared import accuracy_table, few_shot, reports
 
 
 def write_run(path, accuracy, **changes):

@@ -1,16 +1,12 @@
 """The experiments that reproduce the paper's figures: their claims, at a small size."""
 
 import json
-import os
 import pathlib
-from unittest import mock
 
 import numpy as np
 import pytest
 
-# Importing the experiments must not change the devices of the other tests.
-with mock.patch.dict(os.environ, XLA_FLAGS=os.environ.get("XLA_FLAGS", "")):
-    from experiments import compute_and_memory, meta_gradient_accuracy
+from experiments import compute_and_memory, meta_gradient_accuracy
 
 
 def test_meta_gradients_of_regression_tasks(x64):

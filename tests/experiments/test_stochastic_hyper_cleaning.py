@@ -2,7 +2,6 @@
 
 import json
 import math
-import os
 from functools import cache
 from unittest import mock
 
@@ -11,15 +10,12 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
+from experiments import hyper_cleaning
+from experiments.shared import bundled, stochastic_bilevel, stochastic_cleaning
+from experiments.shared.stochastic_bilevel import Problem, Rates, Sizes
+from imaml_jax import hessian
+from imaml_jax.types import Batch
 from tests import programs
-
-# Importing the experiments must not change the devices of the other tests.
-with mock.patch.dict(os.environ, XLA_FLAGS=os.environ.get("XLA_FLAGS", "")):
-    from experiments import hyper_cleaning
-    from experiments.shared import bundled, stochastic_bilevel, stochastic_cleaning
-    from experiments.shared.stochastic_bilevel import Problem, Rates, Sizes
-    from imaml_jax import hessian
-    from imaml_jax.types import Batch
 
 METHODS = {
     "implicit": stochastic_bilevel.IMPLICIT,

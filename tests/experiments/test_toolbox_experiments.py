@@ -2,7 +2,6 @@
 
 import importlib.util
 import json
-import os
 from fractions import Fraction
 from unittest import mock
 
@@ -11,11 +10,9 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-# Importing the experiments must not change the devices of the other tests.
-with mock.patch.dict(os.environ, XLA_FLAGS=os.environ.get("XLA_FLAGS", "")):
-    from experiments import conditioning, error_estimate, toolbox_comparison
-    from experiments.shared import common, toolbox_problems
-    from experiments.shared.toolbox_contenders import CONTENDERS
+from experiments import conditioning, error_estimate, toolbox_comparison
+from experiments.shared import common, toolbox_problems
+from experiments.shared.toolbox_contenders import CONTENDERS
 
 
 def exact_solution(matrix, b):

@@ -1,26 +1,22 @@
 """The published protocols as data."""
 
 import dataclasses
-import os
 import pathlib
 from typing import ClassVar
-from unittest import mock
 
 import jax
 import numpy as np
 import pytest
 
+from experiments.shared import few_shot
 from imaml_jax import protocols
 from imaml_jax.data import omniglot_splits
 from imaml_jax.learners.registry import ALGORITHMS
 from imaml_jax.protocols import sinusoid
 
-# Importing the experiments must not change the devices of the other tests.
-with mock.patch.dict(os.environ, XLA_FLAGS=os.environ.get("XLA_FLAGS", "")):
-    from experiments.shared import few_shot
 
-    class Photographs(few_shot.Config):
-        DATASET: ClassVar = "mini_imagenet"
+class Photographs(few_shot.Config):
+    DATASET: ClassVar = "mini_imagenet"
 
 
 CONFIGS = {"omniglot": few_shot.Config, "mini_imagenet": Photographs}
