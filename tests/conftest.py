@@ -9,13 +9,16 @@ from pathlib import Path
 
 # Several test processes may share one GPU: none may take all of its memory.
 os.environ.setdefault("XLA_PYTHON_CLIENT_PREALLOCATE", "false")
-# Importing the experiments would set these, in the test processes or only in their children,
-# which would then compute other bits.
-os.environ.setdefault("XLA_FLAGS", "")
 
 import jax
+import jaxlib
 import pytest
 
+# Most tests compute next to nothing: LLVM's optimisations take longer than they save, as do the
+# CPU's fusion emitters of jaxlib 0.10, which later versions cannot do without.
+_QUICK = "--xla_backend_optimization_level=0"
+if jaxlib.__version__.startswith("0.10."):
+    _QUICK += " --xla_cpu_use_fusion_emitters=false"
 _PROGRAMS = "IMAML_JAX_TEST_PROGRAMS"
 
 jax.config.update("jax_numpy_rank_promotion", "raise")
@@ -24,7 +27,12 @@ jax.config.update("jax_persistent_cache_min_compile_time_secs", 0.0)
 
 
 def pytest_configure(config):
-    """The processes of a run share what they compile, and with no other run."""
+    """The processes of a run share what they compile, and with no other run.
+
+    All of them have the same XLA_FLAGS, which importing the experiments would set in their children
+    alone, if the backend has started by then; the bits would differ.
+    """
+    os.environ.setdefault("XLA_FLAGS", _QUICK if config.option.markexpr == "not slow" else "")
     if not hasattr(config, "workerinput"):
         folder = os.environ[_PROGRAMS] = tempfile.mkdtemp(prefix="imaml_jax_")
         config.add_cleanup(lambda: shutil.rmtree(folder))

@@ -16,7 +16,6 @@ from imaml_jax.bilevel.implicit import custom_argmin, custom_root
 from imaml_jax.bilevel.linear_solve import solve_cg, solve_cg_steihaug
 from imaml_jax.bilevel.minres import solve_minres
 from imaml_jax.types import LinearOperator
-from tests.programs import jit
 
 pytestmark = pytest.mark.usefixtures("x64")
 
@@ -152,7 +151,7 @@ def theirs_optimistix(problem):
 def gradient(make, name):
     """Of a weighted sum of the solution, in the argument."""
     solver = make(PROBLEMS[name])
-    return jit(jax.grad(lambda a: WEIGHTS @ solver(jnp.zeros(SIZE), a)))(ARGUMENT)
+    return jax.jit(jax.grad(lambda a: WEIGHTS @ solver(jnp.zeros(SIZE), a)))(ARGUMENT)
 
 
 @pytest.mark.parametrize("name", PROBLEMS)
@@ -171,7 +170,7 @@ def test_linear_solutions_agree_with_lineax(ours, kind, theirs, _):
     settings = {} if theirs == "LU" else {"rtol": TIGHT, "atol": TIGHT}
     operator = lineax.MatrixLinearOperator(jnp.asarray(MATRICES[kind]), tags)
     solver = getattr(lineax, theirs)(**settings)
-    found = jit(lambda b: lineax.linear_solve(operator, b, solver).value)(jnp.asarray(RIGHT))
+    found = jax.jit(lambda b: lineax.linear_solve(operator, b, solver).value)(jnp.asarray(RIGHT))
     check_linear(ours, kind, found)
 
 
@@ -180,14 +179,14 @@ def test_linear_solutions_agree_with_jaxopt(ours, kind, _, theirs):
     solver = getattr(peer("jaxopt").linear_solve, theirs)
     settings = {} if theirs == "solve_lu" else {"tol": TIGHT}
     matrix = jnp.asarray(MATRICES[kind])
-    found = jit(lambda b: solver(lambda v: matrix @ v, b, **settings))(jnp.asarray(RIGHT))
+    found = jax.jit(lambda b: solver(lambda v: matrix @ v, b, **settings))(jnp.asarray(RIGHT))
     check_linear(ours, kind, found)
 
 
 @cache
 def solution(name, kind):
     operator = LinearOperator(lambda v: MATRICES[kind] @ v)
-    return jit(partial(SOLVERS[name], operator))(jnp.asarray(RIGHT))
+    return jax.jit(partial(SOLVERS[name], operator))(jnp.asarray(RIGHT))
 
 
 def check_linear(name, kind, expected):

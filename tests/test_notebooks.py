@@ -9,8 +9,6 @@ import nbformat
 import pytest
 from nbclient import NotebookClient
 
-from tests.programs import XLA_FLAGS
-
 FOLDER = Path(__file__).resolve().parents[1] / "notebooks"
 NOTEBOOKS = sorted(FOLDER.glob("*.ipynb"))
 SLOW = pytest.mark.slow  # all but the quickest one
@@ -62,11 +60,7 @@ def test_the_stored_notebook_is_that_of_its_source(path):
 )
 def test_the_notebook_runs(path, tmp_path):
     notebook = nbformat.read(path, as_version=4)
-    environment = {
-        "MPLBACKEND": "module://matplotlib_inline.backend_inline",
-        "XLA_FLAGS": XLA_FLAGS,
-    }
-    with mock.patch.dict(os.environ, environment):
+    with mock.patch.dict(os.environ, MPLBACKEND="module://matplotlib_inline.backend_inline"):
         NotebookClient(
             notebook,
             timeout=300,

@@ -11,7 +11,6 @@ from imaml_jax.bilevel.curvature import damped
 from imaml_jax.bilevel.diagonal import estimate_diagonal, jacobi_preconditioner
 from imaml_jax.bilevel.linear_solve import solve_cg_steihaug
 from imaml_jax.types import LinearOperator
-from tests.programs import jit
 
 pytestmark = pytest.mark.usefixtures("x64")
 
@@ -47,7 +46,7 @@ def test_the_error_of_the_estimate_falls_with_the_root_of_the_probes():
     matrix = root @ root.T
     errors = []
     for num_probes in (5, 20, 80):
-        found = jit(
+        found = jax.jit(
             partial(
                 estimate_diagonal,
                 LinearOperator(lambda v: matrix @ v),
@@ -84,7 +83,7 @@ def test_jacobi_saves_steps_on_a_badly_scaled_system(badly_scaled):
         solve = partial(
             solve_cg_steihaug, operator, tol=1e-10, max_steps=1000, precondition=precondition
         )
-        x, info = jit(solve)(b)
+        x, info = jax.jit(solve)(b)
         assert info.converged
         np.testing.assert_allclose(x, expected, rtol=0, atol=1e-6 * np.abs(expected).max())
         steps[name] = int(info.num_steps)

@@ -20,7 +20,6 @@ from imaml_jax import (
     solve_dense,
     solve_minres,
 )
-from tests.programs import jit
 
 pytestmark = pytest.mark.usefixtures("x64_module")
 
@@ -69,7 +68,7 @@ def exact(x64_module):
 
 
 def estimate(weight, adjoint, strong_convexity=STRENGTH, **settings):
-    @jit
+    @jax.jit
     def call(weight, adjoint):
         return implicit_gradient_error(
             outer, objective, weight, ARGS, adjoint, strong_convexity=strong_convexity, **settings
@@ -157,7 +156,7 @@ def test_another_matrix_has_a_limit_of_its_own(exact):
 @pytest.mark.parametrize("accuracy", [1e-1, 1e-3, 1e-6, 1e-10])
 def test_an_adaptive_gradient_is_as_exact_as_asked(exact, accuracy):
     _, _, grads = exact
-    value, found, weight, info = jit(
+    value, found, weight, info = jax.jit(
         lambda accuracy: adaptive_gradient(
             outer,
             objective,
@@ -190,7 +189,7 @@ def test_more_accuracy_takes_more_rounds_and_few_rounds_do_not_converge():
             max_rounds=most,
         )[3]
 
-    run = jit(jax.vmap(rounds))
+    run = jax.jit(jax.vmap(rounds))
     info = run(jnp.array([1e-1, 1e-3, 1e-3]), jnp.array([200, 200, 3]))
     assert 0 < info.num_rounds[0] < info.num_rounds[1]
     assert info.num_rounds[2] == 3

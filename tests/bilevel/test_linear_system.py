@@ -14,7 +14,6 @@ from imaml_jax.bilevel.linear_solve import solve_cg, solve_cg_steihaug, solve_ne
 from imaml_jax.bilevel.minres import solve_minres
 from imaml_jax.types import LinearOperator, LowRank
 from tests.bilevel.systems import make_solvers
-from tests.programs import jit
 
 SIZE, TOL = 4, 1e-5
 SOLVERS = make_solvers(SIZE, preconditioner_rank=2, step_size=0.4)
@@ -36,7 +35,7 @@ def program(name):
         operator = damped(LinearOperator(lambda v: undamped * v, factor), diagonal[-1])
         return SOLVERS[name](operator, b, tol=TOL)
 
-    return jit(solve)
+    return jax.jit(solve)
 
 
 def is_told(x, info, diagonal, b):
@@ -102,7 +101,7 @@ def test_recurrences_are_not_believed_where_rounding_parts_them_from_the_truth(
     settings = {"step_size": 1.0} if name == "neumann" else {}
     solve = partial(SOLVERS[name], tol=1e-2, max_steps=20000, **settings)
     operator = LinearOperator(lambda v: basis @ (values * (basis.T @ v)))
-    x, info = jit(partial(solve, operator))(jnp.asarray(b, jnp.float32))
+    x, info = jax.jit(partial(solve, operator))(jnp.asarray(b, jnp.float32))
     exact = basis.astype(np.float64)
     product = exact @ (values.astype(np.float64) * (exact.T @ np.asarray(x, np.float64)))
     residual = np.linalg.norm(b - product) / np.linalg.norm(b)
@@ -123,7 +122,7 @@ def test_under_vmap_a_claim_alone_costs_a_product(claims):
 
         return solve_cg_steihaug(LinearOperator(matvec), b, max_steps=10 if claims else 2)[1]
 
-    info = jit(jax.vmap(solve))(jnp.stack([ONES, jnp.arange(1.0, 5.0)]))
+    info = jax.jit(jax.vmap(solve))(jnp.stack([ONES, jnp.arange(1.0, 5.0)]))
     jax.effects_barrier()
     assert (info.converged == claims).all()
     assert len(counter) == info.num_steps.max() + claims  # a callback for both lanes
@@ -141,7 +140,7 @@ def test_the_condition_estimate_is_a_lower_bound_and_not_far_below(condition):
         partial(solve_minres, tol=1e-8, max_steps=2000),
         partial(solve_neumann, step_size=1 / condition, tol=1e-2, max_steps=10**5),
     ):
-        _, info = jit(partial(solve, operator))(b)
+        _, info = jax.jit(partial(solve, operator))(b)
         assert condition / 30 < info.condition <= condition * (1 + 1e-6)
     exact = solve_dense(operator, b, diagnose=True)[1].condition
     np.testing.assert_allclose(exact, condition, rtol=1e-6)

@@ -17,7 +17,6 @@ from hypothesis import strategies as st
 
 import imaml_jax
 from imaml_jax import LinearOperator, custom_root
-from tests.programs import jit
 
 pytestmark = pytest.mark.usefixtures("x64")
 
@@ -74,7 +73,7 @@ def program(name, symmetric=False):
         reports = solve(n, t)[1], solve(transposed, v)[1]
         return tangent, cotangent, reports
 
-    return jit(derivatives)
+    return jax.jit(derivatives)
 
 
 def spectrum(rng, kind, size, condition):

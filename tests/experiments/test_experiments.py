@@ -18,7 +18,6 @@ from PIL import Image
 from imaml_jax.data import cache, glyphs
 from imaml_jax.learners.registry import ALGORITHMS
 from imaml_jax.learners.settings import field_docs, settings_of
-from tests.programs import XLA_FLAGS
 
 ROOT = Path(__file__).resolve().parents[2]
 TINY = "--meta-steps 2 --log-every 2 --validate-every 2 --meta-batch 2 --num-steps 1".split()
@@ -88,7 +87,7 @@ def environment(tmp_path_factory):
         cache.ENV_CACHE_DIR: str(folder),
         "JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS": "0",
         "PYTHONWARNINGS": "error",
-        "XLA_FLAGS": f"{XLA_FLAGS} --xla_force_host_platform_device_count=2",
+        "XLA_FLAGS": f"{os.environ['XLA_FLAGS']} --xla_force_host_platform_device_count=2",
     }
 
 

@@ -15,7 +15,6 @@ from experiments.shared import bundled, stochastic_bilevel, stochastic_cleaning
 from experiments.shared.stochastic_bilevel import Problem, Rates, Sizes
 from imaml_jax import hessian
 from imaml_jax.types import Batch
-from tests import programs
 
 METHODS = {
     "implicit": stochastic_bilevel.IMPLICIT,
@@ -65,7 +64,7 @@ def exact_hypergradient():
         params = -jnp.linalg.solve(matrix, gradient(zeros, logits, rows))
         return problem.outer(params, logits, outer_rows)
 
-    return programs.jit(jax.grad(outer_loss))
+    return jax.jit(jax.grad(outer_loss))
 
 
 @cache
@@ -77,7 +76,7 @@ def method_run(name, sizes):
         key = jax.random.key(seed)
         return stochastic_bilevel.run(METHODS[name], problem, sizes, rates, state, key, num_steps)
 
-    return programs.jit(jax.vmap(run, (None, None, 0, None)))
+    return jax.jit(jax.vmap(run, (None, None, 0, None)))
 
 
 def begin(logits):
@@ -213,7 +212,6 @@ def test_the_command(tmp_path, capsys):
         mock.patch.object(stochastic_cleaning, "CONTENDERS", two),
         mock.patch.object(stochastic_cleaning, "INNER_RATES", (0.3, 1e30)),
         mock.patch.object(stochastic_cleaning, "measure", measure_one_diverging),
-        mock.patch.object(jax, "jit", programs.jit),
     ):
         results = hyper_cleaning.main(config)
     text = (tmp_path / "report.json").read_text(encoding="utf-8")

@@ -6,8 +6,6 @@ import numpy as np
 import pytest
 from jax.flatten_util import ravel_pytree
 
-from tests.programs import jit
-
 
 def relative_error(actual, expected):
     """Of two trees, in the norm over all their entries."""
@@ -22,7 +20,7 @@ def finite_differences():
     def gradient(fun, x, step=1e-5):
         x, steps = np.asarray(x), step * np.eye(x.size)
         points = np.concatenate([x + steps, x - steps])
-        forward, backward = np.split(jit(lambda points: jax.lax.map(fun, points))(points), 2)
+        forward, backward = np.split(jax.jit(lambda points: jax.lax.map(fun, points))(points), 2)
         return (forward - backward) / (2 * step)
 
     return gradient

@@ -22,7 +22,6 @@ from imaml_jax import (
 from imaml_jax.learners.base import mean_outputs, mixture_logits
 from imaml_jax.networks import Network, conv4
 from tests.learners.conftest import relative_error
-from tests.programs import jit
 
 pytestmark = pytest.mark.usefixtures("x64_module")
 
@@ -98,8 +97,8 @@ def test_one_particle_with_a_flat_prior_and_the_query_loss_is_maml(task, fast, b
     is_fast = fast or (lambda path: True)
     params = {n: p[None] if is_fast(n) else p for n, p in single.items()}
     learner = maml(NETWORK, mean_squared_error, inner=optax.sgd(RATE), **settings)
-    grads, info = jit(one.meta_grad)(params, task, KEY, 0)
-    expected, expected_info = jit(learner.meta_grad)(single, task, KEY, 0)
+    grads, info = jax.jit(one.meta_grad)(params, task, KEY, 0)
+    expected, expected_info = jax.jit(learner.meta_grad)(single, task, KEY, 0)
     assert jax.tree.map(jnp.shape, grads) == jax.tree.map(jnp.shape, params)
     assert relative_error(grads, expected) < 1e-12
     np.testing.assert_allclose(info.query_loss, expected_info.query_loss, rtol=1e-12)
@@ -122,14 +121,14 @@ def test_chaser_loss_against_a_loop_and_finite_differences(task, finite_differen
     def chase(params):
         return follow(*separate(params), task.support, 2, 0.7)
 
-    frozen = jit(lambda p: follow(chase(p), separate(p)[1], both, 2, 0.7, 2 * RATE))(params)
+    frozen = jax.jit(lambda p: follow(chase(p), separate(p)[1], both, 2, 0.7, 2 * RATE))(params)
 
     def loss(params):
         chaser = chase(params)
         return jnp.sum((chaser["head"] - frozen["head"]) ** 2)
 
-    grads, info = jit(learner.meta_grad)(params, task, KEY, 0)
-    value, expected = jit(jax.value_and_grad(loss))(params)
+    grads, info = jax.jit(learner.meta_grad)(params, task, KEY, 0)
+    value, expected = jax.jit(jax.value_and_grad(loss))(params)
     np.testing.assert_allclose(info.meta_loss, value, rtol=1e-11)
     assert relative_error(grads, expected) < 1e-11
     assert relative_error(grads, finite_differences(lambda x: loss(unravel(x)), flat)) < 1e-6
@@ -146,7 +145,7 @@ def test_query_loss_against_finite_differences(task, finite_differences):
         outputs = jax.vmap(lambda p: apply({**slow, **p}, task.query.inputs))(adapted)
         return jnp.mean((outputs.mean(0) - task.query.targets) ** 2)
 
-    grads, info = jit(learner.meta_grad)(params, task, KEY, 0)
+    grads, info = jax.jit(learner.meta_grad)(params, task, KEY, 0)
     np.testing.assert_allclose(info.query_loss, loss(flat), rtol=1e-12)
     assert relative_error(grads, finite_differences(loss, flat)) < 1e-6
 
@@ -156,8 +155,8 @@ def test_particles_far_apart_with_their_own_losses_are_as_many_times_maml(task):
     learner = make(bandwidth=1e-5, meta_loss="particles", inner=optax.sgd(M * RATE / N))
     single = maml(NETWORK, mean_squared_error, inner=optax.sgd(RATE), num_steps=2)
     params = start(learner, task)
-    grads, info = jit(learner.meta_grad)(params, task, KEY, 0)
-    expected, expected_info = jit(jax.vmap(lambda p: single.meta_grad(p, task, KEY, 0)))(params)
+    grads, info = jax.jit(learner.meta_grad)(params, task, KEY, 0)
+    expected, expected_info = jax.jit(jax.vmap(lambda p: single.meta_grad(p, task, KEY, 0)))(params)
     assert relative_error(grads, jax.tree.map(lambda g: g / M, expected)) < 1e-12
     np.testing.assert_allclose(info.meta_loss, expected_info.query_loss.mean(), rtol=1e-12)
     assert info.query_loss < info.meta_loss
@@ -165,7 +164,7 @@ def test_particles_far_apart_with_their_own_losses_are_as_many_times_maml(task):
 
 def test_a_leader_that_does_not_move_leaves_nothing_to_learn(task):
     learner = make(leader_steps=0, bandwidth=None)
-    grads, info = jit(learner.meta_grad)(start(learner, task), task, KEY, 0)
+    grads, info = jax.jit(learner.meta_grad)(start(learner, task), task, KEY, 0)
     assert info.meta_loss == 0 and info.query_loss > 0
     assert all((g == 0).all() for g in jax.tree.leaves(grads))
 
@@ -179,7 +178,7 @@ def test_permuting_the_particles_permutes_the_gradient(task, meta_loss):
     def permute(tree):
         return {**tree, "head": tree["head"][order]}
 
-    meta_grad, adapt = jit(learner.meta_grad), jit(learner.adapt)
+    meta_grad, adapt = jax.jit(learner.meta_grad), jax.jit(learner.adapt)
     grads, info = meta_grad(params, task, KEY, 0)
     permuted, permuted_info = meta_grad(permute(params), task, KEY, 0)
     assert relative_error(permuted, permute(grads)) < 1e-11
@@ -192,15 +191,15 @@ def test_permuting_the_particles_permutes_the_gradient(task, meta_loss):
 def test_adapt_uses_the_evaluation_settings(task):
     learner = make(num_steps=1, eval_num_steps=3)
     params = start(learner, task)
-    adapted, info = jit(learner.adapt)(params, task.support, KEY)
-    expected = jit(lambda p: follow(p, {}, task.support, 3))(params)
+    adapted, info = jax.jit(learner.adapt)(params, task.support, KEY)
+    expected = jax.jit(lambda p: follow(p, {}, task.support, 3))(params)
     assert relative_error(adapted.params, expected) < 1e-12
     assert 0 < info.inner_residual < 1
 
 
 def test_how_outputs_become_a_prediction(task):
     learner = make(average=None)
-    adapted, _ = jit(learner.adapt)(start(learner, task), task.support, KEY)
+    adapted, _ = jax.jit(learner.adapt)(start(learner, task), task.support, KEY)
     stacked = learner.predict(adapted, task.query.inputs)
     assert stacked.shape == (M, 5, 1)
     particles = [jax.tree.map(lambda x, i=i: x[i], adapted.params) for i in range(M)]
@@ -218,8 +217,8 @@ def test_the_query_loss_of_a_classifier_is_that_of_the_mean_probability(task):
     task = Task(*(Batch(batch.inputs, y) for batch, y in zip(task, labels, strict=True)))
     learner = bmaml(network, cross_entropy, num_particles=M, inner=optax.sgd(1.0), num_steps=2)
     params = jax.tree.map(lambda p: 30 * p, start(learner, task))
-    _, info = jit(learner.meta_grad)(params, task, KEY, 0)
-    adapted, _ = jit(learner.adapt)(params, task.support, KEY)
+    _, info = jax.jit(learner.meta_grad)(params, task, KEY, 0)
+    adapted, _ = jax.jit(learner.adapt)(params, task.support, KEY)
     assert jnp.abs(adapted.params[0] - adapted.params[1]).max() > 0.05
     probabilities = jax.nn.softmax(task.query.inputs[None] @ adapted.params).mean(0)
     log_likelihood = jnp.log(probabilities)[jnp.arange(5), labels[1]]
@@ -261,8 +260,8 @@ def test_published_regression_learns_precisions_that_it_does_not_compare(task):
         leader = jax.lax.stop_gradient(moved(chaser, both))
         return sum(jnp.sum((chaser.params[n] - leader.params[n]) ** 2) for n in NETWORK_NAMES)
 
-    grads, info = jit(learner.meta_grad)(params, task, KEY, 0)
-    value, expected = jit(jax.value_and_grad(loss))(params)
+    grads, info = jax.jit(learner.meta_grad)(params, task, KEY, 0)
+    value, expected = jax.jit(jax.value_and_grad(loss))(params)
     np.testing.assert_allclose(info.meta_loss, value, rtol=1e-11)
     assert relative_error(grads, expected) < 1e-11
     assert (jnp.abs(grads.log_noise_precision) > 0).all()

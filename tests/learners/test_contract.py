@@ -1,8 +1,4 @@
-"""The contract that every learner keeps. A new algorithm is one row of `LEARNERS`.
-
-The programs here compute next to nothing and are compiled without LLVM's optimisations, which take
-longer than they save.
-"""
+"""The contract that every learner keeps. A new algorithm is one row of `LEARNERS`."""
 
 from collections.abc import Callable
 from functools import cached_property, partial
@@ -39,7 +35,6 @@ from imaml_jax import (
 from imaml_jax.learners.base import is_head
 from imaml_jax.networks import Network, conv4, mlp
 from imaml_jax.training.mapping import map_over_tasks
-from tests.programs import jit
 
 sgd = optax.sgd(0.1)
 gauss_newton_cg = dict(solve=partial(solve_cg_steihaug, max_steps=5), curvature="gauss_newton")
@@ -191,7 +186,7 @@ def regression() -> Setting:
     inputs = rng.normal(size=(3, 14, 2)).astype(np.float32)
     slopes = 1 + rng.normal(size=(3, 2, 1)).astype(np.float32) / 2
     tasks = split(Batch(inputs, np.sin(inputs @ slopes)))
-    params = jit(network.init)(INIT_KEY, inputs[0])
+    params = jax.jit(network.init)(INIT_KEY, inputs[0])
     return Setting(network, mean_squared_error, params, tasks)
 
 
@@ -202,7 +197,7 @@ def classification() -> Setting:
     images = prototypes + rng.normal(size=(3, 4, 3, 8, 8, 1)) / 2
     images = images.reshape(3, 12, 8, 8, 1).astype(np.float32)
     labels = np.tile(np.arange(3, dtype=np.int32), (3, 4))
-    params = jit(network.init)(INIT_KEY, images[0])
+    params = jax.jit(network.init)(INIT_KEY, images[0])
     return Setting(network, cross_entropy, params, split(Batch(images, labels)))
 
 
@@ -214,7 +209,7 @@ def features() -> Setting:
     inputs = inputs.reshape(3, 12, 6).astype(np.float32)
     inputs /= np.linalg.norm(inputs, axis=-1, keepdims=True)
     labels = np.tile(np.arange(3, dtype=np.int32), (3, 4))
-    params = jit(network.init)(INIT_KEY, inputs[0])
+    params = jax.jit(network.init)(INIT_KEY, inputs[0])
     return Setting(network, cross_entropy, params, split(Batch(inputs, labels)))
 
 
@@ -233,7 +228,7 @@ class Case:
     def __init__(self, row: Row, setting: Setting):
         self.network, self.loss_fn, self.network_params, self.tasks = setting
         self.learner = row.factory(self.network, self.loss_fn, **row.settings)
-        self.params = jit(self.learner.init)(INIT_KEY, first(self.tasks).support.inputs)
+        self.params = jax.jit(self.learner.init)(INIT_KEY, first(self.tasks).support.inputs)
         self.fast = row.settings.get("fast")
         self.keys = jax.random.split(jax.random.key(4), 3)
         self.task = jax.tree.map(lambda x: x[0], self.tasks)
@@ -241,7 +236,7 @@ class Case:
     @cached_property
     def meta_grads(self):
         """Over the tasks: `(params, tasks, keys) -> (grads, info)`."""
-        mapped = jit(jax.vmap(self.learner.meta_grad, in_axes=(None, 0, 0, None)))
+        mapped = jax.jit(jax.vmap(self.learner.meta_grad, in_axes=(None, 0, 0, None)))
         return lambda params, tasks, keys: mapped(params, tasks, keys, 0)
 
     @cached_property
@@ -263,7 +258,7 @@ class Case:
                 self.loss_fn(outputs[1], task.query.targets),
             )
 
-        mapped = jit(jax.vmap(adapt_one, in_axes=(None, 0, 0)))
+        mapped = jax.jit(jax.vmap(adapt_one, in_axes=(None, 0, 0)))
         return lambda params: mapped(params, self.tasks, self.keys)
 
 
@@ -417,7 +412,7 @@ def exact_gradients(settings):
             curvature=curvature,
             solve=partial(solve_cg_steihaug, max_steps=50, tol=1e-6),
         )
-        return jit(learner.meta_grad)(params, first(tasks), jax.random.key(0), 0)[0]
+        return jax.jit(learner.meta_grad)(params, first(tasks), jax.random.key(0), 0)[0]
 
     return {curvature: compute(curvature) for curvature in ("hessian", "gauss_newton")}
 
@@ -427,7 +422,7 @@ def test_imaml_agrees_over_inner_and_linear_solvers(inner, solve, settings, exac
     network, loss_fn, params, tasks = settings["mlp"]
     tx, num_steps = INNERS[inner]
     learner = imaml(network, loss_fn, inner=tx, num_steps=num_steps, **SOLVES[solve])
-    grads, info = jit(learner.meta_grad)(params, first(tasks), jax.random.key(0), 0)
+    grads, info = jax.jit(learner.meta_grad)(params, first(tasks), jax.random.key(0), 0)
     assert_fits(grads, params)
     assert info.inner_residual < 0.01 and info.solve_residual < 0.01
     expected = exact_gradients[SOLVES[solve].get("curvature", "hessian")]
@@ -460,7 +455,7 @@ def test_batch_norm_modes_differ(settings):
         learners = [fomaml(network, loss_fn, inner=sgd, num_steps=1, statistics=m) for m in modes]
         return [learner.meta_grad(params, task, key, 0)[1].query_loss for learner in learners]
 
-    losses = jnp.stack(jit(query_losses)(params))
+    losses = jnp.stack(jax.jit(query_losses)(params))
     assert jnp.diff(jnp.sort(losses)).min() > 1e-4
 
 
@@ -487,13 +482,13 @@ def test_plain_functions_and_any_pytree_serve(settings):
 
     make = partial(imaml, loss_fn=loss_fn, inner=sgd, num_steps=3)
     plain, named = make(Network(init, apply)), make(network)
-    grads, info = jit(plain.meta_grad)(plain.init(key, task.support.inputs), task, key, 0)
+    grads, info = jax.jit(plain.meta_grad)(plain.init(key, task.support.inputs), task, key, 0)
     assert_fits(grads, layers)
-    expected, expected_info = jit(named.meta_grad)(params, task, key, 0)
+    expected, expected_info = jax.jit(named.meta_grad)(params, task, key, 0)
     assert_close(info, expected_info)
     for layer, name in zip(grads, ("Dense_0", "head"), strict=True):
         assert_close(layer, (expected[name]["kernel"], expected[name]["bias"]))
-    adapted, _ = jit(plain.adapt)(layers, task.support, key)
+    adapted, _ = jax.jit(plain.adapt)(layers, task.support, key)
     assert plain.predict(adapted, task.query.inputs).shape == task.query.targets.shape
 
 

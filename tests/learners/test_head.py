@@ -26,7 +26,6 @@ from imaml_jax.learners.base import is_head
 from imaml_jax.learners.supervised import Encoded, supervised
 from imaml_jax.networks import Network, conv4, mlp
 from tests.learners.conftest import relative_error
-from tests.programs import jit
 
 pytestmark = pytest.mark.usefixtures("x64_module")
 
@@ -71,7 +70,7 @@ def test_features_computed_once_change_nothing(problem, name):
         outputs = learner.predict(adapted, task.query.inputs)
         return learner.meta_grad(meta_params, task, KEY, 0), adapted, info, outputs
 
-    assert relative_error(*(jit(partial(outcome, x))() for x in (named, nameless))) < 1e-10
+    assert relative_error(*(jax.jit(partial(outcome, x))() for x in (named, nameless))) < 1e-10
 
 
 def test_only_a_head_alone_is_given_features(problem):
@@ -113,7 +112,9 @@ def test_anil_is_maml_with_rate_zero_for_the_body(problem):
     frozen = optax.partition(rates, labels)
     anil = maml(network, cross_entropy, inner=SGD, num_steps=3, fast=is_head)
     whole = maml(network, cross_entropy, inner=frozen, num_steps=3)
-    grads, expected = (jit(learner.meta_grad)(params, task, KEY, 0)[0] for learner in (anil, whole))
+    grads, expected = (
+        jax.jit(learner.meta_grad)(params, task, KEY, 0)[0] for learner in (anil, whole)
+    )
     assert relative_error(grads, expected) < 1e-12
 
 
@@ -130,7 +131,7 @@ def test_implicit_anil_is_exact(problem, finite_differences):
         solve=solve_woodbury,
         fast=is_head,
     )
-    grads, info = jit(learner.meta_grad)(params, task, KEY, 0)
+    grads, info = jax.jit(learner.meta_grad)(params, task, KEY, 0)
     assert info.inner_residual < 1e-12 and info.solve_residual < 1e-12
     flat, unravel = ravel_pytree(params)
 

@@ -35,7 +35,6 @@ from imaml_jax import (
 from imaml_jax.learners.base import is_head
 from imaml_jax.networks import Network, conv4, mlp
 from tests.learners.conftest import relative_error
-from tests.programs import jit
 
 pytestmark = pytest.mark.usefixtures("x64_module")
 
@@ -103,7 +102,7 @@ def test_closed_form_on_a_quadratic(quadratic, inner, solve):
         reg_strength=reg_strength,
         **EXACT[solve],
     )
-    grads, info = jit(learner.meta_grad)(params, task, KEY, 0)
+    grads, info = jax.jit(learner.meta_grad)(params, task, KEY, 0)
     assert relative_error(grads, expected) < 1e-10
     assert info.inner_residual < 1e-10
     assert info.solve_residual < 1e-10
@@ -118,9 +117,9 @@ def test_strength_may_be_traced(quadratic):
         learner = imaml(network, mean_squared_error, reg_strength=strength, **settings)
         return learner.meta_grad(params, task, KEY, 0)[0]
 
-    grads = jit(jax.vmap(meta_grad))(jnp.array([reg_strength, 2 * reg_strength]))
+    grads = jax.jit(jax.vmap(meta_grad))(jnp.array([reg_strength, 2 * reg_strength]))
     assert relative_error(jax.tree.map(lambda g: g[0], grads), expected) < 1e-10
-    doubled = jit(lambda: meta_grad(2 * reg_strength))()
+    doubled = jax.jit(lambda: meta_grad(2 * reg_strength))()
     assert relative_error(jax.tree.map(lambda g: g[1], grads), doubled) < 1e-10
 
 
@@ -225,7 +224,7 @@ def make_reference(network, loss_fn, x, y, fast, reg_strength):
     half = len(x) // 2
     x, y = jnp.asarray(x), jnp.asarray(y)
     task = Task(Batch(x[:half], y[:half]), Batch(x[half:], y[half:]))
-    params = jit(network.init)(jax.random.key(2), x)
+    params = jax.jit(network.init)(jax.random.key(2), x)
     params = jax.tree.map(lambda p: p.astype(jnp.float64), params)
     mask = jax.tree_util.tree_map_with_path(
         lambda path, p: jnp.full(
@@ -268,7 +267,7 @@ REFERENCES = {
 def reference_and_dense(name):
     """`(Reference, Dense)`; call with float64 enabled."""
     reference = REFERENCES[name]()
-    return reference, jit(reference.dense)()
+    return reference, jax.jit(reference.dense)()
 
 
 SOLVES = {
@@ -293,7 +292,7 @@ def solved(request, x64_module):
         **INNER,
         **EXACT[SOLVES[request.param]],
     )
-    grads, info = jit(learner.meta_grad)(reference.params, reference.task, KEY, 0)
+    grads, info = jax.jit(learner.meta_grad)(reference.params, reference.task, KEY, 0)
     return reference, dense, grads, info
 
 
@@ -329,7 +328,7 @@ def test_gauss_newton(name, solve):
     """Against the assembled `lambda (lambda I + J^T S J)^-1 v`."""
     reference, dense = reference_and_dense(name)
     learner = imaml(reference.network, reference.loss_fn, reg_strength=2.0, **INNER, **EXACT[solve])
-    grads, info = jit(learner.meta_grad)(reference.params, reference.task, KEY, 0)
+    grads, info = jax.jit(learner.meta_grad)(reference.params, reference.task, KEY, 0)
     unravel = ravel_pytree(reference.params)[1]
     support = reference.task.support
 
@@ -343,7 +342,7 @@ def test_gauss_newton(name, solve):
         matrix = jacobian.T @ curvature @ jacobian + 2.0 * jnp.eye(adapted.size)
         return 2.0 * jnp.linalg.solve(matrix, jax.grad(reference.query_loss)(adapted))
 
-    assert relative_error(grads, jit(expected)()) < 1e-8
+    assert relative_error(grads, jax.jit(expected)()) < 1e-8
     assert info.solve_residual < 1e-9
 
 
@@ -371,7 +370,7 @@ def test_custom_argmin_gives_every_derivative(name, finite_differences):
         return reference.query_loss(flat.at[where].set(adapted))
 
     moved = dense.adapted[where] - reference.flat[where]
-    grads, by_strength = jit(jax.grad(meta_loss, (0, 1)))(reference.flat, reference.strengths)
+    grads, by_strength = jax.jit(jax.grad(meta_loss, (0, 1)))(reference.flat, reference.strengths)
     assert relative_error(grads, dense.grads) < 1e-8
     assert relative_error(by_strength, -moved * dense.u) < 1e-8
     slopes = finite_differences(
@@ -401,7 +400,7 @@ def test_custom_argmin_in_a_scalar_and_in_a_tree_strength(finite_differences):
 
     by_coordinate = -(dense.adapted - reference.flat) * dense.u
     by_leaf = jax.tree.map(jnp.sum, ravel_pytree(reference.params)[1](by_coordinate))
-    gradient = jit(jax.grad(meta_loss, (0, 1)))
+    gradient = jax.jit(jax.grad(meta_loss, (0, 1)))
 
     scalar, by_params = gradient(2.0, reference.params)
     np.testing.assert_allclose(scalar, by_coordinate.sum(), rtol=1e-8)
@@ -453,7 +452,7 @@ def test_the_strength_is_learned_by_its_logarithm(granularity, finite_difference
     logs = jax.tree.map(jnp.log, jax.tree.map(jnp.float64, start_at))
     jax.tree.map(np.testing.assert_array_equal, start.log_reg_strength, logs)
     meta_params = start._replace(params=reference.params)
-    grads, _ = jit(learner.meta_grad)(meta_params, reference.task, KEY, 0)
+    grads, _ = jax.jit(learner.meta_grad)(meta_params, reference.task, KEY, 0)
     assert jax.tree.structure(grads) == jax.tree.structure(meta_params)
     assert relative_error(grads.params, dense.grads) < 1e-8
     assert relative_error(grads.log_reg_strength, expected) < 1e-8
@@ -486,7 +485,7 @@ def test_an_adaptive_meta_gradient_is_as_exact_as_asked(name):
             max_rounds=100,
             **ADAPTIVE,
         )
-        grads, info = jit(learner.meta_grad)(reference.params, reference.task, KEY, 0)
+        grads, info = jax.jit(learner.meta_grad)(reference.params, reference.task, KEY, 0)
         assert relative_error(grads, dense.grads) <= info.gradient_error <= accuracy
         rounds.append(int(info.num_rounds))
     assert 1 <= rounds[0] < rounds[1] < 100
@@ -501,8 +500,10 @@ def test_one_round_tells_the_error_of_fixed_step_counts():
     reference, dense = reference_and_dense("mlp")
     make = partial(imaml, reference.network, reference.loss_fn, reg_strength=2.0)
     settings = {**ADAPTIVE, "num_steps": 10}
-    fixed, fixed_info = jit(make(**settings).meta_grad)(reference.params, reference.task, KEY, 0)
-    told, info = jit(make(**settings, accuracy=1e-3, max_rounds=1).meta_grad)(
+    fixed, fixed_info = jax.jit(make(**settings).meta_grad)(
+        reference.params, reference.task, KEY, 0
+    )
+    told, info = jax.jit(make(**settings, accuracy=1e-3, max_rounds=1).meta_grad)(
         reference.params, reference.task, KEY, 0
     )
     error = relative_error(fixed, dense.grads)
@@ -543,7 +544,7 @@ def test_the_error_is_that_of_the_gradient_that_is_returned(strength):
         )
         start = learner.init(KEY, reference.task.support.inputs)
         meta_params = start._replace(params=reference.params)
-        return jit(learner.meta_grad)(meta_params, reference.task, KEY, 0)
+        return jax.jit(learner.meta_grad)(meta_params, reference.task, KEY, 0)
 
     exact, _ = grads(1e-10, 500)
     found, info = grads(0.3, 500)
@@ -563,7 +564,7 @@ def test_an_adaptive_meta_gradient_in_the_learned_strength():
     )
     start = learner.init(KEY, reference.task.support.inputs)
     meta_params = start._replace(params=reference.params)
-    grads, info = jit(learner.meta_grad)(meta_params, reference.task, KEY, 0)
+    grads, info = jax.jit(learner.meta_grad)(meta_params, reference.task, KEY, 0)
     expected = -2.0 * jnp.dot(dense.adapted - reference.flat, dense.u)
     assert info.missed_accuracy == 0
     assert relative_error(grads.params, dense.grads) < 1e-6
@@ -581,11 +582,11 @@ def test_adaptation_follows_the_learned_strength():
 
     def adapted(learner, log_strength):
         changed = meta_params._replace(log_reg_strength=jnp.log(log_strength))
-        return jit(learner.adapt)(changed, reference.task.support, KEY)[0].params
+        return jax.jit(learner.adapt)(changed, reference.task.support, KEY)[0].params
 
     for strength in (0.5, 2.0):
         fixed = imaml(reference.network, reference.loss_fn, reg_strength=strength, **INNER)
-        expected = jit(fixed.adapt)(reference.params, reference.task.support, KEY)[0].params
+        expected = jax.jit(fixed.adapt)(reference.params, reference.task.support, KEY)[0].params
         assert relative_error(adapted(learner, strength), expected) < 1e-10
     at_test = make(reg_strength=2.0, eval_reg_strength=0.5)
     assert relative_error(adapted(at_test, 2.0), adapted(learner, 0.5)) < 1e-10
@@ -607,9 +608,9 @@ def test_a_long_unroll_of_the_same_objective():
         return reference.query_loss(jax.lax.scan(step, anchor, length=400)[0])
 
     # test_dense_solve compares the library with the same dense solve
-    assert relative_error(jit(jax.grad(unrolled))(reference.flat), dense.grads) < 1e-8
+    assert relative_error(jax.jit(jax.grad(unrolled))(reference.flat), dense.grads) < 1e-8
     plain = maml(reference.network, mean_squared_error, inner=INNER["inner"], num_steps=20)
-    other, _ = jit(plain.meta_grad)(reference.params, reference.task, KEY, 0)
+    other, _ = jax.jit(plain.meta_grad)(reference.params, reference.task, KEY, 0)
     assert (
         relative_error(other, dense.grads) > 0.01
     )  # MAML without the proximal term has another limit
@@ -619,7 +620,7 @@ def test_a_strong_pull_gives_first_order_maml():
     """The error falls as `1 / lambda`: cosine and ratio of the norms tend to 1."""
     reference, dense = reference_and_dense("mlp")
     unmoved = fomaml(reference.network, mean_squared_error, inner=optax.sgd(1e-12), num_steps=1)
-    expected, _ = jit(unmoved.meta_grad)(reference.params, reference.task, KEY, 0)
+    expected, _ = jax.jit(unmoved.meta_grad)(reference.params, reference.task, KEY, 0)
     errors = []
     for strength in (1e3, 1e5):
         learner = imaml(
@@ -630,7 +631,7 @@ def test_a_strong_pull_gives_first_order_maml():
             reg_strength=strength,
             **EXACT["steihaug"],
         )
-        grads, info = jit(learner.meta_grad)(reference.params, reference.task, KEY, 0)
+        grads, info = jax.jit(learner.meta_grad)(reference.params, reference.task, KEY, 0)
         errors.append(relative_error(grads, expected))
         assert abs(1 - info.cosine) < 10 / strength
         assert abs(1 - optax.tree.norm(grads) / optax.tree.norm(expected)) < 10 / strength
@@ -646,7 +647,7 @@ def test_info_tells_an_unsolved_inner_problem_and_an_unsolved_system():
         num_steps=3,
         solve=partial(solve_cg_steihaug, max_steps=1),
     )
-    _, info = jit(learner.meta_grad)(reference.params, reference.task, KEY, 0)
+    _, info = jax.jit(learner.meta_grad)(reference.params, reference.task, KEY, 0)
     assert info.inner_residual > 0.7
     assert info.solve_residual > 1e-3
     assert info.solve_steps == 1
@@ -663,7 +664,7 @@ def test_info_tells_negative_curvature():
         num_steps=1,
         reg_strength=0.5,
     )
-    grads, info = jit(learner.meta_grad)(jnp.array([3.0]), Task(batch, batch), KEY, 0)
+    grads, info = jax.jit(learner.meta_grad)(jnp.array([3.0]), Task(batch, batch), KEY, 0)
     assert info.min_curvature < 0
     assert info.solve_residual == 1
     assert jnp.isfinite(grads).all()
@@ -680,9 +681,9 @@ def test_adapt_uses_the_evaluation_settings():
         eval_num_steps=4,
         eval_reg_strength=0,
     )
-    adapted, info = jit(learner.adapt)(reference.params, reference.task.support, KEY)
+    adapted, info = jax.jit(learner.adapt)(reference.params, reference.task.support, KEY)
     flat = reference.flat
-    gradient = jit(jax.grad(reference.support_loss))
+    gradient = jax.jit(jax.grad(reference.support_loss))
     for _ in range(4):
         flat = flat - 0.1 * gradient(flat)
     assert relative_error(adapted.params, flat) < 1e-12
@@ -693,13 +694,13 @@ def test_memory_does_not_grow_with_the_inner_steps():
     network = mlp([64, 1])
     inputs = jnp.ones((100, 3))
     task = Task(Batch(inputs, inputs[:, :1]), Batch(inputs, inputs[:, :1]))
-    params = jit(network.init)(KEY, inputs)
+    params = jax.jit(network.init)(KEY, inputs)
 
     def temp_bytes(factory, num_steps, **settings):
         learner = factory(
             network, mean_squared_error, inner=optax.sgd(0.1), num_steps=num_steps, **settings
         )
-        compiled = jit(learner.meta_grad).lower(params, task, KEY, 0).compile()
+        compiled = jax.jit(learner.meta_grad).lower(params, task, KEY, 0).compile()
         return compiled.memory_analysis().temp_size_in_bytes
 
     few, many = (temp_bytes(imaml, n) for n in (4, 64))

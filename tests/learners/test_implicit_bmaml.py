@@ -29,7 +29,6 @@ from imaml_jax import (
 )
 from imaml_jax.networks import Network
 from tests.learners.conftest import relative_error
-from tests.programs import jit
 
 pytestmark = pytest.mark.usefixtures("x64_module")
 
@@ -112,8 +111,8 @@ def test_one_particle_is_imaml(task):
     )
     single = NETWORK.init(KEY, task.support.inputs)
     params = {n: p[None] for n, p in single.items()}
-    grads, info = jit(one.meta_grad)(params, task, KEY, 0)
-    expected, expected_info = jit(learner.meta_grad)(single, task, KEY, 0)
+    grads, info = jax.jit(one.meta_grad)(params, task, KEY, 0)
+    expected, expected_info = jax.jit(learner.meta_grad)(single, task, KEY, 0)
     assert relative_error(grads, expected) < 1e-9
     np.testing.assert_allclose(info.query_loss, expected_info.query_loss, rtol=1e-12)
     np.testing.assert_allclose(info.support_loss, N * expected_info.support_loss, rtol=1e-12)
@@ -121,7 +120,7 @@ def test_one_particle_is_imaml(task):
 
 def test_dense_solve_custom_root_and_unrolling(task, params):
     learner = make()
-    grads, info = jit(learner.meta_grad)(params, task, KEY, 0)
+    grads, info = jax.jit(learner.meta_grad)(params, task, KEY, 0)
     assert info.inner_residual < 1e-10 and info.solve_residual < 1e-10
     objective = svgd_objective(
         lambda p, anchors: log_densities(p, anchors, task.support), bandwidth=3.0
@@ -137,18 +136,18 @@ def test_dense_solve_custom_root_and_unrolling(task, params):
         root = custom_root(lambda p, a: direction(p, a, task.support), exact_gmres)(settle)
         return query_loss(root(anchors, anchors), task.query)
 
-    assert relative_error(grads, jit(jax.grad(unrolled))(params)) < 1e-9
-    assert relative_error(grads, jit(jax.grad(rooted))(params)) < 1e-9
+    assert relative_error(grads, jax.jit(jax.grad(unrolled))(params)) < 1e-9
+    assert relative_error(grads, jax.jit(jax.grad(rooted))(params)) < 1e-9
 
     flat, unravel = ravel_pytree(params)
-    root = ravel_pytree(jit(settle)(params, params))[0]
+    root = ravel_pytree(jax.jit(settle)(params, params))[0]
 
     def flat_direction(p, anchors):
         return ravel_pytree(direction(unravel(p), unravel(anchors), task.support))[0]
 
-    a, b = jit(jax.jacfwd(flat_direction, argnums=(0, 1)))(root, flat)
+    a, b = jax.jit(jax.jacfwd(flat_direction, argnums=(0, 1)))(root, flat)
     assert jnp.abs(a - a.T).max() > 0.01 * jnp.abs(a).max()
-    v = jit(jax.grad(lambda p: query_loss(unravel(p), task.query)))(root)
+    v = jax.jit(jax.grad(lambda p: query_loss(unravel(p), task.query)))(root)
     expected = -b.T @ np.linalg.solve(a.T, v)
     assert relative_error(grads, unravel(expected)) < 1e-9
 
@@ -163,7 +162,7 @@ def test_finite_differences_with_slow_parameters_and_a_prior(
     learner = make(fast=is_head, posterior=prior, bandwidth=bandwidth, meta_loss=meta_loss)
     params = learner.init(jax.random.key(2), task.support.inputs)
     flat, unravel = ravel_pytree(params)
-    grads, info = jit(learner.meta_grad)(params, task, KEY, 0)
+    grads, info = jax.jit(learner.meta_grad)(params, task, KEY, 0)
     assert info.inner_residual < 1e-9
 
     def loss(x):
@@ -182,7 +181,7 @@ def test_finite_differences_with_slow_parameters_and_a_prior(
 
 def test_what_is_not_solved_is_reported(task, params):
     loose = make(num_steps=3, solve=partial(solve_gmres, restart=2, max_restarts=1))
-    _, info = jit(loose.meta_grad)(params, task, KEY, 0)
+    _, info = jax.jit(loose.meta_grad)(params, task, KEY, 0)
     assert 1e-3 < info.inner_residual < 1
     assert 1e-3 < info.solve_residual < 1
 
@@ -191,7 +190,7 @@ def test_the_preconditioner_leaves_the_gradient(task):
     make_one = partial(make, posterior=learned_precisions(noise_precision=2.0), bandwidth=None)
     params = make_one().init(jax.random.key(2), task.support.inputs)
     with_it, without = (
-        jit(make_one(inner=optax.sgd(0.02), precondition=p).meta_grad)(params, task, KEY, 0)
+        jax.jit(make_one(inner=optax.sgd(0.02), precondition=p).meta_grad)(params, task, KEY, 0)
         for p in (True, False)
     )
     assert max(with_it[1].solve_residual, without[1].solve_residual) < 1e-10
@@ -220,7 +219,7 @@ def test_the_preconditioner_is_the_inverse_for_heads_far_apart(task, loss_fn, pr
     params = learner.init(jax.random.key(2), task.support.inputs)
     shape = (M, 2, 2 if labels else 1)
     params = params | {"head": jax.random.normal(jax.random.key(3), shape)}
-    _, info = jit(learner.meta_grad)(params, task, KEY, 0)
+    _, info = jax.jit(learner.meta_grad)(params, task, KEY, 0)
     if precondition:
         assert info.solve_residual < 1e-11  # rounding, which processors differ in
     else:
@@ -243,7 +242,7 @@ def test_permuting_the_particles_permutes_the_gradient(task):
     params = learner.init(jax.random.key(2), task.support.inputs)
     order = jnp.array([2, 0, 1])
     permuted = {**params, "head": params["head"][order]}
-    meta_grad = jit(learner.meta_grad)
+    meta_grad = jax.jit(learner.meta_grad)
     expected, _ = meta_grad(params, task, KEY, 0)
     actual, _ = meta_grad(permuted, task, KEY, 0)
     assert relative_error(actual, {**expected, "head": expected["head"][order]}) < 1e-9

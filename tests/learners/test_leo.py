@@ -15,7 +15,6 @@ from jax.flatten_util import ravel_pytree
 from imaml_jax import Batch, Task, cross_entropy, leo
 from imaml_jax.bilevel.inner import minimize
 from imaml_jax.training.metrics import accuracy
-from tests.programs import jit
 
 leo_module = importlib.import_module("imaml_jax.learners.leo")
 WAYS, SHOTS, WIDTH, LATENTS = 3, 2, 4, 2
@@ -161,9 +160,9 @@ def test_the_relation_network_is_its_loops_and_permutes_with_the_classes(params)
 
 def test_adaptation_is_the_calculation_with_loops(params, task):
     learner = make()
-    adapted, info = jit(learner.adapt)(params, task.support, KEY)
+    adapted, info = jax.jit(learner.adapt)(params, task.support, KEY)
     zeros = {name: 0.0 for name in PENALTIES if name != "dropout"}
-    _, (expected, _) = jit(partial(reference, noise=None, **zeros))(params, task)
+    _, (expected, _) = jax.jit(partial(reference, noise=None, **zeros))(params, task)
     np.testing.assert_allclose(learner.predict(adapted, task.query.inputs), expected, rtol=1e-9)
     assert info.support_loss < WAYS * SHOTS * np.log(WAYS)
 
@@ -173,10 +172,10 @@ def test_the_meta_gradient_is_that_of_the_calculation_with_loops(params, task, n
     if noise is not None:
         monkeypatch.setattr(jax.random, "normal", noise)
     learner = make(**PENALTIES, stochastic=noise is not None)
-    grads, info = jit(learner.meta_grad)(params, task, KEY, 0)
+    grads, info = jax.jit(learner.meta_grad)(params, task, KEY, 0)
     penalties = {name: weight for name, weight in PENALTIES.items() if name != "dropout"}
     value = partial(reference, noise=noise, **penalties)
-    of_loops = jit(jax.value_and_grad(value, has_aux=True))
+    of_loops = jax.jit(jax.value_and_grad(value, has_aux=True))
     (loss, (logits, kl)), expected = of_loops(params, task)
     assert_trees_close(grads, expected)
     query_loss = cross_entropy(logits, task.query.targets)
@@ -192,7 +191,7 @@ def test_the_meta_gradient_is_that_of_the_calculation_with_loops(params, task, n
 def plain(params, task):
     """A learner with dropout, samples and no penalties, and its meta-gradient."""
     learner = make(**NO_PENALTIES | {"dropout": 0.3})
-    return learner, jit(learner.meta_grad)(params, task, KEY, 0)[0]
+    return learner, jax.jit(learner.meta_grad)(params, task, KEY, 0)[0]
 
 
 def test_finite_differences_in_every_tensor(params, task, plain, finite_differences):
@@ -210,7 +209,7 @@ def test_the_meta_gradient_is_not_of_first_order(params, task, plain, monkeypatc
     exact = leo_module.descent
     stop = optax.stateless(lambda grads, _: lax.stop_gradient(grads))
     monkeypatch.setattr(leo_module, "descent", lambda rate: optax.chain(stop, exact(rate)))
-    found, _ = jit(lambda *args: plain[0].meta_grad(*args))(params, task, KEY, 0)
+    found, _ = jax.jit(lambda *args: plain[0].meta_grad(*args))(params, task, KEY, 0)
     for name in ("encoder", "relation_0", "decoder", "latent_rate"):
         difference = jnp.linalg.norm(found[name] - plain[1][name])
         assert difference > 0.01 * jnp.linalg.norm(plain[1][name]), name
@@ -218,7 +217,7 @@ def test_the_meta_gradient_is_not_of_first_order(params, task, plain, monkeypatc
 
 def test_the_encoder_penalty_reaches_the_initial_codes_alone(params, task, plain):
     learner = make(**NO_PENALTIES | {"dropout": 0.3, "encoder_penalty": 1.0})
-    grads, _ = jit(learner.meta_grad)(params, task, KEY, 0)
+    grads, _ = jax.jit(learner.meta_grad)(params, task, KEY, 0)
     for name, difference in optax.tree.sub(grads, plain[1]).items():
         if name.startswith(("encoder", "relation")):
             assert jnp.abs(difference).max() > 1e-3, name
@@ -239,20 +238,20 @@ def test_the_kl_keeps_its_digits_in_float32_at_the_least_deviation():
 
 def test_evaluation_is_deterministic_and_training_is_not(params, task, plain):
     learner = make(**PENALTIES | {"dropout": 0.5})
-    adapted = jit(lambda key: learner.adapt(params, task.support, key)[0])
+    adapted = jax.jit(lambda key: learner.adapt(params, task.support, key)[0])
     expected = adapted(jax.random.key(0))
     np.testing.assert_array_equal(adapted(jax.random.key(1)), expected)
-    other, _ = jit(plain[0].adapt)(params, task.support, KEY)
+    other, _ = jax.jit(plain[0].adapt)(params, task.support, KEY)
     np.testing.assert_array_equal(other, expected)  # no dropout, no penalties
     for settings in (dict(dropout=0.5, stochastic=False), dict(dropout=0.0)):
         meta_grad = make(**settings).meta_grad
-        query_loss = jit(lambda key, f=meta_grad: f(params, task, key, 0)[1].query_loss)
+        query_loss = jax.jit(lambda key, f=meta_grad: f(params, task, key, 0)[1].query_loss)
         assert query_loss(jax.random.key(0)) != query_loss(jax.random.key(1)), settings
 
 
 def test_classes_are_interchangeable_and_examples_come_in_any_order(params, task):
     learner = make()
-    predict = jit(
+    predict = jax.jit(
         lambda support: learner.predict(learner.adapt(params, support, KEY)[0], task.query.inputs)
     )
     expected = predict(task.support)
@@ -286,7 +285,7 @@ def test_clusters_are_told_apart_and_shuffled_labels_are_not():
     tx = optax.adam(1e-2)
     params = learner.init(jax.random.key(0), jnp.zeros((1, 16), jnp.float32))
 
-    @jit
+    @jax.jit
     def train(params, key):
         def step(carry, key):
             params, state = carry
@@ -299,7 +298,7 @@ def test_clusters_are_told_apart_and_shuffled_labels_are_not():
 
         return lax.scan(step, (params, tx.init(params)), jax.random.split(key, 60))[0][0]
 
-    @jit
+    @jax.jit
     def score(params, tasks):
         def of_task(task):
             adapted, _ = learner.adapt(params, task.support, KEY)

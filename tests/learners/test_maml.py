@@ -11,7 +11,6 @@ from imaml_jax import Batch, Task, cross_entropy, fomaml, maml, mean_squared_err
 from imaml_jax.learners.base import is_head
 from imaml_jax.networks import Network, conv4, mlp
 from tests.learners.conftest import relative_error
-from tests.programs import jit
 
 pytestmark = pytest.mark.usefixtures("x64_module")
 
@@ -25,7 +24,7 @@ def problem(x64_module):
     network = mlp([3, 1], activation=jnp.tanh, kernel_init=jax.nn.initializers.glorot_uniform())
     x = np.random.default_rng(1).normal(size=(12, 2))
     y = np.sin(2 * x[:, :1]) + x[:, 1:]
-    params = jit(network.init)(jax.random.key(2), x)
+    params = jax.jit(network.init)(jax.random.key(2), x)
     params = jax.tree.map(lambda p: p.astype(jnp.float64), params)
     task = Task(Batch(x[:6], y[:6]), Batch(x[6:], y[6:]))
     return network, params, jax.tree.map(jnp.asarray, task)
@@ -63,8 +62,8 @@ def test_finite_differences_and_an_unrolled_loop(problem, finite_differences, fa
     learner = maml(
         network, mean_squared_error, inner=optax.sgd(RATE), num_steps=3, fast=fast, remat=False
     )
-    grads, info = jit(learner.meta_grad)(params, task, KEY, 0)
-    value, expected = jit(jax.value_and_grad(meta_loss))(params)
+    grads, info = jax.jit(learner.meta_grad)(params, task, KEY, 0)
+    value, expected = jax.jit(jax.value_and_grad(meta_loss))(params)
     assert relative_error(grads, expected) < 1e-12
     np.testing.assert_allclose(info.query_loss, value, rtol=1e-12)
     slopes = finite_differences(lambda x: meta_loss(unravel(x)), flat)
@@ -75,13 +74,13 @@ def test_finite_differences_and_an_unrolled_loop(problem, finite_differences, fa
 def test_first_order_is_the_query_gradient_at_the_adapted_parameters(problem, fast, adapted):
     network, params, task = problem
     learner = fomaml(network, mean_squared_error, inner=optax.sgd(RATE), num_steps=3, fast=fast)
-    grads, _ = jit(learner.meta_grad)(params, task, KEY, 0)
+    grads, _ = jax.jit(learner.meta_grad)(params, task, KEY, 0)
 
     def expected(params):
         after = adapt_by_hand(network, params, task.support, 3, adapted)
         return jax.grad(lambda p: query_loss(network, p, task))(after)
 
-    assert relative_error(grads, jit(expected)(params)) < 1e-12
+    assert relative_error(grads, jax.jit(expected)(params)) < 1e-12
 
 
 @pytest.mark.parametrize(
@@ -96,7 +95,7 @@ def test_other_inner_transforms_against_finite_differences(problem, finite_diffe
         adapted, _ = learner.adapt(unravel(x), task.support, KEY)
         return query_loss(network, adapted.params, task)
 
-    grads, _ = jit(learner.meta_grad)(params, task, KEY, 0)
+    grads, _ = jax.jit(learner.meta_grad)(params, task, KEY, 0)
     assert relative_error(grads, finite_differences(meta_loss, flat)) < 1e-5
 
 
@@ -105,7 +104,7 @@ def test_norm_parameters_that_are_not_adapted_are_meta_learned(finite_difference
     network = conv4(2, filters=2, num_blocks=1, activation=jnp.tanh)
     x, y = jnp.asarray(np.random.default_rng(1).normal(size=(8, 4, 4, 1))), jnp.arange(4) % 2
     task = Task(Batch(x[:4], y), Batch(x[4:], y))
-    params = jit(network.init)(jax.random.key(2), x)
+    params = jax.jit(network.init)(jax.random.key(2), x)
     params = jax.tree.map(lambda p: p.astype(jnp.float64) + 0.1, params)
     learner = maml(
         network,
@@ -115,7 +114,7 @@ def test_norm_parameters_that_are_not_adapted_are_meta_learned(finite_difference
         fast=lambda path: "scale" not in path and "offset" not in path,
     )
     flat, unravel = ravel_pytree(params)
-    grads, _ = jit(learner.meta_grad)(params, task, KEY, 0)
+    grads, _ = jax.jit(learner.meta_grad)(params, task, KEY, 0)
 
     def meta_loss(x):
         adapted, _ = learner.adapt(unravel(x), task.support, KEY)
@@ -128,7 +127,7 @@ def test_norm_parameters_that_are_not_adapted_are_meta_learned(finite_difference
 def test_remat_changes_nothing(problem):
     network, params, task = problem
     results = [
-        jit(
+        jax.jit(
             maml(
                 network, mean_squared_error, inner=optax.sgd(RATE), num_steps=4, remat=remat
             ).meta_grad
@@ -144,7 +143,7 @@ def test_one_step_on_a_quadratic_is_a_product_with_one_minus_rate_times_hessian(
     network = Network(lambda key, inputs: w, lambda p, inputs: inputs @ p)
     learner = maml(network, mean_squared_error, inner=optax.sgd(RATE), num_steps=1)
     task = jax.tree.map(jnp.asarray, Task(Batch(x, y), Batch(z, t)))
-    grads, _ = jit(learner.meta_grad)(jnp.asarray(w), task, KEY, 0)
+    grads, _ = jax.jit(learner.meta_grad)(jnp.asarray(w), task, KEY, 0)
     hessian = 2 / 6 * x.T @ x
     adapted = w - RATE * 2 / 6 * x.T @ (x @ w - y)
     v = 2 / 5 * z.T @ (z @ adapted - t)
@@ -156,7 +155,7 @@ def test_a_perfect_fit_of_the_support_set_gives_finite_gradients(problem):
     network, params, task = problem
     fitted = Batch(task.support.inputs, network.apply(params, task.support.inputs))
     learner = maml(network, mean_squared_error, inner=optax.sgd(RATE), num_steps=2)
-    grads, info = jit(learner.meta_grad)(params, Task(fitted, task.query), KEY, 0)
+    grads, info = jax.jit(learner.meta_grad)(params, Task(fitted, task.query), KEY, 0)
     assert jnp.isfinite(ravel_pytree(grads)[0]).all()
     assert jnp.isfinite(info.inner_residual)
 
@@ -166,8 +165,8 @@ def test_adapt_uses_the_evaluation_settings(problem):
     learner = maml(
         network, mean_squared_error, inner=optax.sgd(RATE), num_steps=1, eval_num_steps=4
     )
-    adapted, info = jit(learner.adapt)(params, task.support, KEY)
-    expected = jit(lambda p: adapt_by_hand(network, p, task.support, 4))(params)
+    adapted, info = jax.jit(learner.adapt)(params, task.support, KEY)
+    expected = jax.jit(lambda p: adapt_by_hand(network, p, task.support, 4))(params)
     assert relative_error(adapted.params, expected) < 1e-12
     outputs = network.apply(expected, task.support.inputs)
     np.testing.assert_allclose(info.support_loss, jnp.mean((outputs - task.support.targets) ** 2))

@@ -15,7 +15,6 @@ from imaml_jax.learners.base import combine, is_norm, partition
 from imaml_jax.learners.mamlpp import LearnedRates, multi_step_weights
 from imaml_jax.networks import Network
 from tests.learners.conftest import relative_error
-from tests.programs import jit
 
 pytestmark = pytest.mark.usefixtures("x64_module")
 
@@ -110,7 +109,7 @@ def test_with_everything_off_it_is_maml(problem, first_order):
         adapted, _ = learner.adapt(params, task.support, KEY)
         return grads, info[:2], updates, learner.predict(adapted, task.query.inputs)
 
-    found, expected = (jit(partial(step, learner))(params) for learner in (off, plain))
+    found, expected = (jax.jit(partial(step, learner))(params) for learner in (off, plain))
     assert relative_error(found, expected) < 1e-12
 
 
@@ -128,8 +127,10 @@ def test_learned_rates_begin_at_the_given_one(problem):
     start = learner.init(KEY, task.support.inputs)
     assert {x.shape for x in jax.tree.leaves(start.rates)} == {(1,)}
     assert len(jax.tree.leaves(start.rates)) == 3  # two kernels and a bias
-    adapted = jit(learner.adapt)(start, task.support, KEY)[0].params
-    expected = jit(plain.adapt)(plain.init(KEY, task.support.inputs), task.support, KEY)[0].params
+    adapted = jax.jit(learner.adapt)(start, task.support, KEY)[0].params
+    expected = jax.jit(plain.adapt)(plain.init(KEY, task.support.inputs), task.support, KEY)[
+        0
+    ].params
     assert relative_error(adapted, expected) < 1e-12
 
 
@@ -144,9 +145,9 @@ def test_the_loss_is_that_of_a_loop_and_the_gradient_its_own(problem, moved):
         epoch_length=5,
         remat=False,
     )
-    meta_grad = jit(learner.meta_grad)
-    of_loop = jit(jax.value_and_grad(lambda m, weights: loop(network, m, task, weights)))
-    adapted, _ = jit(learner.adapt)(moved, task.support, KEY)
+    meta_grad = jax.jit(learner.meta_grad)
+    of_loop = jax.jit(jax.value_and_grad(lambda m, weights: loop(network, m, task, weights)))
+    adapted, _ = jax.jit(learner.adapt)(moved, task.support, KEY)
     last = cross_entropy(learner.predict(adapted, task.query.inputs), task.query.targets)
     for step in (0, 7, 10, 25):  # at 10, after two epochs of five, only the last loss counts
         grads, info = meta_grad(moved, task, KEY, step)
@@ -163,7 +164,7 @@ def test_finite_differences_in_parameters_rates_scales_and_offsets(
 ):
     network, _, task = problem
     learner = mamlpp(network, cross_entropy, inner_rate=RATE, num_steps=STEPS)
-    grads, _ = jit(learner.meta_grad)(moved, task, KEY, 0)
+    grads, _ = jax.jit(learner.meta_grad)(moved, task, KEY, 0)
     flat, unravel = ravel_pytree(moved)
     slopes = finite_differences(
         lambda x: loop(network, unravel(x), task, [1 / STEPS] * STEPS), flat
@@ -179,8 +180,8 @@ def test_first_order_epochs_cut_the_inner_gradients_but_not_the_rates(problem, m
     network, _, task = problem
     make = partial(mamlpp, network, cross_entropy, inner_rate=RATE, num_steps=STEPS)
     first = make(first_order_epochs=2, epoch_length=5, multi_step_epochs=0)
-    early, late = (jit(first.meta_grad)(moved, task, KEY, step)[0] for step in (9, 10))
-    second = jit(make(multi_step_epochs=0).meta_grad)(moved, task, KEY, 0)[0]
+    early, late = (jax.jit(first.meta_grad)(moved, task, KEY, step)[0] for step in (9, 10))
+    second = jax.jit(make(multi_step_epochs=0).meta_grad)(moved, task, KEY, 0)[0]
     assert relative_error(late, second) < 1e-12
     assert relative_error(early, second) > 1e-2
     assert all(jnp.abs(x).min() > 0 for x in jax.tree.leaves(early.rates))

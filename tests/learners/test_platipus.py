@@ -28,7 +28,6 @@ from imaml_jax.learners.base import is_head
 from imaml_jax.learners.platipus import Gaussian, kl_divergence
 from imaml_jax.networks import conv4, mlp
 from tests.learners.conftest import relative_error
-from tests.programs import jit
 
 pytestmark = pytest.mark.usefixtures("x64_module")
 
@@ -60,7 +59,7 @@ def problem(x64_module):
         init=lambda key, x, init=network.init: jax.tree.map(jnp.float64, init(key, x))
     )
     learner = platipus(network, mean_squared_error, **settings)
-    params = jit(learner.init)(jax.random.key(2), x)
+    params = jax.jit(learner.init)(jax.random.key(2), x)
     params = jax.tree.map(lambda p: p + 0.1 * rng.normal(size=p.shape), params)
     return network, params, task
 
@@ -134,14 +133,14 @@ def test_the_loss_written_out_and_finite_differences(problem, variant):
     network, params, task = problem
     own, adaptation, tolerance = VARIANTS[variant]
     learner = platipus(network, mean_squared_error, **(settings | own))
-    grads, info = jit(learner.meta_grad)(params, task, KEY, 0)
+    grads, info = jax.jit(learner.meta_grad)(params, task, KEY, 0)
 
     flat, unravel = ravel_pytree(params)
 
     def loss(x):
         return training_loss(network, unravel(x), task, adaptation)
 
-    loss = jit(jax.value_and_grad(loss, has_aux=True))
+    loss = jax.jit(jax.value_and_grad(loss, has_aux=True))
     (value, (query_loss, kl)), expected = loss(flat)
     np.testing.assert_allclose([info.query_loss, info.kl_divergence], [query_loss, kl], rtol=1e-9)
     np.testing.assert_allclose(info.meta_loss, value, rtol=1e-9)
@@ -168,10 +167,10 @@ def test_the_loss_written_out_and_finite_differences(problem, variant):
 def test_without_variance_it_is_its_adaptation(problem, own, same):
     network, params, task = problem
     learner = platipus(network, mean_squared_error, **(settings | own | degenerate))
-    params = jit(learner.init)(KEY, task.support.inputs)._replace(mean=params.mean)
+    params = jax.jit(learner.init)(KEY, task.support.inputs)._replace(mean=params.mean)
     same = same(network, mean_squared_error)
 
-    @jit
+    @jax.jit
     def outcome(params):
         results = []
         for each, p in ((learner, params), (same, params.mean)):
@@ -221,7 +220,7 @@ def test_test_time_is_a_loop_over_samples_of_the_prior(problem):
     learner = platipus(network, mean_squared_error, **settings, eval_num_steps=5)
     averaging = platipus(network, mean_squared_error, **(settings | dict(average=mean_outputs)))
 
-    @jit
+    @jax.jit
     def actual_and_expected(params):
         adapted, info = learner.adapt(params, task.support, KEY)
         outputs, mean = (each.predict(adapted, task.query.inputs) for each in (learner, averaging))
@@ -241,7 +240,7 @@ def test_training_sees_the_posterior_and_testing_the_prior(problem):
     network, params, task = problem
     learner = platipus(network, mean_squared_error, **settings)
 
-    @jit
+    @jax.jit
     def outcome(params, key):
         adapted, _ = learner.adapt(params, task.support, key)
         _, info = learner.meta_grad(params, task, key, 0)
@@ -268,9 +267,9 @@ def test_training_sees_the_posterior_and_testing_the_prior(problem):
 def test_only_fast_parameters_are_random(problem):
     network, params, task = problem
     learner = platipus(network, mean_squared_error, **settings, fast=is_head)
-    params = jit(learner.init)(KEY, task.support.inputs)._replace(mean=params.mean)
+    params = jax.jit(learner.init)(KEY, task.support.inputs)._replace(mean=params.mean)
     assert ravel_pytree(params.log_prior_variance)[0].size == 4
-    adapted, _ = jit(learner.adapt)(params, task.support, KEY)
+    adapted, _ = jax.jit(learner.adapt)(params, task.support, KEY)
     for after, before in zip(
         *(jax.tree.leaves(x["Dense_0"]) for x in (adapted.params, params.mean)), strict=True
     ):

@@ -10,7 +10,6 @@ from jax.flatten_util import ravel_pytree
 from imaml_jax import Batch, Task, mean_squared_error, reptile
 from imaml_jax.bilevel.inner import mini_batches
 from imaml_jax.networks import Network, mlp
-from tests.programs import jit
 
 pytestmark = pytest.mark.usefixtures("x64_module")
 
@@ -52,7 +51,7 @@ def assert_close(actual, expected):
 def test_the_gradient_is_the_displacement(problem):
     network, params, task = problem
     learner = reptile(network, mean_squared_error, inner=ADAM, num_steps=7)
-    grads, info = jit(learner.meta_grad)(params, task, KEY, 0)
+    grads, info = jax.jit(learner.meta_grad)(params, task, KEY, 0)
     expected = adam_by_hand(params, [task.support] * 7)
     assert_close(grads, jax.tree.map(jnp.subtract, params, expected))
     outputs = task.query.inputs @ expected["kernel"] + expected["bias"][None]
@@ -62,7 +61,7 @@ def test_the_gradient_is_the_displacement(problem):
 def test_the_query_set_takes_no_part(problem):
     network, params, task = problem
     learner = reptile(network, mean_squared_error, inner=ADAM, num_steps=2)
-    meta_grad = jit(learner.meta_grad)
+    meta_grad = jax.jit(learner.meta_grad)
     grads, _ = meta_grad(params, task, KEY, 0)
     other = Task(task.support, jax.tree.map(lambda x: x + 1, task.query))
     assert_close(meta_grad(params, other, KEY, 0)[0], grads)
@@ -81,16 +80,16 @@ def test_mini_batches_are_what_the_loop_sees(problem):
     )
 
     def batches(key, num_batches, size):
-        drawn = jit(mini_batches, static_argnums=(2, 3))(key, task.support, num_batches, size)
+        drawn = jax.jit(mini_batches, static_argnums=(2, 3))(key, task.support, num_batches, size)
         return list(zip(*map(np.asarray, drawn), strict=True))
 
-    meta_grad = jit(learner.meta_grad)
+    meta_grad = jax.jit(learner.meta_grad)
     for seed in (1, 2):
         key = jax.random.key(seed)
         grads, _ = meta_grad(params, task, key, 0)
         expected = adam_by_hand(params, batches(key, 5, 4))
         assert_close(grads, jax.tree.map(jnp.subtract, params, expected))
-    adapted, _ = jit(learner.adapt)(params, task.support, KEY)
+    adapted, _ = jax.jit(learner.adapt)(params, task.support, KEY)
     assert_close(adapted.params, adam_by_hand(params, batches(KEY, 3, 2)))
     one, two = (meta_grad(params, task, jax.random.key(s), 0)[0]["bias"] for s in (1, 2))
     assert (one != two).all()
@@ -105,10 +104,10 @@ def test_slow_parameters_stay(problem):
         num_steps=3,
         fast=lambda path: path == "kernel",
     )
-    grads, _ = jit(learner.meta_grad)(params, task, KEY, 0)
+    grads, _ = jax.jit(learner.meta_grad)(params, task, KEY, 0)
     assert (grads["bias"] == 0).all()
     assert (grads["kernel"] != 0).all()
-    adapted, _ = jit(learner.adapt)(params, task.support, KEY)
+    adapted, _ = jax.jit(learner.adapt)(params, task.support, KEY)
     np.testing.assert_array_equal(adapted.params["bias"], params["bias"])
     assert_close(
         ravel_pytree(adapted.params["kernel"] + grads["kernel"])[0], params["kernel"][:, 0]

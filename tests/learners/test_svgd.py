@@ -12,7 +12,6 @@ from jax.flatten_util import ravel_pytree
 from jax.test_util import check_grads
 
 from imaml_jax import median_bandwidth, minimize, svgd_direction, svgd_objective
-from tests.programs import jit
 
 pytestmark = pytest.mark.usefixtures("x64_module")
 
@@ -38,7 +37,7 @@ def direction_by_loops(scores, particles, h, repulsion=1.0):
     def kernel(a, b):
         return jnp.exp(-jnp.sum((a - b) ** 2) / h)
 
-    slope = jit(jax.grad(kernel))
+    slope = jax.jit(jax.grad(kernel))
     total = [
         sum(float(kernel(x[j], x[i])) * s[j] + repulsion * slope(x[j], x[i]) for j in range(len(x)))
         for i in range(len(x))
@@ -141,7 +140,7 @@ def test_the_objective_has_the_directions_gradient_and_its_derivatives():
         return -(jnp.square(p["a"]).sum((1, 2)) ** 2) - jnp.square(p["b"] - offset)
 
     objective = svgd_objective(log_densities, bandwidth=2.0)
-    value, grads = jit(jax.value_and_grad(objective))(particles, offset)
+    value, grads = jax.jit(jax.value_and_grad(objective))(particles, offset)
     np.testing.assert_allclose(value, -log_densities(particles, offset).mean())
 
     def minus_direction(particles, offset):
@@ -154,7 +153,7 @@ def test_the_objective_has_the_directions_gradient_and_its_derivatives():
     np.testing.assert_allclose(rows(grads), rows(minus_direction(particles, offset)), rtol=1e-12)
     tangents = (tree(2, 3), jnp.ones(3))
     actual, expected = (
-        jit(lambda f=f: jax.jvp(f, (particles, offset), tangents)[1])()
+        jax.jit(lambda f=f: jax.jvp(f, (particles, offset), tangents)[1])()
         for f in (jax.grad(objective), minus_direction)
     )
     np.testing.assert_allclose(rows(actual), rows(expected), rtol=1e-11)
@@ -163,7 +162,7 @@ def test_the_objective_has_the_directions_gradient_and_its_derivatives():
 def test_particles_come_to_have_the_mean_and_the_spread_of_a_gaussian():
     objective = svgd_objective(lambda x: -jnp.square(x - 1) / 8)
     start = jnp.linspace(-1.0, 0.0, 20)
-    x, info = jit(lambda x: minimize(objective, x, tx=optax.adam(0.1), num_steps=600))(start)
+    x, info = jax.jit(lambda x: minimize(objective, x, tx=optax.adam(0.1), num_steps=600))(start)
     assert info.relative_residual < 1e-3
     assert float(x.mean()) == pytest.approx(1, abs=1e-3)
     assert float(x.std()) == pytest.approx(2, rel=0.1)

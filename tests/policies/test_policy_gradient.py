@@ -32,7 +32,6 @@ from imaml_jax.policies.navigation import navigation, sample_tasks
 from imaml_jax.policies.problem import Adaptation
 from imaml_jax.policies.returns import Experience, discounted_sums, estimate_advantages
 from imaml_jax.policies.trajectories import Trajectories, mean_return, rollout
-from tests.programs import jit
 
 pytestmark = pytest.mark.usefixtures("x64_module")
 
@@ -142,9 +141,9 @@ def relative(found, expected):
 
 
 def test_the_policy_gradient_is_exact(exact):
-    expected = jit(jax.grad(exact.expected_return))(exact.theta) / HORIZON
+    expected = jax.jit(jax.grad(exact.expected_return))(exact.theta) / HORIZON
     for estimator in ("naive", "lvc", "loaded_dice", "emaml"):
-        grad = jit(jax.grad(partial(surrogate_loss, POLICY, estimator)))
+        grad = jax.jit(jax.grad(partial(surrogate_loss, POLICY, estimator)))
         found = grad(exact.theta, exact.experience(exact.theta))
         np.testing.assert_allclose(found, -expected, rtol=1e-10)
 
@@ -157,17 +156,17 @@ def test_the_derivative_of_an_exact_step(exact):
         step = jax.grad(exact.expected_return)(theta)
         return exact.expected_return(theta + RATE * step)
 
-    expected = jit(jax.grad(after_a_step))(theta)
+    expected = jax.jit(jax.grad(after_a_step))(theta)
     supports = add_axis(exact.experience(theta))
     errors = {}
     stepped = theta + RATE * jax.grad(exact.expected_return)(theta)
     cotangent = jax.grad(exact.expected_return)(stepped)
     for estimator in ("naive", "lvc", "loaded_dice"):
         problem = tabular_problem(estimator)
-        adapted = jit(problem.repeat)(theta, supports)
+        adapted = jax.jit(problem.repeat)(theta, supports)
         np.testing.assert_allclose(adapted, stepped, rtol=1e-10)
         adaptation = Adaptation(supports, adapted, None)
-        found, _ = jit(problem.pull_back)(theta, adaptation, cotangent)
+        found, _ = jax.jit(problem.pull_back)(theta, adaptation, cotangent)
         errors[estimator] = relative(found, expected)
     assert errors["loaded_dice"] < 1e-10
     assert errors["lvc"] < errors["naive"] / 3
@@ -203,7 +202,9 @@ def sampled_objective(exact):
         return -jnp.tensordot(exact.chances(theta), grads, axes=1)
 
     names = ("naive", "lvc", "loaded_dice", "emaml")
-    return jit(jax.grad(objective))(theta), {name: jit(partial(estimate, name))() for name in names}
+    return jax.jit(jax.grad(objective))(theta), {
+        name: jax.jit(partial(estimate, name))() for name in names
+    }
 
 
 def test_the_score_term_makes_the_sampled_objective_exact(sampled_objective):
@@ -224,7 +225,7 @@ def test_sampled_meta_gradients_average_to_the_exact_one(exact, sampled_objectiv
     learner = policy_gradient(tabular_problem("emaml", num_trajectories=1))
     task = Task(exact.tables, exact.tables)
     keys = jax.random.split(KEY, 20_000)
-    grads, info = jit(jax.vmap(lambda k: learner.meta_grad(exact.theta, task, k, 0)))(keys)
+    grads, info = jax.jit(jax.vmap(lambda k: learner.meta_grad(exact.theta, task, k, 0)))(keys)
     error = grads.std(0) / np.sqrt(len(keys))
     assert (jnp.abs(-grads.mean(0) - sampled_objective[0]) < 4 * error).all()
     assert jnp.abs(grads.mean(0)).max() > 10 * error.max()
@@ -251,7 +252,7 @@ def test_the_policy_gradient_of_normal_actions_by_finite_differences():
 
     by_difference = []
     for unit in np.eye(flat.size):
-        forward, backward = (jit(returns)(flat + s * 1e-4 * unit) for s in (1, -1))
+        forward, backward = (jax.jit(returns)(flat + s * 1e-4 * unit) for s in (1, -1))
         by_difference.append((forward - backward) / 2e-4)
 
     def per_trajectory(trajectories):
@@ -262,7 +263,7 @@ def test_the_policy_gradient_of_normal_actions_by_finite_differences():
         grads = jax.vmap(jax.grad(loss), in_axes=(None, 1))(unravel(flat), trajectories)
         return -2 * jnp.concatenate([g.reshape(40_000, -1) for g in jax.tree.leaves(grads)], 1)
 
-    estimates = jit(
+    estimates = jax.jit(
         lambda f: per_trajectory(rollout(environment, policy, unravel(f), 1.0, KEY, 40_000))
     )(flat)
     difference = estimates - jnp.stack(by_difference, axis=1)
@@ -320,7 +321,7 @@ def test_the_contract(name, params, tasks):
     """Of `test_contract.py`, whose learners take a network and a loss."""
     learner = policy_gradient(make_problem(name))
     keys = jax.random.split(KEY, 3)
-    mapped = jit(jax.vmap(learner.meta_grad, in_axes=(None, 0, 0, None)))
+    mapped = jax.jit(jax.vmap(learner.meta_grad, in_axes=(None, 0, 0, None)))
     grads, info = mapped(params, tasks, keys, 0)
     assert jax.tree.structure(grads) == jax.tree.structure(params)
     for g, p in zip(jax.tree.leaves(grads), jax.tree.leaves(params), strict=True):
@@ -349,7 +350,7 @@ def test_the_contract(name, params, tasks):
 @pytest.fixture(scope="module")
 def collect(params, tasks):
     def call(problem):
-        return jit(problem.collect)(params, first(tasks), KEY)
+        return jax.jit(problem.collect)(params, first(tasks), KEY)
 
     return call
 
@@ -358,7 +359,7 @@ def collect(params, tasks):
 def test_the_adaptation_can_be_repeated_from_its_experience(name, params, collect):
     problem = make_problem(name)
     adaptation, _ = collect(problem)
-    assert_close(jit(problem.repeat)(params, adaptation.support), adaptation.params)
+    assert_close(jax.jit(problem.repeat)(params, adaptation.support), adaptation.params)
 
 
 @pytest.mark.parametrize("name", ["maml", "loaded_dice", "imaml"])
@@ -377,11 +378,11 @@ def test_the_derivative_of_the_adaptation(name, params, collect, finite_differen
         return loss(problem.repeat(unravel(flat), adaptation.support))
 
     expected = finite_differences(after, flat)
-    pulled, info = jit(problem.pull_back)(
-        params, adaptation, jit(jax.grad(loss))(adaptation.params)
+    pulled, info = jax.jit(problem.pull_back)(
+        params, adaptation, jax.jit(jax.grad(loss))(adaptation.params)
     )
     np.testing.assert_allclose(ravel_pytree(pulled)[0], expected, rtol=1e-4, atol=1e-7)
-    np.testing.assert_allclose(jit(jax.grad(after))(flat), expected, rtol=1e-4, atol=1e-7)
+    np.testing.assert_allclose(jax.jit(jax.grad(after))(flat), expected, rtol=1e-4, atol=1e-7)
     if name == "imaml":
         assert info.inner_residual < 1e-6 and info.solve_residual < 1e-6
         assert info.min_curvature > 0
@@ -391,11 +392,13 @@ def test_first_order_is_the_query_gradient_and_reptile_the_displacement(params, 
     def gradients(name):
         problem = make_problem(name)
         adaptation, query = collect(problem)
-        grads, _ = jit(partial(meta_gradient, problem))(params, adaptation, query)
+        grads, _ = jax.jit(partial(meta_gradient, problem))(params, adaptation, query)
         return grads, adaptation.params, query
 
     grads, adapted, query = gradients("fomaml")
-    assert_close(grads, jit(jax.grad(partial(surrogate_loss, GAUSSIAN, "naive")))(adapted, query))
+    assert_close(
+        grads, jax.jit(jax.grad(partial(surrogate_loss, GAUSSIAN, "naive")))(adapted, query)
+    )
     grads, adapted, _ = gradients("reptile")
     assert_close(grads, jax.tree.map(jnp.subtract, params, adapted))
 
@@ -403,10 +406,10 @@ def test_first_order_is_the_query_gradient_and_reptile_the_displacement(params, 
 def test_inner_steps_by_a_loop(params, tasks):
     """Each has new trajectories, and evaluation its own settings."""
     problem = make_problem("maml", eval_num_steps=3, eval_num_trajectories=5)
-    adaptation = jit(problem.adapt)(params, tasks.support[0], KEY)
+    adaptation = jax.jit(problem.adapt)(params, tasks.support[0], KEY)
     assert adaptation.support.advantages.shape == (3, 6, 5)
 
-    @jit
+    @jax.jit
     def step(params, key):
         trajectories = rollout(NAVIGATION, GAUSSIAN, params, tasks.support[0], key, 5)
         experience = estimate_advantages(trajectories)
@@ -418,7 +421,7 @@ def test_inner_steps_by_a_loop(params, tasks):
         looped, experience = step(looped, key)
         assert_close(jax.tree.map(lambda x, i=i: x[i], adaptation.support), experience, 1e-6)
     assert_close(adaptation.params, looped, 1e-6)
-    info = jit(policy_gradient(problem).adapt)(params, tasks.support[0], KEY)[1]
+    info = jax.jit(policy_gradient(problem).adapt)(params, tasks.support[0], KEY)[1]
     np.testing.assert_allclose(info.support_loss, -mean_return(experience.trajectories), rtol=1e-6)
 
 
@@ -453,7 +456,7 @@ def test_implicit_maml_reports_curvature_that_its_strength_does_not_lift(params,
             solve=partial(solve_cg_steihaug, tol=0.0, max_steps=20),
         )
     )
-    info = jit(learner.meta_grad)(params, first(tasks), KEY, 0)[1]
+    info = jax.jit(learner.meta_grad)(params, first(tasks), KEY, 0)[1]
     assert info.min_curvature < 0 and info.inner_residual > 0.1
 
 

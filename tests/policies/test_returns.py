@@ -16,7 +16,6 @@ from imaml_jax.policies.returns import (
     generalised_advantages,
 )
 from imaml_jax.policies.trajectories import Trajectories, masked_mean, mean_return, rollout
-from tests.programs import jit
 
 pytestmark = pytest.mark.usefixtures("x64_module")
 
@@ -45,7 +44,7 @@ POLICY = gaussian_policy(
 
 def test_rollouts_by_a_loop():
     params = POLICY.init(KEY, jnp.zeros((1, 1)))
-    found = jit(partial(rollout, counter(6), POLICY, num_trajectories=9))(params, 4.0, KEY)
+    found = jax.jit(partial(rollout, counter(6), POLICY, num_trajectories=9))(params, 4.0, KEY)
     assert found.observations.shape == (6, 9, 1) and found.rewards.shape == (6, 9)
     starts = np.asarray(found.observations[0, :, 0])
     assert set(starts) == {0, 1, 2}  # each trajectory has a key of its own
@@ -62,7 +61,7 @@ def test_rollouts_by_a_loop():
     total = sum(float(found.rewards[t, i]) for t, i in np.argwhere(np.asarray(found.mask) > 0))
     np.testing.assert_allclose(mean_return(found), total / 9)
 
-    again = jit(partial(rollout, counter(6), POLICY, num_trajectories=9))(params, 4.0, KEY)
+    again = jax.jit(partial(rollout, counter(6), POLICY, num_trajectories=9))(params, 4.0, KEY)
     jax.tree.map(np.testing.assert_array_equal, again, found)
     other = rollout(counter(6), POLICY, params, 4.0, jax.random.key(1), 9)
     assert (other.actions != found.actions).all()
@@ -160,7 +159,7 @@ def test_the_linear_baseline_keeps_its_digits_on_a_gpu(trajectories):
 
 
 def test_advantages_as_published(trajectories):
-    experience = jit(estimate_advantages)(trajectories)
+    experience = jax.jit(estimate_advantages)(trajectories)
     mask = np.asarray(trajectories.mask) > 0
     raw = returns_by_loop(trajectories, 0.99) - baseline_by_normal_equations(trajectories, 0.99)
     expected = (raw - raw[mask].mean()) / (raw[mask].std() + 1e-8)

@@ -20,7 +20,6 @@ from imaml_jax.policies.trpo import make_trpo_train_step, trpo_step
 from imaml_jax.training import train
 from imaml_jax.training.non_finite import NonFiniteError
 from imaml_jax.training.step import init_state
-from tests.programs import jit
 
 pytestmark = pytest.mark.usefixtures("x64_module")
 
@@ -42,7 +41,7 @@ def one_task(x64_module):
     problem = make_problem(num_steps=2)
     params = POLICY.init(KEY, jnp.zeros((1, 2)))
     task = jax.tree.map(lambda x: x[0], sample(KEY))
-    adaptation, query = jit(problem.collect)(params, task, KEY)
+    adaptation, query = jax.jit(problem.collect)(params, task, KEY)
     flat, unravel = ravel_pytree(params)
     seen, mask = query.trajectories, query.trajectories.mask
 
@@ -66,11 +65,13 @@ def one_task(x64_module):
 def dense_fisher(one_task):
     """The Hessian of the divergence through the adaptation, by three derivatives."""
     old = one_task.outputs(one_task.flat)
-    return jit(jax.hessian(lambda f: one_task.divergence(old, one_task.outputs(f))))(one_task.flat)
+    return jax.jit(jax.hessian(lambda f: one_task.divergence(old, one_task.outputs(f))))(
+        one_task.flat
+    )
 
 
 def test_products_with_the_fisher_matrix(one_task, dense_fisher):
-    @jit
+    @jax.jit
     def product(v):
         old = one_task.outputs(one_task.flat)
         divergence = partial(one_task.divergence, old)
@@ -84,10 +85,10 @@ def test_products_with_the_fisher_matrix(one_task, dense_fisher):
 def test_a_step_is_the_natural_gradient_of_its_length(one_task, dense_fisher):
     damping, max_kl = 1e-2, 1e-3
     step = partial(trpo_step, one_task.outputs, one_task.loss, one_task.divergence)
-    moved, info = jit(partial(step, damping=damping, max_kl=max_kl, cg_steps=60))(one_task.flat)
+    moved, info = jax.jit(partial(step, damping=damping, max_kl=max_kl, cg_steps=60))(one_task.flat)
 
     matrix = dense_fisher + damping * np.eye(one_task.flat.size)
-    grads = jit(jax.grad(lambda f: one_task.loss(one_task.outputs(f))))(one_task.flat)
+    grads = jax.jit(jax.grad(lambda f: one_task.loss(one_task.outputs(f))))(one_task.flat)
     natural = np.linalg.solve(matrix, grads)
     full = np.sqrt(2 * max_kl / (natural @ matrix @ natural))
     np.testing.assert_allclose(info.grads, grads, rtol=1e-9, atol=1e-12)
@@ -95,7 +96,7 @@ def test_a_step_is_the_natural_gradient_of_its_length(one_task, dense_fisher):
     np.testing.assert_allclose(moved, expected, rtol=1e-3, atol=1e-4)
     assert info.solve_residual < 1e-4 and info.min_curvature > 0
 
-    old, new = map(jit(one_task.outputs), (one_task.flat, moved))
+    old, new = map(jax.jit(one_task.outputs), (one_task.flat, moved))
     np.testing.assert_allclose(info.kl, one_task.divergence(old, new), rtol=1e-9)
     assert 0 < info.kl <= max_kl
     fall = one_task.loss(old) - one_task.loss(new)
@@ -143,7 +144,7 @@ def test_nothing_moves_where_there_is_no_gradient():
 def test_the_meta_step_keeps_the_divergence_and_lowers_the_surrogate(algorithm):
     settings = dict(inner=optax.sgd(0.2), num_steps=3) if algorithm == "imaml" else {}
     problem = make_problem(algorithm=algorithm, **settings)
-    step = jit(make_trpo_train_step(problem, sample))
+    step = jax.jit(make_trpo_train_step(problem, sample))
     state = init_state(optax.identity(), POLICY.init(KEY, jnp.zeros((1, 2))))
     for _ in range(2):
         state, row = step(state, KEY)

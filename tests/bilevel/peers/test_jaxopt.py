@@ -36,7 +36,6 @@ from imaml_jax import (
     solve_lsmr,
     solve_lstsq,
 )
-from tests.programs import jit
 
 pytestmark = pytest.mark.usefixtures("x64")
 
@@ -133,7 +132,7 @@ def decorated(kind):
 def test_root_vjp():
     weights, arguments = expected()[0], (STRENGTH, INPUTS, TARGETS)
 
-    @jit
+    @jax.jit
     @jax.vmap
     def of_strength(cotangent):
         return root_vjp(optimality, weights, arguments, cotangent, solve_dense)[0][0]
@@ -144,7 +143,9 @@ def test_root_vjp():
 def test_root_jvp():
     arguments = (STRENGTH, INPUTS, TARGETS)
     tangents = (1.0, np.zeros_like(INPUTS), np.zeros_like(TARGETS))
-    found = jit(lambda w: root_jvp(optimality, w, arguments, tangents, solve_dense))(expected()[0])
+    found = jax.jit(lambda w: root_jvp(optimality, w, arguments, tangents, solve_dense))(
+        expected()[0]
+    )
     close(found, expected()[1])
 
 
@@ -160,12 +161,12 @@ def test_jacobian(kind):
 
 @pytest.mark.parametrize("kind", DERIVATIVES[-2:])
 def test_compiled_value(kind):
-    close(jit(decorated(kind))(STRENGTH), expected()[0])
+    close(jax.jit(decorated(kind))(STRENGTH), expected()[0])
 
 
 @pytest.mark.parametrize("kind", DERIVATIVES[-2:])
 def test_compiled_jacobian(kind):
-    close(jit(jax.jacrev(decorated(kind)))(STRENGTH), expected()[1])
+    close(jax.jit(jax.jacrev(decorated(kind)))(STRENGTH), expected()[1])
 
 
 def linear_system(kind, name):
@@ -191,7 +192,7 @@ def linear_system(kind, name):
 @pytest.mark.parametrize("kind, name", LINEAR)
 def test_linear(kind, name):
     operator, matrix, right = linear_system(kind, name)
-    x, info = jit(partial(SOLVERS[name], operator))(right)
+    x, info = jax.jit(partial(SOLVERS[name], operator))(right)
     assert info.converged
     close(np.ravel(x), np.linalg.pinv(matrix) @ right.ravel(), atol=1e-8)
 
@@ -202,7 +203,7 @@ def test_the_transposed_system(kind):
     matrix = SQUARE if kind == "square" else SQUARE[:3]
     back = jax.linear_transpose(lambda v: matrix @ v, RIGHT)
     shape = jax.ShapeDtypeStruct((len(matrix),), jnp.float64)
-    x, _ = jit(partial(solve_lstsq, LinearOperator(lambda v: back(v)[0], domain=shape)))(RIGHT)
+    x, _ = jax.jit(partial(solve_lstsq, LinearOperator(lambda v: back(v)[0], domain=shape)))(RIGHT)
     close(x, np.linalg.pinv(matrix.T) @ RIGHT)
 
 

@@ -50,7 +50,6 @@ from imaml_jax import (
     solve_minres,
     solve_right_preconditioned,
 )
-from tests.programs import jit
 
 pytestmark = pytest.mark.usefixtures("x64")
 
@@ -154,7 +153,7 @@ def solution(name, dtype):
     """`x`, its report, its tangents of the matrix and of `b`, and their cotangents."""
     matrix, b, (d_matrix, d_b), _, weights = system(SOLVERS[name][0], dtype)
 
-    @jit
+    @jax.jit
     def program(*tangents):
         x, push, info = jax.linearize(differentiable(name), matrix, b, has_aux=True)
         return x, info, push(*tangents), jax.linear_transpose(push, matrix, b)(weights)
@@ -172,7 +171,7 @@ def batches(name):
     primals = np.stack([matrix, 2 * matrix]), normal("real", 3, SIZE, seed=4)
     tangents = np.stack([d_matrix, d_matrix / 2]), normal("real", 3, SIZE, seed=5)
     nested = jax.vmap(jax.vmap(differentiable(name), (None, 0)), (0, None))
-    found = jit(lambda *args: jax.jvp(nested, *args, has_aux=True)[:2])(primals, tangents)
+    found = jax.jit(lambda *args: jax.jvp(nested, *args, has_aux=True)[:2])(primals, tangents)
     return found, primals, tangents
 
 
@@ -213,7 +212,7 @@ def test_second_derivative(name):
     def tangent(*primals):
         return jax.jvp(lambda *p: differentiable(name)(*p)[0], primals, first)[1]
 
-    found = jit(lambda *p: jax.jvp(tangent, p, second)[1])(matrix, b)
+    found = jax.jit(lambda *p: jax.jvp(tangent, p, second)[1])(matrix, b)
     x = np.linalg.solve(matrix, b)
     along = [np.linalg.solve(matrix, d_b - d_matrix @ x) for d_matrix, d_b in (first, second)]
     close(found, -np.linalg.solve(matrix, second[0] @ along[0] + first[0] @ along[1]))
@@ -248,7 +247,7 @@ def test_singular(name, kind, dtype):
     else:
         matrix = matrix[1:] if kind == "fewer rows" else matrix[:, 1:]
     b = matrix @ normal(dtype, matrix.shape[1], seed=1)
-    x, info = jit(lambda matrix, b: LEAST_SQUARES[name](matrix, b))(matrix, b)
+    x, info = jax.jit(lambda matrix, b: LEAST_SQUARES[name](matrix, b))(matrix, b)
     assert info.converged
     close(x, np.linalg.pinv(matrix) @ b, atol=1e-8)
 
@@ -283,7 +282,7 @@ def test_least_squares(name, kind):
     def run(init, matrix, b):
         return LEAST_SQUARES[name](matrix, b)[0], inverse.T @ x
 
-    found = jit(lambda *t: jax.jvp(lambda *p: run(None, *p)[0], (matrix, b), t))(d_matrix, d_b)
+    found = jax.jit(lambda *t: jax.jvp(lambda *p: run(None, *p)[0], (matrix, b), t))(d_matrix, d_b)
     expected = inverse @ (d_b - d_matrix @ x) + inverse @ inverse.T @ d_matrix.T @ (b - matrix @ x)
     expected += (np.eye(x.size) - inverse @ matrix) @ d_matrix.T @ inverse.T @ x
     close(found[0], x, atol=1e-7)
@@ -295,7 +294,7 @@ def test_singular_systems_are_refused(name):
     kind, solve = SOLVERS[name]
     matrix = system("general", "real").matrix.copy() if kind == "general" else np.eye(SIZE)
     matrix[0] = 0
-    _, info = jit(lambda b: solve(lambda v: matrix @ v, b))(np.ones(SIZE))
+    _, info = jax.jit(lambda b: solve(lambda v: matrix @ v, b))(np.ones(SIZE))
     assert not info.converged
 
 
@@ -345,7 +344,7 @@ def structured(kind):
 @pytest.mark.parametrize("kind", OPERATORS)
 def test_kinds_of_operators(kind):
     matrix, b = structured(kind), system("general", "real").b
-    x, info = jit(lambda matrix, b: solve_auto(make_operator(kind, matrix), b))(matrix, b)
+    x, info = jax.jit(lambda matrix, b: solve_auto(make_operator(kind, matrix), b))(matrix, b)
     assert info.converged
     close(x, np.linalg.solve(matrix, b))
 
@@ -360,7 +359,7 @@ def test_trees(name):
         flat = whole @ jnp.concatenate([tree[0].ravel(), tree[1]])
         return [flat[:4].reshape(2, 2), flat[4:]]
 
-    x, info = jit(partial(SOLVERS[name][1], matvec))(matvec(true))
+    x, info = jax.jit(partial(SOLVERS[name][1], matvec))(matvec(true))
     assert info.converged
     for found, expected in zip(x, true, strict=True):
         close(found, expected)
@@ -378,19 +377,21 @@ def test_rectangular_operators_of_trees(name, shape):
     def matvec(v):
         return [sum(a * w for a, w in zip(row, v, strict=True)) for row in matrix.tolist()]
 
-    x, _ = jit(partial(LEAST_SQUARES[name], LinearOperator(matvec, domain=domain)))(b)
+    x, _ = jax.jit(partial(LEAST_SQUARES[name], LinearOperator(matvec, domain=domain)))(b)
     close(x, np.linalg.pinv(matrix) @ np.array(b))
 
 
 @pytest.mark.parametrize("kind", ["integers", "a diagonal of trees"])
 def test_integers_become_floats(kind):
     if kind == "integers":
-        x, _ = jit(partial(solve_auto, lambda v: [v[0] + 5 * v[1], -2 * v[0] - 2 * v[1]]))([3, 4])
+        x, _ = jax.jit(partial(solve_auto, lambda v: [v[0] + 5 * v[1], -2 * v[0] - 2 * v[1]]))(
+            [3, 4]
+        )
         close(x, [-3.25, 1.25])
     else:
         diagonal = (8.0, np.array([1, 2, 3]), {"a": np.array([4, 5]), "b": 6})
         b = (4.0, np.array([7, 8, 9]), {"a": np.array([2, 10]), "b": 12})
-        x, _ = jit(partial(solve_auto, lambda v: jax.tree.map(jnp.multiply, diagonal, v)))(b)
+        x, _ = jax.jit(partial(solve_auto, lambda v: jax.tree.map(jnp.multiply, diagonal, v)))(b)
         for found, expected in zip(
             jax.tree.leaves(x), (0.5, [7.0, 4.0, 3.0], [0.5, 2.0], 2.0), strict=True
         ):
@@ -413,7 +414,7 @@ def test_mixed_dtypes(dtypes, name):
         return tuple(a * x + b * y for a, b in matrix)
 
     b = (jnp.array(3, wide), jnp.array(4, wide))
-    x, _ = jit(partial(SOLVERS[name][1], LinearOperator(matvec, domain=domain)))(b)
+    x, _ = jax.jit(partial(SOLVERS[name][1], LinearOperator(matvec, domain=domain)))(b)
     for found, expected, dtype in zip(x, true, (narrow, wide), strict=True):
         assert found.dtype == dtype
         close(found, expected, atol=1e-6)
@@ -422,7 +423,7 @@ def test_mixed_dtypes(dtypes, name):
 @pytest.mark.parametrize("dtype", DTYPES)
 def test_a_matrix_of_zeros(dtype):
     b = np.array([1.0, 2.0], "complex128" if dtype == "complex" else "float64")
-    x, _ = jit(partial(solve_lstsq, np.zeros((2, 2), b.dtype)))(b)
+    x, _ = jax.jit(partial(solve_lstsq, np.zeros((2, 2), b.dtype)))(b)
     np.testing.assert_array_equal(x, 0)
 
 
@@ -430,7 +431,7 @@ def test_a_matrix_of_zeros(dtype):
 def test_lsmr_of_nothing_is_nothing(diagonal):
     """And of what lies in the null space."""
     diagonal = np.array(diagonal, np.float64)
-    solve = jit(lambda b: solve_lsmr(lambda v: diagonal * v, b)[0])
+    solve = jax.jit(lambda b: solve_lsmr(lambda v: diagonal * v, b)[0])
     np.testing.assert_array_equal(solve(np.zeros(3)), 0)
     if diagonal[0] == 0:
         np.testing.assert_array_equal(solve(np.array([1.0, 0.0, 0.0])), 0)
@@ -438,13 +439,13 @@ def test_lsmr_of_nothing_is_nothing(diagonal):
 
 def test_lsmr_on_an_ill_conditioned_system_solves_it_or_says_so():
     diagonal = np.array([1e8, 1e6, 1e4, 1e2, 1])
-    x, info = jit(lambda b: solve_lsmr(lambda v: diagonal * v, b))(np.ones(5))
+    x, info = jax.jit(lambda b: solve_lsmr(lambda v: diagonal * v, b))(np.ones(5))
     assert not info.converged or np.allclose(x, 1 / diagonal, rtol=1e-3)
 
 
 def test_gmres_on_a_large_system():
     matrix, true = normal("real", 100, 100), normal("real", 100, seed=1)
-    x, info = jit(lambda b: solve_gmres(matrix, b, restart=100, tol=TIGHT))(matrix @ true)
+    x, info = jax.jit(lambda b: solve_gmres(matrix, b, restart=100, tol=TIGHT))(matrix @ true)
     assert info.converged
     close(x, true, atol=1e-8)
 
@@ -455,7 +456,7 @@ def test_gmres_says_that_it(kind):
     shift = np.roll(np.eye(6), 1, axis=0)
     matrix = shift if kind == "stagnates" else normal("real", 40, 40)
     b = np.eye(len(matrix))[0]
-    _, info = jit(lambda b: solve_gmres(matrix, b, restart=2, max_restarts=50))(b)
+    _, info = jax.jit(lambda b: solve_gmres(matrix, b, restart=2, max_restarts=50))(b)
     assert not info.converged
 
 
@@ -464,7 +465,7 @@ def test_a_number_of_steps_alone(name):
     """On the Laplacian of 20 points, with no tolerance."""
     laplacian = 2 * np.eye(20) - np.eye(20, k=1) - np.eye(20, k=-1)
     b = normal("real", 20)
-    x, info = jit(lambda b: TWO_STEPS[name](lambda v: laplacian @ v, b))(b)
+    x, info = jax.jit(lambda b: TWO_STEPS[name](lambda v: laplacian @ v, b))(b)
     assert not info.converged
     true = np.linalg.solve(laplacian, b)
     error = true - x  # smaller after each step in the norm of the matrix
@@ -473,7 +474,7 @@ def test_a_number_of_steps_alone(name):
 
 @pytest.mark.parametrize("b", [(1.0, np.inf), (1.0, np.nan), (np.nan, np.inf)], ids=str)
 def test_right_hand_sides_that_are_not_finite(b):
-    _, info = jit(partial(solve_auto, lambda v: v))(b)
+    _, info = jax.jit(partial(solve_auto, lambda v: v))(b)
     assert not info.converged
 
 
@@ -494,7 +495,7 @@ def test_preconditioned_derivatives(name):
     def run(init, b):
         return solve(LinearOperator(lambda v: matrix @ v), b)[0]
 
-    @jit
+    @jax.jit
     def both(b):
         _, push = jax.linearize(partial(run, None), b)
         return jax.vmap(push)(np.eye(6)), jax.vmap(jax.linear_transpose(push, b))(np.eye(6))[0]
@@ -515,7 +516,7 @@ def test_operators_that_close_over_an_argument():
         return run(None, z)
 
     for mode in (jax.jacfwd, jax.jacrev):
-        close(jit(mode(solution))(scale), np.diag(-z / scale**2))
+        close(jax.jit(mode(solution))(scale), np.diag(-z / scale**2))
 
 
 def test_gradient_of_a_batch_in_part_of_the_solution():
@@ -528,7 +529,7 @@ def test_gradient_of_a_batch_in_part_of_the_solution():
     def total(b):
         return jax.vmap(lambda b: run(None, b)[0])(b).sum()
 
-    found = jit(jax.grad(total))((jnp.arange(3.0), jnp.arange(3.0)))
+    found = jax.jit(jax.grad(total))((jnp.arange(3.0), jnp.arange(3.0)))
     close(found, [[0.5] * 3, [0] * 3])
 
 
@@ -557,8 +558,8 @@ def test_gradient_of_batched_least_squares(axes):
             batched = (None, 2, 1, None)
         return jax.vmap(solve, batched)(first, second, b_first, b_second).mean()
 
-    found = jit(jax.grad(partial(mean, one), (0, 1)))(first, second)
-    expected = jit(jax.grad(partial(mean, normal_equations), (0, 1)))(first, second)
+    found = jax.jit(jax.grad(partial(mean, one), (0, 1)))(first, second)
+    expected = jax.jit(jax.grad(partial(mean, normal_equations), (0, 1)))(first, second)
     for one_found, one_expected in zip(found, expected, strict=True):
         close(one_found, one_expected)
 
@@ -569,10 +570,10 @@ def test_the_inverse_of_an_inverse():
     def inverse(v):
         return solve_dense(matrix, v)[0]
 
-    close(jit(lambda b: solve_dense(inverse, b)[0])(b), matrix @ b)
+    close(jax.jit(lambda b: solve_dense(inverse, b)[0])(b), matrix @ b)
 
 
 @pytest.mark.parametrize("name", ["auto", "lstsq", "cg"])
 def test_no_unknowns(name):
-    x, info = jit(partial(SOLVERS[name][1], lambda v: v))(np.zeros((2, 0)))
+    x, info = jax.jit(partial(SOLVERS[name][1], lambda v: v))(np.zeros((2, 0)))
     assert x.shape == (2, 0) and info.converged

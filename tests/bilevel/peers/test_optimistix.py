@@ -41,7 +41,6 @@ from imaml_jax import (
     solve_lsmr,
     solve_lstsq,
 )
-from tests.programs import jit
 
 pytestmark = pytest.mark.usefixtures("x64")
 
@@ -158,7 +157,7 @@ def find_root(residual, start, args, steps=12):
         return ravel_pytree(residual(unravel(x), unravel_args(a)))[0]
 
     jacobian = jax.jacfwd(of_vectors, (0, 1), holomorphic=jnp.iscomplexobj(x))
-    jacobians = jit(lambda x, a: (of_vectors(x, a), *jacobian(x, a)))
+    jacobians = jax.jit(lambda x, a: (of_vectors(x, a), *jacobian(x, a)))
     for _ in range(steps):
         value, in_x, in_args = jacobians(x, a)
         x = x - np.linalg.solve(in_x, value)
@@ -170,7 +169,7 @@ def check_derivative(solution, args, jacobian):
     """Tangents and cotangents of a solution against its Jacobian, of raveled trees."""
     tangent = draw(args, 1)
 
-    @jit
+    @jax.jit
     def both(args):
         root, push = jax.linearize(solution, args)
         cotangent = draw(jax.tree.map(lambda leaf: np.zeros(leaf.shape, leaf.dtype), root), 2)
@@ -294,7 +293,7 @@ def test_closures(kind):
         return solver(0.0)
 
     for mode in (jax.grad, jax.jacfwd):
-        close(jit(mode(solution))(1.5), 3.0)
+        close(jax.jit(mode(solution))(1.5), 3.0)
 
 
 def test_forward_mode_where_reverse_mode_is_impossible():
@@ -307,7 +306,7 @@ def test_forward_mode_where_reverse_mode_is_impossible():
     def cube_root(init, a):
         return jnp.cbrt(a)
 
-    close(jit(jax.jacfwd(partial(cube_root, 1.0)))(8.0), 1 / 12)
+    close(jax.jit(jax.jacfwd(partial(cube_root, 1.0)))(8.0), 1 / 12)
 
 
 def test_reverse_mode_where_forward_mode_is_impossible():
@@ -320,7 +319,7 @@ def test_reverse_mode_where_forward_mode_is_impossible():
     square.defvjp(lambda x: (x**2, x), lambda x, w: (2 * x * w,))
     root, cotangent = np.array([1.0, 2.0]), np.array([1.0, 1.0])
     operator = LinearOperator(lambda v: 2 * root * v)
-    (found,), info = jit(
+    (found,), info = jax.jit(
         lambda w: root_vjp(
             lambda x, a: square(x) - square(a), root, (root,), w, solve_auto, operator=operator
         )
@@ -337,14 +336,14 @@ def test_float32_where_float64_is_on():
         return b / 2
 
     b = np.ones(5, "float32")
-    found = jit(jax.jacrev(partial(solver, b)))(b)
+    found = jax.jit(jax.jacrev(partial(solver, b)))(b)
     assert found.dtype == np.float32
     np.testing.assert_allclose(found, np.eye(5) / 2, atol=1e-6)
 
 
 def test_a_solution_that_is_not_finite_has_no_derivative():
     solver = custom_root(lambda x, a: x**2 - a)(lambda init, a: jnp.sqrt(a))
-    value, slope = jit(jax.value_and_grad(partial(solver, 1.0)))(-1.0)
+    value, slope = jax.jit(jax.value_and_grad(partial(solver, 1.0)))(-1.0)
     assert np.isnan(value) and np.isnan(slope)
 
 
@@ -369,7 +368,7 @@ def test_arguments_that_are_no_arrays(kind):
     def solver(init, given, a):
         return power(a, given)
 
-    close(jit(jax.grad(lambda a: solver(None, given, a)))(4.0), 8.0)
+    close(jax.jit(jax.grad(lambda a: solver(None, given, a)))(4.0), 8.0)
 
 
 def test_a_solver_of_another_problem_is_differentiated_as_a_root():
@@ -385,4 +384,4 @@ def test_a_solver_of_another_problem_is_differentiated_as_a_root():
 
         return jax.lax.fori_loop(0, 20, descend, init)
 
-    close(jit(jax.grad(lambda a: by_least_squares(a + 0.1, a) ** 2))(1.0), 2.0)
+    close(jax.jit(jax.grad(lambda a: by_least_squares(a + 0.1, a) ** 2))(1.0), 2.0)

@@ -36,7 +36,6 @@ from imaml_jax import (
     solve_lsmr,
     solve_neumann,
 )
-from tests.programs import jit
 
 pytestmark = pytest.mark.usefixtures("x64")
 
@@ -119,7 +118,7 @@ def meta_gradients(kind, dtype):
         params, aux = result if kind == "normal equations" else (result, AUX)
         return model(params, inputs).mean(), (aux, params)
 
-    return jit(jax.grad(outer, has_aux=True))
+    return jax.jit(jax.grad(outer, has_aux=True))
 
 
 @cache
@@ -131,7 +130,7 @@ def jacobians(dtype):
         grads = jax.grad(proximal_loss)(unravel(params), unravel(meta_params), inputs, labels)
         return ravel_pytree(grads)[0]
 
-    @jit
+    @jax.jit
     def all_three(*args):
         of_mean = jax.grad(lambda flat: model(unravel(flat), args[2]).mean())(args[0])
         return *jax.jacobian(optimality, (0, 1))(*args), of_mean
@@ -209,7 +208,7 @@ def ridge_gradients(name):
     def ours(strength, inputs, targets):
         return ridge(jnp.zeros(FEATURES, inputs.dtype), strength, inputs, targets)
 
-    return jit(
+    return jax.jit(
         lambda *args: [
             jax.grad(partial(query_loss, solver))(*args) for solver in (ours, closed_form)
         ]
