@@ -207,7 +207,7 @@ def test_sinusoid_learns_the_rates_of_mamlpp_at_their_own_scale(modules):
 
 @pytest.mark.parametrize(
     "algorithm, outer",
-    [("maml", "trpo"), pytest.param("reptile", "adam", marks=pytest.mark.slow)],
+    [("fomaml", "trpo"), pytest.param("reptile", "adam", marks=pytest.mark.slow)],
 )
 def test_navigation(run, tmp_path, algorithm, outer):
     line = "--meta-steps 2 --log-every 1 --meta-batch 2 --horizon 4 --validation-tasks 2"
@@ -329,21 +329,32 @@ def assert_refused(done, *fragments):
         assert fragment in message
 
 
-@pytest.mark.parametrize("name", COMMANDS)
-def test_help_shows_every_setting_and_its_default(run, modules, name):
-    done = run(name, "--help")
+def test_help_reaches_the_shell(run):
+    done = run("sinusoid", "--help")
     assert done.returncode == 0, done.stderr
-    config = modules[name].Config
+    assert "--meta-steps" in done.stdout and "default: imaml" in done.stdout
+
+
+@pytest.mark.parametrize("name", COMMANDS)
+def test_help_shows_every_setting_and_its_default(modules, capsys, name):
+    module = modules[name]
+    with pytest.raises(SystemExit) as ended:
+        modules["common"].run_cli(module.main, module.Config, module.__doc__, ["--help"])
+    assert not ended.value.code
+    shown = capsys.readouterr().out
+    config = module.Config
     settings = settings_of(config.of(), True) if hasattr(config, "of") else field_docs(config)
     for setting in settings:
-        assert f"--{setting.replace('_', '-')}" in done.stdout
-    assert "default: " in done.stdout
+        assert f"--{setting.replace('_', '-')}" in shown
+    assert "default: " in shown
     if name in TRAINING:
-        assert "default: imaml" in done.stdout and "default: None" in done.stdout
-        assert "Lambda, the strength" in done.stdout
+        assert "default: imaml" in shown and "default: None" in shown
+        assert "Lambda, the strength" in shown
 
 
-@pytest.mark.parametrize("name", TRAINING)
+@pytest.mark.parametrize(
+    "name", ["glyphs", *(pytest.param(n, marks=pytest.mark.slow) for n in TRAINING[1:])]
+)
 def test_refusals_reach_the_shell_without_a_traceback(run, name):
     assert_refused(run(name, "--inner-rate", "-0.1"), "inner_rate=-0.1", "above 0")
 

@@ -106,6 +106,7 @@ def test_it_trains_on_glyphs_is_saved_loaded_and_reported(noise, tmp_path, capsy
     assert "step_length: 0.02" in written
 
 
+@pytest.mark.slow
 def test_it_trains_on_sinusoids(noise, tmp_path):
     tiny = "--algorithm sign_maml --num-steps 2 --meta-steps 2 --log-every 1 --validation-tasks 2"
     tiny += f" --test-tasks 3 --workdir {tmp_path}"

@@ -281,6 +281,13 @@ def settings():
 CASES = [pytest.param((r, p), id=f"{r.name}-{p}") for r in LEARNERS for p in r.problems]
 SMALL_CASES = [case for case in CASES if case.values[0][1] != "conv"]
 PLAIN_CASES = [case for case in SMALL_CASES if case.values[0][0].without_jit]
+ONE_A_FACTORY = {case.values[0][0].factory: case.id for case in SMALL_CASES}.values()
+TRACED_CASES = [
+    pytest.param(
+        *case.values, id=case.id, marks=[pytest.mark.slow] * (case.id not in ONE_A_FACTORY)
+    )
+    for case in SMALL_CASES
+]
 SLOW_CASES = [
     pytest.param((r, p), id=f"{r.name}-{p}")
     for r in LEARNERS
@@ -289,10 +296,19 @@ SLOW_CASES = [
 ]
 
 
-@pytest.fixture(scope="module", params=CASES)
-def case(request, settings):
+@pytest.fixture(scope="module")
+def cases():
+    """What has been built, so that the tests of a case share its programs."""
+    return {}
+
+
+@pytest.fixture(params=CASES)
+def case(request, settings, cases):
     row, problem = request.param
-    return Case(row, settings[problem])
+    name = row.name, problem
+    if name not in cases:
+        cases[name] = Case(row, settings[problem])
+    return cases[name]
 
 
 def assert_close(actual, expected, rtol=2e-4):
@@ -378,7 +394,7 @@ def test_a_task_has_the_same_result_wherever_it_stands(case):
     assert_close(case.meta_grads(case.params, roll(case.tasks), roll(case.keys)), roll(mapped))
 
 
-@pytest.mark.parametrize("case", SMALL_CASES, indirect=True)
+@pytest.mark.parametrize("case", TRACED_CASES, indirect=True)
 def test_nothing_leaks_from_a_trace(case):
     with jax.checking_leaks():
         jax.make_jaxpr(case.learner.meta_grad)(case.params, case.task, case.keys[0], 0)

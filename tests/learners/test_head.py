@@ -55,7 +55,9 @@ LEARNERS = {
 }
 
 
-@pytest.mark.parametrize("name", LEARNERS)
+@pytest.mark.parametrize(
+    "name", [pytest.param(n, marks=[pytest.mark.slow] * (n == "bmaml")) for n in LEARNERS]
+)
 def test_features_computed_once_change_nothing(problem, name):
     """But the time: a network without a named head runs whole at every step."""
     network, params, task = problem

@@ -527,7 +527,7 @@ def test_an_adaptive_meta_gradient_without_jit():
         make(**{**ADAPTIVE, "solve": solve_woodbury}).meta_grad(*call)
 
 
-@pytest.mark.parametrize("strength", [2.0, 0.5])
+@pytest.mark.parametrize("strength", [2.0, pytest.param(0.5, marks=pytest.mark.slow)])
 def test_the_error_is_that_of_the_gradient_that_is_returned(strength):
     """With lambda learned, of its logarithm's part too, however small lambda is."""
     reference, _ = reference_and_dense("mlp")

@@ -152,8 +152,15 @@ def test_dense_solve_custom_root_and_unrolling(task, params):
     assert relative_error(grads, unravel(expected)) < 1e-9
 
 
-@pytest.mark.parametrize("meta_loss", ["particles", "query"])
-@pytest.mark.parametrize("bandwidth", [None, 3.0])
+@pytest.mark.parametrize(
+    "bandwidth, meta_loss",
+    [
+        (None, "particles"),
+        (3.0, "query"),
+        pytest.param(None, "query", marks=pytest.mark.slow),
+        pytest.param(3.0, "particles", marks=pytest.mark.slow),
+    ],
+)
 def test_finite_differences_with_slow_parameters_and_a_prior(
     task, finite_differences, bandwidth, meta_loss
 ):

@@ -140,7 +140,9 @@ def test_nothing_moves_where_there_is_no_gradient():
     assert info.step_fraction == 0
 
 
-@pytest.mark.parametrize("algorithm", ["maml", "fomaml", "imaml"])
+@pytest.mark.parametrize(
+    "algorithm", [pytest.param("maml", marks=pytest.mark.slow), "fomaml", "imaml"]
+)
 def test_the_meta_step_keeps_the_divergence_and_lowers_the_surrogate(algorithm):
     settings = dict(inner=optax.sgd(0.2), num_steps=3) if algorithm == "imaml" else {}
     problem = make_problem(algorithm=algorithm, **settings)

@@ -96,9 +96,10 @@ def launch(num_processes, num_devices, workdir=None, precision="float64", lost_a
     with socket.socket() as free:
         free.bind(("localhost", 0))
         port = free.getsockname()[1]
+    flags = os.environ.get("XLA_FLAGS", "")
     environment = os.environ | {
         "PYTHONPATH": str(ROOT),
-        "XLA_FLAGS": f"--xla_force_host_platform_device_count={num_devices}",
+        "XLA_FLAGS": f"{flags} --xla_force_host_platform_device_count={num_devices}",
         "JAX_PLATFORMS": "cpu",
         "JAX_DEFAULT_MATMUL_PRECISION": "highest",
     }
