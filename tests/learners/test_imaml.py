@@ -468,7 +468,7 @@ ADAPTIVE = dict(inner=optax.sgd(0.15), num_steps=15, solve=partial(solve_cg_stei
     [
         "mlp",
         pytest.param("mlp_tree_strength", marks=pytest.mark.slow),
-        "mlp_fast_head",
+        pytest.param("mlp_fast_head", marks=pytest.mark.slow),
         pytest.param("conv", marks=pytest.mark.slow),
     ],
 )
