@@ -18,6 +18,7 @@ from imaml_jax.networks.layers import (
 from imaml_jax.types import Array
 
 _XAVIER = nn.initializers.xavier_uniform()
+_INCREASING = (nn.relu, nn.leaky_relu, nn.elu, nn.softplus, nn.sigmoid, nn.tanh)
 
 
 def conv4(
@@ -73,13 +74,15 @@ def conv4(
         if value not in choices:
             raise ValueError(f"conv4: {name}={value!r} must be one of {choices}")
     pools = downsample == "max_pool"
-    settings = filters, 3, 1 if pools else 2, conv_bias, epsilon, convolution, kernel_init
+    # The norm may follow the pooling only where the activation is increasing.
+    pool = pool_padding if pools and activation in _INCREASING else None
+    settings = filters, 3, 1 if pools else 2, conv_bias, epsilon, convolution, kernel_init, pool
 
     def features(x, statistics_weights):
         check_images("conv4", x, num_blocks if pools else 0)
         for i in range(num_blocks):
             x = activation(ConvNorm(*settings, name=f"block_{i}")(x, statistics_weights))
-            x = max_pool2x2(x, pool_padding) if pools else x
+            x = max_pool2x2(x, pool_padding) if pools and not pool else x
         return x.mean((1, 2)) if readout == "mean" else x.reshape(x.shape[0], -1)
 
     return with_head(features, ways, head_init)

@@ -5,12 +5,15 @@ from numbers import Integral
 from typing import Any, Literal, NamedTuple
 
 import flax.linen as nn
+import jax
 import jax.numpy as jnp
 from jax import lax
 
 from imaml_jax.types import Array, Params
 
 Initializer = Any
+# Bytes of a part's convolutions, and from how many channels on these are kept; measured at 84x84.
+_PART_BYTES, _MIN_CHANNELS_TO_KEEP = 3 * 2**20, 8
 
 
 class Network(NamedTuple):
@@ -42,17 +45,26 @@ class ConvNorm(nn.Module):
     epsilon: float
     convolution: Callable[[Array, Array, int], Array]
     kernel_init: Initializer
+    pool: Literal["valid", "same"] | None = None
 
     @nn.compact
     def __call__(self, x, statistics_weights):  # noqa: D102
         shape = (self.size, self.size, x.shape[-1], self.filters)
-        x = self.convolution(x, self.param("kernel", self.kernel_init, shape, x.dtype), self.stride)
+        kernel = self.param("kernel", self.kernel_init, shape, x.dtype)
         width, zeros = (self.filters,), nn.initializers.zeros
-        if self.bias:
-            x = x + _per_channel(self.param("bias", zeros, width, x.dtype))
+        bias = self.param("bias", zeros, width, x.dtype) if self.bias else None
         scale = self.param("scale", nn.initializers.ones, width, x.dtype)
         offset = self.param("offset", zeros, width, x.dtype)
-        return batch_norm(x, scale, offset, self.epsilon, statistics_weights)
+
+        def convolved(x):
+            y = self.convolution(x, kernel, self.stride)
+            return y if bias is None else y + _per_channel(bias)
+
+        if self.pool:
+            return norm_and_pool(
+                convolved, x, scale, offset, self.epsilon, statistics_weights, self.pool
+            )
+        return batch_norm(convolved(x), scale, offset, self.epsilon, statistics_weights)
 
 
 def max_pool2x2(x: Array, padding: Literal["valid", "same"] = "valid") -> Array:
@@ -66,13 +78,29 @@ def max_pool2x2(x: Array, padding: Literal["valid", "same"] = "valid") -> Array:
     if padding == "same":
         x = jnp.pad(x, ((0, 0), (0, height % 2), (0, width % 2), (0, 0)), mode="edge")
     rows, columns = x.shape[1] // 2, x.shape[2] // 2
-    x = x[:, : 2 * rows, : 2 * columns].reshape(n, rows, 2, columns, 2, channels)
-    x = _larger(x[:, :, 0], x[:, :, 1])
-    return _larger(x[:, :, :, 0], x[:, :, :, 1])
+    return _largest(x[:, : 2 * rows, : 2 * columns].reshape(n, rows, 2, columns, 2, channels))
 
 
-def _larger(a: Array, b: Array) -> Array:
-    return jnp.where(b > a, b, a)
+@jax.custom_jvp
+def _largest(x: Array) -> Array:
+    """Over axes 2 and 4, of length 2."""
+    return _compare(x)[0]
+
+
+@_largest.defjvp
+def _largest_jvp(primals, tangents):
+    y, is_lower, is_right = _compare(*primals)
+    # A mask, whose transpose is elementwise; that of slices would be padding.
+    rows = jnp.stack([~is_lower, is_lower], 2)
+    columns = jnp.stack([~is_right, is_right], 3)[:, :, None]
+    return y, jnp.sum(jnp.where(rows & columns, tangents[0], 0), (2, 4))
+
+
+def _compare(x: Array) -> tuple[Array, Array, Array]:
+    is_lower = x[:, :, 1] > x[:, :, 0]
+    x = jnp.where(is_lower, x[:, :, 1], x[:, :, 0])
+    is_right = x[:, :, :, 1] > x[:, :, :, 0]
+    return jnp.where(is_right, x[:, :, :, 1], x[:, :, :, 0]), is_lower, is_right
 
 
 def batch_norm(
@@ -94,17 +122,78 @@ def batch_norm(
     Returns:
       Shaped like `x`.
     """
-    if statistics_weights is None:
-        mean = x.mean((0, 1, 2))
-        variance = jnp.square(x - _per_channel(mean)).mean((0, 1, 2))
-    else:
-        positions = x.shape[1] * x.shape[2]
-        weights = statistics_weights / (positions * statistics_weights.sum())
-        mean = jnp.einsum("n,nhwc->c", weights, x, precision=lax.Precision.HIGHEST)
-        deviations = jnp.square(x - _per_channel(mean))
-        variance = jnp.einsum("n,nhwc->c", weights, deviations, precision=lax.Precision.HIGHEST)
+    mean, variance = _moments(x, statistics_weights)
     factor = scale * lax.rsqrt(variance + epsilon)
     return x * _per_channel(factor) + _per_channel(offset - mean * factor)
+
+
+def norm_and_pool(
+    convolved: Callable[[Array], Array],
+    x: Array,
+    scale: Array,
+    offset: Array,
+    epsilon: float,
+    statistics_weights: Array | None = None,
+    padding: Literal["valid", "same"] = "valid",
+) -> Array:
+    """`max_pool2x2(batch_norm(convolved(x), ...))`, which normalises only what is left of pooling.
+
+    The norm is increasing in each channel, or decreasing where the scale is negative, so that it
+    may follow the pooling. On the CPU, large batches pass in parts whose convolutions fit a core's
+    cache: these are never in memory at once, and where they are cheap, not kept for the backward
+    pass.
+
+    Args:
+      convolved: `x -> [n, height, width, channels]`, each example by itself.
+      x: `[n, ...]`.
+      scale: `[channels]`.
+      offset: `[channels]`.
+      epsilon: as in `batch_norm`.
+      statistics_weights: as in `batch_norm`; with them, the batch passes in one part.
+      padding: as in `max_pool2x2`.
+
+    Returns:
+      `[n, height / 2, width / 2, channels]`.
+    """
+    sign = jnp.where(scale < 0, -1, 1).astype(x.dtype)
+
+    def part(x):
+        y = convolved(x)
+        return *_moments(y, statistics_weights), max_pool2x2(y * _per_channel(sign), padding)
+
+    size = len(x) if statistics_weights is not None else _part_size(convolved, x)
+    if size == len(x):
+        mean, variance, y = part(x)
+    else:
+        if x.shape[-1] < _MIN_CHANNELS_TO_KEEP:
+            part = jax.checkpoint(part, prevent_cse=False)
+        means, variances, y = lax.map(part, x.reshape(-1, size, *x.shape[1:]))
+        y = y.reshape(-1, *y.shape[2:])
+        mean = means.mean(0)
+        variance = variances.mean(0) + jnp.square(means - mean[None]).mean(0)
+    factor = scale * lax.rsqrt(variance + epsilon)
+    return y * _per_channel(factor * sign) + _per_channel(offset - mean * factor)
+
+
+def _part_size(convolved: Callable[[Array], Array], x: Array) -> int:
+    """The most examples, a divisor of them all, whose convolutions fit `_PART_BYTES`; or all."""
+    n = len(x)
+    if jax.default_backend() != "cpu":
+        return n
+    y = jax.eval_shape(convolved, x[:1])
+    fit = _PART_BYTES // (y.size * y.dtype.itemsize)
+    return max((size for size in range(2, n + 1) if n % size == 0 and size <= fit), default=n)
+
+
+def _moments(x: Array, statistics_weights: Array | None) -> tuple[Array, Array]:
+    if statistics_weights is None:
+        mean = x.mean((0, 1, 2))
+        return mean, jnp.square(x - _per_channel(mean)).mean((0, 1, 2))
+    positions = x.shape[1] * x.shape[2]
+    weights = statistics_weights / (positions * statistics_weights.sum())
+    mean = jnp.einsum("n,nhwc->c", weights, x, precision=lax.Precision.HIGHEST)
+    deviations = jnp.square(x - _per_channel(mean))
+    return mean, jnp.einsum("n,nhwc->c", weights, deviations, precision=lax.Precision.HIGHEST)
 
 
 def _per_channel(x: Array) -> Array:

@@ -8,6 +8,7 @@ import numpy as np
 import pytest
 from jax.test_util import check_grads
 
+from imaml_jax.networks import convolution
 from imaml_jax.networks.convolution import convolve
 from imaml_jax.networks.convolution import lax_convolve as reference
 
@@ -38,18 +39,50 @@ def test_value_and_gradients_equal_lax(stride, size):
         np.testing.assert_allclose(a, b, rtol=1e-10, atol=1e-12)
 
 
+@pytest.mark.parametrize("kernel_size", [1, 2, 3])
+@pytest.mark.parametrize(("channels", "block_bytes"), [(2, 2**20), (8, 2**20), (8, 3000), (2, 1)])
+def test_no_patches_on_a_cpu(monkeypatch, kernel_size, channels, block_bytes):
+    """Shifted images give what patches do, in one block, in several, and image by image."""
+    monkeypatch.setattr(convolution, "_BLOCK_BYTES", block_bytes)
+    keys = jax.random.split(jax.random.key(0), 3)
+    x = jax.random.normal(keys[0], (6, 5, 7, channels))
+    kernel = jax.random.normal(keys[1], (kernel_size, kernel_size, channels, 4))
+    dy = jax.random.normal(keys[2], (6, 5, 7, 4))
+    to_input = {"image_shape": x.shape[1:3]}
+    for name, operands, params in (
+        ("convolve", (x, kernel), {}),
+        ("kernel_grad", (x, dy), {"size": kernel_size}),
+        ("input_grad", (dy, kernel), to_input),
+    ):
+        patched, on_cpu = (getattr(convolution, f"_{name}{end}") for end in ("", "_on_cpu"))
+        settings = {"stride": 1, "precision": "highest", **params}
+        expected = patched(*operands, **settings)
+        np.testing.assert_allclose(on_cpu(*operands, **settings), expected, rtol=1e-11, atol=1e-12)
+
+
+def test_a_program_for_a_cpu_builds_no_patches():
+    x, kernel = jnp.zeros((4, 12, 12, 8)), jnp.zeros((3, 3, 8, 8))
+    text = jax.jit(jax.grad(loss(convolve, 1), (0, 1))).lower(x, kernel).as_text()
+    assert "convolution" in text and f"{9 * 8}xf64" not in text
+    assert f"{9 * 8}xf64" in jax.jit(lambda *a: convolve(*a, 2)).lower(x, kernel).as_text()
+
+
 # 8 channels take the other layout of the kernel's gradient.
-@pytest.mark.parametrize("channels", [pytest.param(2, marks=pytest.mark.slow), 8])
-def test_derivatives_to_third_order(channels):
+@pytest.mark.parametrize(
+    ("channels", "stride"), [pytest.param(2, 2, marks=pytest.mark.slow), (8, 2), (8, 1)]
+)
+def test_derivatives_to_third_order(channels, stride):
     x, kernel, _, _ = data((5, 4), channels, filters=2)
-    fun = lambda x, kernel: convolve(x, kernel, 2)  # noqa: E731
+    fun = lambda x, kernel: convolve(x, kernel, stride)  # noqa: E731
     check_grads(fun, (x, kernel), order=3, modes=["fwd", "rev"], rtol=1e-5, atol=1e-5)
 
 
-@pytest.mark.parametrize("in_axes", [(0, 0), (0, None), (None, 0), (1, 4)])
-def test_vmap_before_and_after_grad(in_axes):
+@pytest.mark.parametrize(
+    ("in_axes", "stride"),
+    [((0, 0), 2), ((0, None), 2), ((None, 0), 2), ((1, 4), 2), ((0, None), 1)],
+)
+def test_vmap_before_and_after_grad(in_axes, stride):
     x, kernel, xs, kernels = data((7, 8))
-    stride = 2
     args = [
         one if axis is None else jnp.moveaxis(many, 0, axis)
         for axis, one, many in zip(in_axes, (x, kernel), (xs, kernels), strict=True)
@@ -78,15 +111,16 @@ def test_nested_vmap_shares_unbatched_operands():
     np.testing.assert_allclose(grid(convolve), grid(reference), rtol=1e-10, atol=1e-12)
 
 
-def test_hessian_vector_products_and_many_cotangents():
+@pytest.mark.parametrize("stride", [1, 2])
+def test_hessian_vector_products_and_many_cotangents(stride):
     x, kernel, _, kernels = data((6, 6))
 
     def products(fun):
-        gradient = jax.grad(loss(fun, 2), 1)
+        gradient = jax.grad(loss(fun, stride), 1)
         return jax.vmap(lambda v: jax.jvp(gradient, (x, kernel), (x, v))[1])(kernels)
 
     def rows(fun):
-        y, pullback = jax.vjp(lambda k: fun(x, k, 2).sum((1, 2)), kernel)
+        y, pullback = jax.vjp(lambda k: fun(x, k, stride).sum((1, 2)), kernel)
         return jax.vmap(pullback)(jnp.eye(y.size).reshape(-1, *y.shape))[0]
 
     for make in (products, rows):

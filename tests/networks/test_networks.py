@@ -2,14 +2,15 @@
 
 from functools import partial
 
+import flax.linen as nn
 import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
 from jax import lax
 
-from imaml_jax.networks import batch_norm, conv4, max_pool2x2, mlp, resnet12
-from imaml_jax.networks.convolution import lax_convolve
+from imaml_jax.networks import batch_norm, conv4, layers, max_pool2x2, mlp, resnet12
+from imaml_jax.networks.convolution import convolve, lax_convolve
 
 pytestmark = pytest.mark.usefixtures("x64")
 
@@ -118,6 +119,48 @@ def forward_by_hand(params, x, weights, *, pools, mean):
             x = lax.reduce_window(x, -np.inf, lax.max, (1, 2, 2, 1), (1, 2, 2, 1), pools)
     x = x.mean((1, 2)) if mean else x.reshape(x.shape[0], -1)
     return x @ params["head"]["kernel"] + params["head"]["bias"][None]
+
+
+@pytest.mark.parametrize("part_bytes", [2**20, 2000])
+@pytest.mark.parametrize("weights", [None, np.array([1.0, 0.0, 2.0, 1.0, 0.5, 1.0])])
+@pytest.mark.parametrize(("channels", "padding"), [(1, "valid"), (8, "same")])
+def test_the_norm_may_follow_the_pooling(monkeypatch, part_bytes, weights, channels, padding):
+    """In one part and in several, with negative scales: values, gradients, Hessian products."""
+    monkeypatch.setattr(layers, "_PART_BYTES", part_bytes)
+    keys = jax.random.split(jax.random.key(0), 4)
+    x = jax.random.normal(keys[0], (6, 5, 6, channels))
+    kernel = jax.random.normal(keys[1], (3, 3, channels, 4))
+    scale, offset = jnp.array([1.0, -2.0, 0.5, -0.1]), jnp.arange(4.0)
+    given = x, kernel, scale, offset
+
+    def pooled_first(x, kernel, scale, offset):
+        convolved = lambda x: convolve(x, kernel)  # noqa: E731
+        return layers.norm_and_pool(convolved, x, scale, offset, 1e-3, weights, padding)
+
+    def pooled_last(x, kernel, scale, offset):
+        return max_pool2x2(batch_norm(convolve(x, kernel), scale, offset, 1e-3, weights), padding)
+
+    def outcomes(fun):
+        gradient = jax.grad(lambda *args: jnp.sum(jnp.sin(fun(*args))), (0, 1, 2, 3))
+        return fun(*given), *jax.jvp(gradient, given, given)
+
+    found, expected = (jax.jit(partial(outcomes, fun))() for fun in (pooled_first, pooled_last))
+    jax.tree.map(partial(np.testing.assert_allclose, rtol=1e-9, atol=1e-10), found, expected)
+
+
+def test_an_activation_that_falls_comes_before_the_pooling():
+    x = jax.random.normal(jax.random.key(0), (3, 8, 8, 1))
+    increasing, falling = (
+        conv4(2, filters=2, num_blocks=2, downsample="max_pool", activation=f)
+        for f in (nn.relu, lambda x: -nn.relu(x))
+    )
+    params = increasing.init(jax.random.key(1), x)
+    found = falling.features(params, x)
+    for i in range(2):
+        block = params[f"block_{i}"]
+        x = convolve(x, block["kernel"])
+        x = max_pool2x2(-nn.relu(batch_norm(x, block["scale"], block["offset"], 1e-3)))
+    np.testing.assert_allclose(found, x.reshape(3, -1), rtol=1e-10)
 
 
 @pytest.mark.parametrize(
