@@ -40,6 +40,7 @@ from imaml_jax.types import Task
 
 CONVOLUTIONS = {"patches": convolve, "lax": lax_convolve}
 _MATRIX, _CPU_MATRIX, _CHAIN, _NUMBERS = 8192, workload.MATRIX, 8, 2**26
+_SIZE = workload.REFERENCE
 _SAME_PLACE = ("device", "machine", "cores", "versions")
 # Largest difference with which a cell can be picked. Rounding alone gives 2e-2 on the reference
 # workload: it moves activations across the kink of ReLU.
@@ -61,8 +62,8 @@ class Workload(NamedTuple):
 
 WORKLOADS = {
     "reference": Workload(
-        *(workload.TASKS, workload.WAYS, 1, workload.QUERIES, workload.INNER_STEPS),
-        *(workload.SIDE, 1, {"filters": workload.FILTERS, "epsilon": workload.EPSILON}),
+        *(_SIZE.tasks, workload.WAYS, 1, workload.QUERIES, _SIZE.implicit_steps),
+        *(_SIZE.side, 1, {"filters": _SIZE.filters, "epsilon": workload.EPSILON}),
     ),
     "omniglot": Workload(16, 20, 5, 5, 16, 28, 1, {"filters": 64}),
     "mini_imagenet": Workload(4, 5, 1, 15, 10, 84, 3, {"filters": 32, "downsample": "max_pool"}),
@@ -222,13 +223,15 @@ def measure(cell: Cell, rounds: int, measured: Measurements) -> dict[str, Any]:
 
 def costs(work: Workload) -> tuple[float, float]:
     """Operations of the matrix products, and numbers that these read and write at least."""
-    layers = workload.layers(
+    size = workload.Size(
         work.side,
         work.channels,
         work.network["filters"],
-        work.ways,
-        pools=work.network.get("downsample") == "max_pool",
+        work.network.get("downsample") == "max_pool",
+        work.num_tasks,
+        implicit_steps=work.inner_steps,
     )
+    layers = workload.layers(size, work.ways)
     support = work.ways * work.shots
     totals = []
     for first, *others in (
@@ -237,12 +240,10 @@ def costs(work: Workload) -> tuple[float, float]:
     ):
         total = workload.flops(
             "imaml",
+            size,
             (first, sum(others)),
-            num_tasks=work.num_tasks,
             support=support,
             query=work.ways * work.queries,
-            inner_steps=work.inner_steps,
-            cg_steps=workload.CG_STEPS,
         )
         totals.append(total)
     return totals[0], totals[1]
@@ -262,7 +263,7 @@ def _lower(cell: Cell) -> tuple[Any, tuple[Any, Task]]:
         imaml_jax.cross_entropy,
         inner=optax.sgd(workload.INNER_RATE),
         num_steps=work.inner_steps,
-        reg_strength=workload.REG_STRENGTH,
+        reg_strength=_SIZE.reg_strength,
         solve=partial(imaml_jax.solve_cg_steihaug, tol=0.0, max_steps=workload.CG_STEPS),
     )
 

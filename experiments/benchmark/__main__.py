@@ -2,18 +2,21 @@
 
     python -m experiments.benchmark
     python -m experiments.benchmark --quick
+    python -m experiments.benchmark --size mini_imagenet
 
 The workload: 16 tasks of 5-way 1-shot Omniglot shapes, 15 queries a class, 16 inner steps, 5 CG
-steps, conv4 with 64 filters; the meta-gradient averaged over the tasks and, of ours, the report on
-it. Every contender has a process of its own. Those that compute the same meta-gradient must first
-agree on it in float64; then all take turns, round by round, on fresh random images. The ceiling is
-the rate of float32 matrix products on the same devices in the same rounds. On the CPU, PyTorch's
-libraries take part where they are installed: `pip install -e .[peers]`. Writes OUTPUT.json and
-OUTPUT.png.
+steps, conv4 with 64 filters; or 4 tasks of 84x84 photographs, 5 inner steps, 10 of iMAML, conv4
+with 32 filters and max-pooling. Timed is the meta-gradient averaged over the tasks and, of ours,
+the report on it. Every contender has a process of its own. Those that compute the same
+meta-gradient must first agree on it in float64; then all take turns, round by round, on fresh
+random images. The ceiling is the rate of float32 matrix products on the same devices in the same
+rounds. On the CPU, PyTorch and its libraries take part where they are installed:
+`pip install -e .[peers]`. Writes OUTPUT.json and OUTPUT.png.
 """
 
 import contextlib
 import dataclasses
+import functools
 import importlib.metadata
 import importlib.util
 import json
@@ -21,7 +24,7 @@ import statistics
 import subprocess
 import sys
 import tempfile
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -50,6 +53,8 @@ class Config(Record):
     """Interleaved rounds, at least 1; default 5, or 3 where it is to be quick."""
     quick: bool = False
     """Fewer contenders."""
+    size: workload.SizeName = "omniglot"
+    """Shapes of the images, the network and the inner problem."""
     devices: int | None = None
     """Devices over which our tasks are sharded, and threads of PyTorch; default all, which is one
     a core on the CPU; at least 1."""
@@ -69,18 +74,20 @@ def main(config: Config) -> dict[str, Any]:
         steps that it was to take.
     """
     rounds = config.rounds or (3 if config.quick else 5)
-    devices = len(common.task_devices(config.devices, workload.TASKS) or [None])
+    size = workload.SIZES[config.size]
+    devices = len(common.task_devices(config.devices, size.tasks) or [None])
     common.check_output(config.output)
     contenders = [c for c in CONTENDERS if available(c) and (c.quick or not config.quick)]
-    disagreement = disagreements(contenders, devices)
+    start = functools.partial(process, devices=devices, size=config.size)
+    disagreement = disagreements(contenders, start)
     names = [MATMUL, *(contender.name for contender in contenders)]
     with contextlib.ExitStack() as stack:
-        ask = {name: stack.enter_context(process(name, devices)) for name in names}
+        ask = {name: stack.enter_context(start(name)) for name in names}
         for name in names:
             ask[name](0)  # compiles
         runs = [{name: ask[name](seed) for name in names} for seed in range(1, rounds + 1)]
         memory = {name: ask[name]("memory") for name in names}
-    results = summary(contenders, runs, memory, disagreement, devices)
+    results = summary(contenders, runs, memory, disagreement, devices, size)
     results |= {"config": dataclasses.asdict(config), **common.provenance()}
     results["versions"] |= {
         name: importlib.metadata.version(name)
@@ -99,12 +106,12 @@ def available(contender: Contender) -> bool:
 
 
 @contextlib.contextmanager
-def process(name: str, devices: int) -> Iterator[Any]:
+def process(name: str, devices: int, size: workload.SizeName = "omniglot") -> Iterator[Any]:
     """A contender in a process of its own: yields `order -> answer`, see `workload.serve`."""
     module = f"experiments.benchmark.{'peers' if name in _LIBRARIES else 'ours'}"
     with tempfile.TemporaryFile("w+") as log:
         child = subprocess.Popen(
-            [sys.executable, "-m", module, name, str(devices)],
+            [sys.executable, "-m", module, name, str(devices), size],
             stdin=subprocess.PIPE,
             stdout=subprocess.PIPE,
             stderr=log,
@@ -131,14 +138,18 @@ def process(name: str, devices: int) -> Iterator[Any]:
                 child.communicate()
 
 
-def disagreements(contenders: Sequence[Contender], devices: int) -> dict[str, float]:
+def disagreements(contenders: Sequence[Contender], start: Callable[[str], Any]) -> dict[str, float]:
     """Relative differences of float64 meta-gradients from those of the reference.
+
+    Args:
+      contenders: those to compare.
+      start: `name -> process` of it.
 
     Raises:
       RuntimeError: one is not below `AGREEMENT`.
     """
     pairs = [(c.name, reference_of(c).name) for c in contenders if c.same and c != reference_of(c)]
-    gradients = {name: _gradients(name, devices) for name in sorted({n for p in pairs for n in p})}
+    gradients = {name: _gradients(start(name)) for name in sorted({n for p in pairs for n in p})}
     found = {}
     for name, reference in pairs:
         found[name] = difference(gradients[name], gradients[reference])
@@ -157,8 +168,8 @@ def difference(gradients: dict[str, np.ndarray], reference: dict[str, np.ndarray
     return float(np.sqrt(sum(squares) / sum(np.sum(a**2) for a in reference.values())))
 
 
-def _gradients(name: str, devices: int) -> dict[str, np.ndarray]:
-    with process(name, devices) as ask:
+def _gradients(contender: Any) -> dict[str, np.ndarray]:
+    with contender as ask:
         return {path: np.asarray(values) for path, values in ask("gradients").items()}
 
 
@@ -168,6 +179,7 @@ def summary(
     memory: dict[str, dict[str, int | None]],
     disagreement: dict[str, float],
     devices: int,
+    size: workload.Size = workload.REFERENCE,
 ) -> dict[str, Any]:
     """What follows from the measurements.
 
@@ -187,7 +199,7 @@ def summary(
             raise RuntimeError(f"{name} took {sorted(taken)} CG steps on average")
         median = statistics.median(seconds[name])
         ratios = [a / b for a, b in zip(seconds[name], seconds[reference], strict=True)]
-        flops = workload.flops(contender.algorithm) if contender.same else None
+        flops = workload.flops(contender.algorithm, size) if contender.same else None
         rows[name] = {
             "seconds": median,
             "all_seconds": seconds[name],

@@ -1,4 +1,4 @@
-"""Our contenders: `python -m experiments.benchmark.ours NAME DEVICES`, run by the benchmark."""
+"""Our contenders: `python -m experiments.benchmark.ours NAME DEVICES SIZE`, of the benchmark."""
 
 import functools
 import sys
@@ -14,28 +14,33 @@ from flax.traverse_util import flatten_dict, unflatten_dict
 import imaml_jax
 from experiments.benchmark import workload
 from experiments.shared import common, reports
+from imaml_jax.learners.base import is_head
 from imaml_jax.networks import conv4
 from imaml_jax.training.mapping import map_over_tasks, replicated
 from imaml_jax.types import Batch, MetaLearner, Task
 
 
-def learners() -> dict[str, MetaLearner]:
+def learners(size: workload.Size = workload.REFERENCE) -> dict[str, MetaLearner]:
     """The learners timed, by name."""
-    network = conv4(workload.WAYS, filters=workload.FILTERS, epsilon=workload.EPSILON)
+    network = conv4(
+        workload.WAYS,
+        filters=size.filters,
+        downsample="max_pool" if size.pools else "stride",
+        epsilon=workload.EPSILON,
+    )
     loss = imaml_jax.cross_entropy
     cg: dict[str, Any] = {"tol": 0.0, "max_steps": workload.CG_STEPS}
     steihaug = partial(imaml_jax.solve_cg_steihaug, **cg)
     newton = imaml_jax.newton_cg(max_cg_steps=workload.CG_STEPS)
-    descent: dict[str, Any] = {
-        "inner": optax.sgd(workload.INNER_RATE),
-        "num_steps": workload.INNER_STEPS,
-    }
+    sgd = optax.sgd(workload.INNER_RATE)
+    descent: dict[str, Any] = {"inner": sgd, "num_steps": size.inner_steps}
     imaml = partial(
         imaml_jax.imaml,
         network,
         loss,
-        **descent,
-        reg_strength=workload.REG_STRENGTH,
+        inner=sgd,
+        num_steps=size.implicit_steps,
+        reg_strength=size.reg_strength,
         solve=steihaug,
     )
     gauss_newton = partial(imaml, curvature="gauss_newton")
@@ -48,22 +53,25 @@ def learners() -> dict[str, MetaLearner]:
         "MAML": imaml_jax.maml(network, loss, **descent),
         "MAML, no recomputation": imaml_jax.maml(network, loss, **descent, remat=False),
         "first-order MAML": imaml_jax.fomaml(network, loss, **descent),
+        "implicit ANIL": imaml(fast=is_head),
         "Reptile": imaml_jax.reptile(network, loss, **descent, statistics="batch"),
     }
 
 
-def meta_gradient(name: str, num_devices: int) -> workload.Program:
+def meta_gradient(
+    name: str, num_devices: int, size: workload.Size = workload.REFERENCE
+) -> workload.Program:
     """The meta-gradient averaged over tasks, sharded over the devices, and the mean report."""
-    learner = learners()[name]
+    learner = learners(size)[name]
     devices, place = _places(num_devices)
-    params = jax.device_put(unflatten_dict(workload.params(), sep="/"), place)
+    params = jax.device_put(unflatten_dict(workload.params(size), sep="/"), place)
 
     def prepare(tasks):
         return jax.block_until_ready(jax.device_put(_task(tasks), place))
 
     @functools.cache
     def program():
-        example = prepare(workload.tasks(0))
+        example = prepare(workload.tasks(0, size))
         return jax.jit(partial(_means, learner, devices)).lower(params, example).compile()
 
     def run(inputs):
@@ -121,5 +129,6 @@ def _task(tasks: workload.Tasks) -> Task:
 
 if __name__ == "__main__":
     common.cache_compilations()
-    wanted, count = sys.argv[1], int(sys.argv[2])
-    workload.serve(matmul(count) if wanted == workload.MATMUL else meta_gradient(wanted, count))
+    wanted, count, size = sys.argv[1], int(sys.argv[2]), workload.SIZES[sys.argv[3]]
+    one = matmul(count) if wanted == workload.MATMUL else meta_gradient(wanted, count, size)
+    workload.serve(one, size)
