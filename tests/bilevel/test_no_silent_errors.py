@@ -101,25 +101,26 @@ def check(name, x, matrix, right, info, eps):
     x, matrix, right = (np.asarray(a).astype(np.complex128) for a in (x, matrix, right))
     if not np.isfinite(x).all():
         return  # the report is of a solve that rounds differently
-    assert info.converged
     if not right.any():
-        np.testing.assert_array_equal(x, 0)
+        np.testing.assert_array_equal(x, 0)  # without a solve
         return
-    size = max(matrix.shape)
+    tol = eps ** (2 / 3)
+    assert info.converged or info.relative_residual < 1.1 * tol
+    size, rank_eps = max(matrix.shape), min(eps, EPS["float32"])  # bfloat16 is solved in float32
     values = np.linalg.svd(matrix, compute_uv=False)
-    cutoff = size * 4 * eps * values.max()
-    unclear = (values > cutoff) & (values < 1000 * eps * values.max())
+    cutoff = size * 4 * rank_eps * values.max()
+    unclear = (values > cutoff) & (values < 1000 * rank_eps * values.max())
     if name in LEAST_SQUARES and unclear.any():
         return  # the rank is a matter of rounding
-    expected = np.linalg.pinv(matrix, rcond=size * eps) @ right
+    expected = np.linalg.pinv(matrix, rcond=size * rank_eps) @ right
     residual = np.linalg.norm(right - matrix @ x) / np.linalg.norm(right)
     condition = values.max() / values[values > cutoff].min(initial=values.max() or 1)
     if name in MEASURING and size <= 500:
         condition = max(1.0, float(info.condition))
-    allowed = eps ** (2 / 3) if name in LEAST_SQUARES else float(info.relative_residual)
+    allowed = tol if name in LEAST_SQUARES else float(info.relative_residual)
     if values.min() <= cutoff and name not in LEAST_SQUARES:
         # One of the solutions, which differ by what the derivative does not depend on.
-        assert residual <= max(eps ** (2 / 3), 10 * eps * condition) * 10
+        assert residual <= max(tol, 10 * eps * condition) * 10
         return
     if not expected.any():
         np.testing.assert_array_equal(x, 0)
