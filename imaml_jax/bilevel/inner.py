@@ -1,4 +1,4 @@
-"""Inner adaptation: `lax.scan` over any Optax transform, and transforms made for it."""
+"""Inner adaptation: a loop over any Optax transform, and transforms made for it."""
 
 from collections.abc import Callable
 from typing import NamedTuple
@@ -20,10 +20,12 @@ class MinimizeInfo(NamedTuple):
       loss: objective at the end.
       relative_residual: norm of the gradient at the end, relative to the first step's. 0 at a
         stationary point; an implicit gradient is as exact as this is small.
+      num_steps: steps taken.
     """
 
     loss: Array
     relative_residual: Array
+    num_steps: Array
 
 
 class CurvedFunction(NamedTuple):
@@ -53,6 +55,7 @@ def minimize(
     batches: PyTree | None = None,
     remat: bool = True,
     curvature: Callable[..., LinearOperator] | None = None,
+    tol: float | None = None,
 ) -> tuple[PyTree, MinimizeInfo]:
     """Runs `num_steps` of an Optax transform on `objective(params, *args)` in a `lax.scan`.
 
@@ -65,47 +68,80 @@ def minimize(
       init_params: where to start.
       *args: passed to `objective`.
       tx: the Optax transform.
-      num_steps: number of steps, at least 0.
+      num_steps: number of steps, at least 0; the most of them with `tol`.
       batches: tree of arrays `[num_steps, ...]`, one slice a step.
       remat: where the result is differentiated by unrolling, recompute each step in the backward
         pass instead of storing its activations. No effect otherwise.
       curvature: `(params, *args) -> LinearOperator`, what `newton_cg` solves with in place of the
         objective's Hessian; its arguments are the objective's.
+      tol: stops in a `lax.while_loop` once the norm of the gradient is at most this times the first
+        one's. JAX does not reverse-differentiate such a loop; `custom_argmin` has no need to. None
+        (default) takes all steps.
 
     Returns:
       `(params, MinimizeInfo)`. With `batches` the report is for the last batch.
 
     Raises:
-      ValueError: a negative `num_steps`, or 0 with batches.
+      ValueError: a negative `num_steps` or `tol`, or `batches` with 0 steps or with `tol`.
     """
     if num_steps < 0:
         raise ValueError(f"minimize: num_steps={num_steps} must be at least 0")
     if batches is not None and num_steps == 0:
         raise ValueError("minimize: num_steps=0 leaves no batch to report on; leave batches out")
+    if tol is not None and not tol >= 0:
+        raise ValueError(f"minimize: tol={tol} must be at least 0, or None to take all steps")
+    if tol is not None and batches is not None:
+        raise ValueError(f"minimize: tol={tol} needs the same objective at each step; drop batches")
     update = optax.with_extra_args_support(tx).update
 
     def given(batch, fun):
         call_args = args if batches is None else (*args, batch)
         return lambda params: fun(params, *call_args)
 
-    def step(carry, batch):
-        params, state = carry
+    def evaluate(params, batch):
+        return jax.value_and_grad(given(batch, objective))(params)
+
+    def move(params, state, value, grads, batch):
         value_fn = given(batch, objective)
         if curvature is not None:
             value_fn = CurvedFunction(value_fn, given(batch, curvature))
-        value, grads = jax.value_and_grad(value_fn)(params)
         updates, state = update(grads, state, params, value=value, grad=grads, value_fn=value_fn)
-        return (optax.apply_updates(params, updates), state), optax.tree.norm(grads)
+        return optax.apply_updates(params, updates), state
+
+    def step(carry, batch):
+        params, state = carry
+        value, grads = evaluate(params, batch)
+        return move(params, state, value, grads, batch), optax.tree.norm(grads)
+
+    if tol is not None:
+        value, grads = evaluate(init_params, None)
+        first = optax.tree.norm(grads)
+
+        def unfinished(carry):
+            taken, _, _, (_, grads) = carry
+            return (taken < num_steps) & (optax.tree.norm(grads) > tol * first)
+
+        def advance(carry):
+            taken, params, state, (value, grads) = carry
+            params, state = move(params, state, value, grads, None)
+            return taken + 1, params, state, evaluate(params, None)
+
+        carry = jnp.int32(0), init_params, tx.init(init_params), (value, grads)
+        taken, params, _, (loss, grads) = lax.while_loop(unfinished, advance, carry)
+        return params, _info(loss, optax.tree.norm(grads), first, taken)
 
     if remat:
         step = jax.checkpoint(step, prevent_cse=False)
     carry = (init_params, tx.init(init_params))
     (params, _), norms = lax.scan(step, carry, batches, length=num_steps)
     last_batch = jax.tree.map(lambda x: x[-1], batches)
-    loss, grads = jax.value_and_grad(given(last_batch, objective))(params)
+    loss, grads = evaluate(params, last_batch)
     norm = optax.tree.norm(grads)
-    first = norms[0] if num_steps else norm
-    return params, MinimizeInfo(loss, norm / jnp.where(first > 0, first, 1))
+    return params, _info(loss, norm, norms[0] if num_steps else norm, jnp.int32(num_steps))
+
+
+def _info(loss: Array, norm: Array, first: Array, num_steps: Array) -> MinimizeInfo:
+    return MinimizeInfo(loss, norm / jnp.where(first > 0, first, 1), num_steps)
 
 
 def mini_batches(key: Array, examples: PyTree, num_batches: int, batch_size: int) -> PyTree:

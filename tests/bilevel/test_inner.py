@@ -8,7 +8,7 @@ import numpy as np
 import optax
 import pytest
 
-from imaml_jax import adaptive_gd, minimize, newton_cg, proximal_objective
+from imaml_jax import adaptive_gd, custom_argmin, minimize, newton_cg, proximal_objective
 from imaml_jax.bilevel.inner import mini_batches
 from imaml_jax.types import Batch
 
@@ -139,6 +139,55 @@ def test_the_residual_of_a_start_that_is_stationary_is_zero():
     found, info = minimize(quadratic, jnp.asarray(TARGET), tx=optax.sgd(0.1), num_steps=2)
     np.testing.assert_array_equal(found, TARGET)
     assert info.relative_residual == 0
+
+
+@pytest.mark.parametrize("name", ["sgd", "lbfgs", "adaptive_gd", "newton_cg"])
+def test_a_tolerance_stops_the_same_steps(name):
+    tx = optax.sgd(0.3) if name == "sgd" else TRANSFORMS[name][0]()
+    solve = partial(minimize, quadratic, tx=tx)
+    found, info = jax.jit(partial(solve, num_steps=500, tol=1e-6))(jnp.zeros(4))
+    assert info.relative_residual <= 1e-6 and 0 < info.num_steps < 500
+    expected, before = (
+        jax.jit(partial(solve, num_steps=int(info.num_steps) - k))(jnp.zeros(4)) for k in (0, 1)
+    )
+    np.testing.assert_allclose(found, expected[0], rtol=1e-12)
+    np.testing.assert_allclose(info.loss, expected[1].loss, rtol=1e-9, atol=1e-20)
+    assert before[1].relative_residual > 1e-6
+
+
+def test_each_of_many_problems_stops_by_itself():
+    solve = partial(minimize, quadratic, tx=optax.sgd(0.3), num_steps=20, tol=1e-4)
+    starts = jnp.stack([jnp.zeros(4), TARGET + jnp.array([0, 0, 0, 1.0]), jnp.asarray(TARGET)])
+    found, info = jax.jit(jax.vmap(solve))(starts)
+    for i, start in enumerate(starts):
+        one, one_info = solve(start)
+        np.testing.assert_allclose(found[i], one, rtol=1e-12)
+        assert info.num_steps[i] == one_info.num_steps
+    assert info.num_steps[0] == 20 > info.num_steps[1] > info.num_steps[2] == 0
+
+
+def test_an_implicit_gradient_through_a_loop_that_stops():
+    def solver(init, target):
+        return minimize(quadratic, init, target, tx=newton_cg(), num_steps=30, tol=1e-10)
+
+    of_target = custom_argmin(quadratic, has_aux=True)(solver)
+    jacobian = jax.jacrev(lambda target: of_target(jnp.zeros(4), target)[0])(jnp.asarray(TARGET))
+    np.testing.assert_allclose(jacobian, np.eye(4), atol=1e-9)
+    with pytest.raises(ValueError, match="while_loop"):
+        jax.grad(lambda target: solver(jnp.zeros(4), target)[0].sum())(jnp.asarray(TARGET))
+
+
+@pytest.mark.parametrize(
+    ("settings", "message"),
+    [
+        ({"tol": -1e-3}, r"tol=-0\.001 must be at least 0"),
+        ({"tol": float("nan")}, "tol=nan must be at least 0"),
+        ({"tol": 0.1, "batches": jnp.ones((3, 4))}, r"tol=0\.1 .*drop batches"),
+    ],
+)
+def test_a_tolerance_that_cannot_be_met_is_refused(settings, message):
+    with pytest.raises(ValueError, match=message):
+        minimize(quadratic, jnp.zeros(4), tx=optax.sgd(0.1), num_steps=3, **settings)
 
 
 @pytest.mark.parametrize("momentum", [None, 0.5])
