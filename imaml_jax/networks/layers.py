@@ -36,7 +36,11 @@ class Network(NamedTuple):
 
 
 class ConvNorm(nn.Module):
-    """A convolution and batch norm with the statistics of the batch at hand."""
+    """A convolution and batch norm with the statistics of the batch at hand.
+
+    With `pool` also 2x2 max-pooling, whose padding it names; the activation that follows must be
+    increasing, since the pooling comes first.
+    """
 
     filters: int
     size: int
