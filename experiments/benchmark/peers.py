@@ -54,7 +54,7 @@ def meta_gradient(name: str, size: workload.Size = workload.REFERENCE) -> worklo
 
 
 def _tensors(tasks: workload.Tasks, *, exact: bool, channels_last: bool) -> list[Any]:
-    """Support images and labels, query images and labels; images `[tasks, n, channels, 28, 28]`."""
+    """Support images and labels, query images and labels; images `[tasks, n, channels, ...]`."""
     import torch
 
     tensors, dtype = [], torch.float64 if exact else torch.float32
@@ -196,13 +196,12 @@ def _loop_maml(net, size, *, first_order: bool):
     params = dict(net.named_parameters())
 
     def query_loss(x, y, z, w):
-        fast = params
-        if first_order:
-            fast = {name: p.detach().requires_grad_() for name, p in params.items()}
+        fast = _detached(params) if first_order else params
         for _ in range(size.inner_steps):
             loss = cross_entropy(functional_call(net, fast, x), y)
             grads = torch.autograd.grad(loss, list(fast.values()), create_graph=not first_order)
-            fast = _moved(fast, grads, keep_graph=not first_order)
+            fast = _moved(fast, grads)
+            fast = _detached(fast) if first_order else fast
         loss = cross_entropy(functional_call(net, fast, z), w)
         if not first_order:
             return loss
@@ -220,7 +219,7 @@ def _loop_imaml(net, size, *, head_only: bool):
     start = dict(head.named_parameters())
 
     def query_loss(x, y, z, w):
-        features, fast = body(x), {name: p.detach().requires_grad_() for name, p in start.items()}
+        features, fast = body(x), _detached(start)
         fixed = features.detach()
         for _ in range(size.implicit_steps):
             loss = cross_entropy(functional_call(head, fast, fixed), y)
@@ -229,7 +228,7 @@ def _loop_imaml(net, size, *, head_only: bool):
                 g + size.reg_strength * (p - p0).detach()
                 for g, p, p0 in zip(grads, fast.values(), start.values(), strict=True)
             ]
-            fast = _moved(fast, grads, keep_graph=False)
+            fast = _detached(_moved(fast, grads))
         solution = list(fast.values())
         loss = cross_entropy(functional_call(head, fast, body(z)), w)
         right = torch.autograd.grad(loss, solution, retain_graph=head_only)
@@ -274,14 +273,14 @@ def _conjugate_gradients(product, b):
     return x
 
 
-def _moved(params, grads, *, keep_graph):
-    moved = {
-        name: p - workload.INNER_RATE * g
-        for (name, p), g in zip(params.items(), grads, strict=True)
-    }
-    if keep_graph:
-        return moved
-    return {name: p.detach().requires_grad_() for name, p in moved.items()}
+def _moved(params, grads):
+    pairs = zip(params.items(), grads, strict=True)
+    return {name: p - workload.INNER_RATE * g for (name, p), g in pairs}
+
+
+def _detached(params):
+    """The same values, without the graph behind them."""
+    return {name: p.detach().requires_grad_() for name, p in params.items()}
 
 
 def _with_gradient(params, grads):

@@ -62,13 +62,13 @@ def lax_convolve(
 ) -> Array:
     """The same by `lax.conv_general_dilated`, to compare with."""
     dtype = jnp.result_type(x, kernel)
+    return _lax_convolve(x.astype(dtype), kernel.astype(dtype), stride, "SAME", precision)
+
+
+def _lax_convolve(x, kernel, stride, padding, precision):
+    layout = ("NHWC", "HWIO", "NHWC")
     return lax.conv_general_dilated(
-        x.astype(dtype),
-        kernel.astype(dtype),
-        (stride, stride),
-        "SAME",
-        dimension_numbers=("NHWC", "HWIO", "NHWC"),
-        precision=precision,
+        x, kernel, (stride, stride), padding, dimension_numbers=layout, precision=precision
     )
 
 
@@ -117,8 +117,7 @@ def _input_grad(dy, kernel, *, stride, image_shape, precision):
 def _convolve_on_cpu(x, kernel, *, stride, precision):
     if stride > 1 or kernel.ndim > 4:
         return _convolve(x, kernel, stride=stride, precision=precision)
-    images = x.reshape(-1, *x.shape[-3:])
-    y = lax_convolve(images, kernel, precision=precision)
+    y = _lax_convolve(x.reshape(-1, *x.shape[-3:]), kernel, 1, "SAME", precision)
     return y.reshape(*x.shape[:-1], kernel.shape[-1])
 
 
@@ -127,15 +126,8 @@ def _input_grad_on_cpu(dy, kernel, *, stride, image_shape, precision):
         return _input_grad(dy, kernel, stride=stride, image_shape=image_shape, precision=precision)
     size = kernel.shape[0]
     turned = jnp.swapaxes(jnp.flip(kernel, (0, 1)), 2, 3)
-    images = dy.reshape(-1, *dy.shape[-3:])
-    dx = lax.conv_general_dilated(
-        images,
-        turned,
-        (1, 1),
-        [(size // 2, (size - 1) // 2)] * 2,
-        dimension_numbers=("NHWC", "HWIO", "NHWC"),
-        precision=precision,
-    )
+    padding = [(size // 2, (size - 1) // 2)] * 2
+    dx = _lax_convolve(dy.reshape(-1, *dy.shape[-3:]), turned, 1, padding, precision)
     return dx.reshape(*dy.shape[:-1], kernel.shape[2])
 
 
@@ -144,7 +136,8 @@ def _kernel_grad_on_cpu(x, dy, *, stride, size, precision):
         return _kernel_grad(x, dy, stride=stride, size=size, precision=precision)
     n, height, width, channels = x.shape
     filters = dy.shape[-1]
-    block = _block(n, x.dtype.itemsize * size * (channels + filters) * height * width)
+    bytes_each = x.dtype.itemsize * size * (channels + filters) * height * width
+    block = divisor_at_most(n, _BLOCK_BYTES // bytes_each)
 
     def product(x, dy):
         x, dy = (z.reshape(-1, z.shape[-1]) for z in (x, dy))
@@ -167,11 +160,9 @@ def _kernel_grad_on_cpu(x, dy, *, stride, size, precision):
     return total.reshape(size, size, channels, filters)
 
 
-def _block(n, bytes_each):
-    """The most images, a divisor of `n`, that are at most `_BLOCK_BYTES`, or one."""
-    return max(
-        b for b in range(1, n + 1) if n % b == 0 and (b == 1 or b * bytes_each <= _BLOCK_BYTES)
-    )
+def divisor_at_most(n: int, most: int) -> int:
+    """The largest divisor of `n` that is at most `most`, or 1."""
+    return max(d for d in range(1, n + 1) if n % d == 0 and (d == 1 or d <= most))
 
 
 def _patches(x, size, stride):

@@ -9,6 +9,7 @@ import jax
 import jax.numpy as jnp
 from jax import lax
 
+from imaml_jax.networks.convolution import divisor_at_most
 from imaml_jax.types import Array, Params
 
 Initializer = Any
@@ -126,9 +127,8 @@ def batch_norm(
     Returns:
       Shaped like `x`.
     """
-    mean, variance = _moments(x, statistics_weights)
-    factor = scale * lax.rsqrt(variance + epsilon)
-    return x * _per_channel(factor) + _per_channel(offset - mean * factor)
+    factor, shift = _line(*_moments(x, statistics_weights), scale, offset, epsilon)
+    return x * _per_channel(factor) + _per_channel(shift)
 
 
 def norm_and_pool(
@@ -175,8 +175,15 @@ def norm_and_pool(
         y = y.reshape(-1, *y.shape[2:])
         mean = means.mean(0)
         variance = variances.mean(0) + jnp.square(means - mean[None]).mean(0)
+    factor, shift = _line(mean, variance, scale, offset, epsilon)
+    return y * _per_channel(factor * sign) + _per_channel(shift)
+
+
+def _line(
+    mean: Array, variance: Array, scale: Array, offset: Array, epsilon: float
+) -> tuple[Array, Array]:
     factor = scale * lax.rsqrt(variance + epsilon)
-    return y * _per_channel(factor * sign) + _per_channel(offset - mean * factor)
+    return factor, offset - mean * factor
 
 
 def _part_size(convolved: Callable[[Array], Array], x: Array) -> int:
@@ -185,8 +192,8 @@ def _part_size(convolved: Callable[[Array], Array], x: Array) -> int:
     if jax.default_backend() != "cpu":
         return n
     y = jax.eval_shape(convolved, x[:1])
-    fit = _PART_BYTES // (y.size * y.dtype.itemsize)
-    return max((size for size in range(2, n + 1) if n % size == 0 and size <= fit), default=n)
+    size = divisor_at_most(n, _PART_BYTES // (y.size * y.dtype.itemsize))
+    return n if size == 1 else size
 
 
 def _moments(x: Array, statistics_weights: Array | None) -> tuple[Array, Array]:

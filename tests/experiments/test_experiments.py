@@ -207,7 +207,11 @@ def test_sinusoid_learns_the_rates_of_mamlpp_at_their_own_scale(modules):
 
 @pytest.mark.parametrize(
     "algorithm, outer",
-    [("fomaml", "trpo"), pytest.param("reptile", "adam", marks=pytest.mark.slow)],
+    [
+        ("fomaml", "trpo"),
+        pytest.param("maml", "trpo", marks=pytest.mark.slow),
+        pytest.param("reptile", "adam", marks=pytest.mark.slow),
+    ],
 )
 def test_navigation(run, tmp_path, algorithm, outer):
     line = "--meta-steps 2 --log-every 1 --meta-batch 2 --horizon 4 --validation-tasks 2"
